@@ -17,6 +17,20 @@ _HOME = {
     "find_anatomy": "anatomy",
     "Importance": "importance",
     "measure_importance": "importance",
+    "DropPlan": "dropping",
+    "dropped": "dropping",
+    "drop": "dropping",
+    "select": "selection",
+    "select_iteratively": "selection",
+    "select_consecutive_blocks": "selection",
+    "select_last": "selection",
+    "select_at_random": "selection",
+    "FastLM": "evaluation",
+    "perplexity": "evaluation",
+    "run_tasks": "evaluation",
+    "score_text": "evaluation",
+    "load_task": "evaluation",
+    "score_task": "evaluation",
 }
 __all__ = list(_HOME)
 

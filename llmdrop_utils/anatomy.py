@@ -25,32 +25,71 @@ class Family:
     mlp: str = "mlp"  # likewise
     mlp_input: str | None = "post_attention_layernorm"  # it reads the stream for the MLP; None: MLP reads what attention reads
     scale: str | None = None  # attribute of the layer: both terms are multiplied by it before they are added
+    # What goes when a sub-layer is dropped: the module whose output leads to the term, then those that are not needed
+    # without it (children of the layer). A module in both units is read by both, so it goes only if both go.
+    attention_unit: tuple[str, ...] = ("self_attn", "input_layernorm")
+    mlp_unit: tuple[str, ...] = ("mlp", "post_attention_layernorm")
+    mlp_returns_router: bool = False  # the MLP returns a pair: its output and router scores
+    mlp_is_added_to: bool = False  # the layer adds into the MLP's output in place, so it needs its full shape
     unsupported: str | None = None  # why this configuration of the family cannot be taken apart
 
 
 LLAMA = Family()
 # Attention and MLP read the same stream and are added together: x + attention(norm(x)) + mlp(norm(x)).
-PARALLEL = Family(mlp_input=None)
+PARALLEL = Family(mlp_input=None, mlp_unit=("mlp", "input_layernorm"))
 # The norm comes after the sub-layer: x + norm(attention(x)).
-POST_NORM = Family(attention="post_attention_layernorm", mlp="post_feedforward_layernorm", mlp_input="mlp")
+POST_NORM = Family(
+    attention="post_attention_layernorm",
+    mlp="post_feedforward_layernorm",
+    mlp_input="mlp",
+    attention_unit=("self_attn", "post_attention_layernorm"),
+    mlp_unit=("mlp", "post_feedforward_layernorm"),
+)
 # Norms on both sides: x + norm(attention(norm(x))).
-SANDWICH = Family(attention="post_attention_layernorm", mlp="post_feedforward_layernorm", mlp_input="pre_feedforward_layernorm")
-GPT2 = Family(layers="h", attention="attn", mlp_input="ln_2")
+SANDWICH = Family(
+    attention="post_attention_layernorm",
+    mlp="post_feedforward_layernorm",
+    mlp_input="pre_feedforward_layernorm",
+    attention_unit=("self_attn", "input_layernorm", "post_attention_layernorm"),
+    mlp_unit=("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+GPT2 = Family(layers="h", attention="attn", mlp_input="ln_2", attention_unit=("attn", "ln_1"), mlp_unit=("mlp", "ln_2"))
 
 
 def _gpt_neox(config) -> Family:
-    return Family(attention="attention", mlp_input=None if config.use_parallel_residual else "post_attention_layernorm")
+    return Family(  # even the parallel variant has a norm for each sub-layer
+        attention="attention",
+        mlp_input=None if config.use_parallel_residual else "post_attention_layernorm",
+        attention_unit=("attention", "input_layernorm"),
+    )
 
 
 def _falcon(config) -> Family:
     parallel = config.new_decoder_architecture or config.parallel_attn
-    return Family(layers="h", attention="self_attention", mlp_input=None if parallel else "post_attention_layernorm")
+    n_norms = config.num_ln_in_parallel_attn or (2 if config.new_decoder_architecture else 1)
+    if not parallel:
+        norms = "input_layernorm", "post_attention_layernorm"
+    else:
+        norms = ("ln_attn", "ln_mlp") if n_norms == 2 else ("input_layernorm", "input_layernorm")
+    return Family(
+        layers="h",
+        attention="self_attention",
+        mlp_input=None if parallel else "post_attention_layernorm",
+        attention_unit=("self_attention", norms[0]),
+        mlp_unit=("mlp", norms[1]),
+        mlp_is_added_to=parallel,
+    )
 
 
 def _opt(config) -> Family:
     if not config.do_layer_norm_before:  # OPT-350m
         return Family(unsupported="its norms act on the residual stream itself, so a sub-layer adds no term of its own")
-    return Family(mlp="fc2", mlp_input="final_layer_norm")
+    return Family(
+        mlp="fc2",
+        mlp_input="final_layer_norm",
+        attention_unit=("self_attn", "self_attn_layer_norm"),
+        mlp_unit=("fc1", "fc2", "final_layer_norm"),  # zero from fc1 stays zero on its way through the activation
+    )
 
 
 def _stablelm(config) -> Family:
@@ -59,14 +98,17 @@ def _stablelm(config) -> Family:
 
 FAMILIES: dict[str, Family | Callable[[object], Family]] = {
     **dict.fromkeys(["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi3"], LLAMA),
-    **dict.fromkeys(["olmo", "olmoe", "smollm3", "deepseek_v2", "deepseek_v3", "starcoder2", "gpt_oss"], LLAMA),
+    **dict.fromkeys(["olmo", "olmoe", "smollm3", "deepseek_v2", "deepseek_v3", "starcoder2"], LLAMA),
     "granite": Family(scale="residual_multiplier"),
-    "granitemoe": Family(mlp="block_sparse_moe", scale="residual_multiplier"),
+    "granitemoe": Family(
+        mlp="block_sparse_moe", scale="residual_multiplier", mlp_unit=("block_sparse_moe", "post_attention_layernorm")
+    ),
+    "gpt_oss": Family(mlp_returns_router=True),
     **dict.fromkeys(["gemma2", "gemma3_text"], SANDWICH),
     **dict.fromkeys(["olmo2", "olmo3"], POST_NORM),
     **dict.fromkeys(["cohere", "cohere2", "phi"], PARALLEL),
     "gpt2": GPT2,
-    "gptj": dataclasses.replace(GPT2, mlp_input=None),
+    "gptj": dataclasses.replace(GPT2, mlp_input=None, mlp_unit=("mlp", "ln_1")),
     "gpt_neox": _gpt_neox,
     "falcon": _falcon,
     "opt": _opt,
@@ -106,8 +148,9 @@ def family_of(config) -> Family:
     if family is None:
         raise LLMDropError(
             f"The model family {config.model_type!r} is unknown. Add it to FAMILIES in llmdrop_utils/anatomy.py: the list "
-            "of layers, the modules whose outputs are added to the residual stream as attention and as MLP, and the module "
-            "that reads the stream for the MLP. If it is built like Llama, its name alone is enough. "
+            "of layers, the modules whose outputs are added to the residual stream as attention and as MLP, the module that "
+            "reads the stream for the MLP, and the modules that go when attention or MLP is dropped. If it is "
+            "built like Llama, its name alone is enough. "
             f"Then add it to tests/families.py. Known: {', '.join(sorted(FAMILIES))}."
         )
     if family.unsupported:
@@ -124,11 +167,16 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         blocks = decoder.get_submodule(family.layers)
         layers = tuple(_take_apart(block, family) for block in blocks)
     except AttributeError as error:
-        raise LLMDropError(
-            f"A {config.model_type} model is not built as FAMILIES in llmdrop_utils/anatomy.py says ({error}). "
-            "transformers may have renamed a module: correct the entry."
-        ) from error
+        raise not_as_stated(config.model_type, error) from error
     return Anatomy(config.model_type, decoder, layers)
+
+
+def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
+    """The error to raise when a module that `FAMILIES` names is not there."""
+    return LLMDropError(
+        f"A {model_type} model is not built as FAMILIES in llmdrop_utils/anatomy.py says ({error}). "
+        "transformers may have renamed a module: correct the entry."
+    )
 
 
 def _take_apart(block: nn.Module, family: Family) -> Layer:

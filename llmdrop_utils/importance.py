@@ -8,6 +8,7 @@ layer's raw input and output. One forward pass without LM head gives all three k
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable
 
@@ -33,11 +34,13 @@ class Importance:
     per_sample: kind -> float64 (n_samples, n_layers), mean importance over the tokens of each sample
     weights: int64 (n_samples,), tokens counted in each sample
     histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
+    model: identity of the model, where `load_model` loaded it
     """
 
     per_sample: dict[str, np.ndarray]
     weights: np.ndarray
     histogram: dict[str, np.ndarray]
+    model: str | None = None
 
     def __repr__(self) -> str:
         n_samples, n_layers = self.per_sample["block"].shape
@@ -53,6 +56,14 @@ class Importance:
         """kind -> float64 (n_layers,): mean of cosine(X, Y) over all tokens."""
         return {kind: 1.0 - values for kind, values in self.importance.items()}
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the scores, in hex: what a drop plan records about where it came from."""
+        content = hashlib.sha256()
+        for kind in sorted(self.per_sample):
+            content.update(kind.encode() + np.ascontiguousarray(self.per_sample[kind], dtype=np.float64).tobytes())
+        return content.hexdigest()
+
     def order(self, kind: str) -> tuple[int, ...]:
         """Layer indices, most droppable (least important) first; ties by lower index."""
         return drop_order(self.importance[kind])
@@ -65,7 +76,7 @@ class Importance:
 
     def first(self, n: int) -> "Importance":
         """The same, from the first n samples (without the histogram, which is kept for all samples only)."""
-        return Importance({kind: rows[:n] for kind, rows in self.per_sample.items()}, self.weights[:n], {})
+        return Importance({kind: rows[:n] for kind, rows in self.per_sample.items()}, self.weights[:n], {}, self.model)
 
     def to_json(self) -> dict:
         """Plain lists, for the store."""
@@ -77,10 +88,10 @@ class Importance:
         }
 
     @classmethod
-    def from_json(cls, value: dict) -> "Importance":
-        """The inverse of `to_json`."""
+    def from_json(cls, value: dict, model: str | None = None) -> "Importance":
+        """The inverse of `to_json`; a record's key says which model it was."""
         arrays = lambda values: {kind: np.array(rows) for kind, rows in values.items()}  # noqa: E731
-        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]))
+        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]), model)
 
 
 def drop_order(importance: np.ndarray) -> tuple[int, ...]:
@@ -94,6 +105,7 @@ def measure_importance(
     batch_size: int = 4,
     attention_mask: torch.Tensor | None = None,
     on_batch: Callable[[int], None] = lambda n_tokens: None,
+    metric: str = "cosine",
 ) -> Importance:
     """Importance of every attention, MLP and block, in one forward pass without LM head (paper, eq. 1-6).
 
@@ -106,12 +118,15 @@ def measure_importance(
     attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
         positions are counted from the first token that counts.
     on_batch: called after each batch with the number of tokens done, for a progress bar.
+    metric: "cosine", 1 - cosine(X, Y); or the baseline "relative magnitude", |Y - X| / |Y| (paper, Table 7).
 
     Whatever the dtype of the model, products are formed in float32, cosines and means in float64: bfloat16 has only four
     values in [0.99, 1]. Raises LLMDropError for wrong input and if the model produces infinities.
     """
     anatomy = find_anatomy(model)
     _check(anatomy, tokens, attention_mask, batch_size)
+    if metric not in METRICS:
+        raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
     if attention_mask is not None:
         attention_mask = attention_mask.to("cpu", torch.long)
     n_samples, n_bins = len(tokens), len(BIN_EDGES) - 1
@@ -121,7 +136,7 @@ def measure_importance(
     device = model.get_input_embeddings().weight.device
     device = device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
     start = 0
-    with torch.inference_mode(), _evaluating(model), _Probe(anatomy) as probe:
+    with torch.inference_mode(), _evaluating(model), _Probe(anatomy, metric) as probe:
         while start < n_samples:
             rows = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[rows]
@@ -138,9 +153,8 @@ def measure_importance(
             histogram += counts
             start += len(tokens[rows])
             on_batch(tokens[rows].numel())
-    return Importance(
-        {kind: means[k] for k, kind in enumerate(KINDS)}, weights, {kind: histogram[k] for k, kind in enumerate(KINDS)}
-    )
+    by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
+    return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None))
 
 
 class _Probe:
@@ -149,8 +163,9 @@ class _Probe:
     Holds no more of the hidden states than the layer at hand. All hooks go when the block is left, errors included.
     """
 
-    def __init__(self, anatomy: Anatomy):
+    def __init__(self, anatomy: Anatomy, metric: str):
         self.anatomy = anatomy
+        self.metric = METRICS[metric]
         self.handles: list = []
         self.checked = False  # the sum of parts is compared with the whole in the first batch
         self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # kind -> a few rows of x and of what is added
@@ -239,8 +254,9 @@ class _Probe:
 
     def _record(self, kind: str, index: int, x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
         x = x.to(y.device)
+        y = y if y.ndim else y.expand_as(x)  # a sub-layer that was dropped adds a single zero
         # Stays on its device until the batch is done: fetching it here would stall a GPU at every sub-layer.
-        self.values[kind, index] = _token_importance(x, y, scale, y_is_sum=kind == "block").float()
+        self.values[kind, index] = self.metric(*_dots(x, y, scale, y_is_sum=kind == "block")).float()
         self.dtype = y.dtype
         if not self.checked:  # a copy: some models go on to add into this tensor
             self.seen[kind] = (_first_rows(x), _first_rows(y) * scale)
@@ -267,12 +283,8 @@ class _Probe:
                 )
 
 
-def _token_importance(x: torch.Tensor, y: torch.Tensor, scale: float, y_is_sum: bool) -> torch.Tensor:
-    """1 - cosine(x, x + a), float64 (tokens,), for x (..., d) and a = scale * y, or a = y - x if `y_is_sum`.
-
-    Written with a instead of x + a, so that rounding does not grow as the cosine nears 1:
-    sin^2 = (|x|^2 |a|^2 - (x.a)^2) / (|x|^2 |x + a|^2), 1 - cos = sin^2 / (1 + cos). A zero vector has cosine 0.
-    """
+def _dots(x: torch.Tensor, y: torch.Tensor, scale: float, y_is_sum: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x.x, x.a and a.a, each float64 (tokens,), for x (..., d) and a = scale * y, or a = y - x if `y_is_sum`."""
     width = x.shape[-1]
     x, y = x.reshape(-1, width), y.reshape(-1, width)
     step = max(1, PIECE.get(x.device.type, PIECE["cuda"]) // width)
@@ -283,14 +295,29 @@ def _token_importance(x: torch.Tensor, y: torch.Tensor, scale: float, y_is_sum: 
         for row, (u, v) in zip(dots, ((p, p), (p, a), (a, a)), strict=True):
             row[start : start + step] = (u * v).sum(-1)
     xx, xa, aa = dots
-    if not y_is_sum:
-        xa, aa = xa * scale, aa * scale**2
-    yy = (xx + 2 * xa + aa).clamp(min=0)
-    product = xx * yy
+    return (xx, xa, aa) if y_is_sum else (xx, xa * scale, aa * scale**2)
+
+
+def _one_minus_cosine(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
+    """1 - cosine(x, x + a).
+
+    Written with a instead of x + a, so that rounding does not grow as the cosine nears 1:
+    sin^2 = (|x|^2 |a|^2 - (x.a)^2) / (|x|^2 |x + a|^2), 1 - cos = sin^2 / (1 + cos). A zero vector has cosine 0.
+    """
+    product = xx * (xx + 2 * xa + aa).clamp(min=0)
     cosine = ((xx + xa) / product.sqrt()).clamp(-1, 1)
     sine2 = ((xx * aa - xa * xa) / product).clamp(0, 1)
     importance = torch.where(cosine > 0, sine2 / (1 + cosine), 1 - cosine)
     return torch.where(product == 0, 1.0, importance)
+
+
+def _relative_magnitude(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
+    """|a| / |x + a|; 1 where both are zero vectors."""
+    ratio = (aa / (xx + 2 * xa + aa).clamp(min=0)).sqrt()
+    return torch.where(ratio.isnan(), 1.0, ratio)
+
+
+METRICS = {"cosine": _one_minus_cosine, "relative magnitude": _relative_magnitude}
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.dtype:

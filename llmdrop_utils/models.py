@@ -124,6 +124,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             local_files_only=True,
             offload_folder=str(CACHE / "offload"),
         )
+        model.llmdrop_identity = located.identity  # drop plans remember which model they were made for
         return model.eval(), load_tokenizer(located)
     except torch.OutOfMemoryError as error:
         raise LLMDropError(

@@ -24,6 +24,26 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """Held-out text of the first calibration corpus: the blocks after those that importance is measured on."""
+
+    n_samples: int
+    seq_len: int
+    n_drop: list[int]  # how many sub-layers of each kind (and jointly) are dropped, dense apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Tasks of data/tasks.yaml, and how many sub-layers of which kind are dropped for them, dense apart."""
+
+    names: list[str]
+    data: str  # "package" or "hub"
+    limit: int | None  # documents of each task (of each subject of a group), the first ones; null: all
+    num_fewshot: int | None  # null: the paper's number for each task
+    n_drop: dict[str, list[int]]  # "attention", "mlp", "block", "joint"
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """One kind of run. `run` names its folder under figures/, notebooks/rendered/ and data/results/."""
 
@@ -32,6 +52,9 @@ class Profile:
     models: list[str]  # anything `load_model` takes
     calibration: Calibration
     n_drop: list[int]  # how many most droppable layers the overlap between rankings is counted for
+    text: Text
+    tasks: Tasks
+    iterative: list[int]  # how many attention layers are dropped one by one, measuring again in between
     model: str | None = None  # set when the run is for one model of the user's choice
 
     @property
@@ -43,6 +66,9 @@ def short_name(model: str) -> str:
     """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model"."""
     last = Path(re.sub(r"^([\w.-]+/[\w.-]+)@.*$", r"\1", model.rstrip("/"))).name  # a hub id without its commit
     return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
+
+
+PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks}  # keys of a profile that have keys of their own
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:
@@ -58,12 +84,15 @@ def load_profile(name: str, model: str | None = None) -> Profile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise LLMDropError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("calibration"), dict):
-        raise LLMDropError(f"{path.name} must hold the keys of a profile, among them calibration with keys of its own.")
+    if not isinstance(content, dict):
+        raise LLMDropError(f"{path.name} must hold the keys of a profile.")
+    for key, part in PARTS.items():
+        if not isinstance(content.get(key), dict):
+            raise LLMDropError(f"{path.name} must hold the key {key!r} with keys of its own.")
+        content[key] = _build(part, content[key], f"{path.name}, under {key}")
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {path.name}: it is set by the command.")
-    calibration = _build(Calibration, content.pop("calibration"), f"{path.name}, under calibration")
-    profile = _build(Profile, {**content, "name": name, "calibration": calibration, "model": model}, path.name)
+    profile = _build(Profile, {**content, "name": name, "model": model}, path.name)
     return profile if model is None else dataclasses.replace(profile, models=[model])
 
 
@@ -94,11 +123,21 @@ def _fits(value, kind) -> bool:
     if kind in (list[str], list[int]):
         item = kind.__args__[0]
         return isinstance(value, list) and bool(value) and all(_fits(v, item) for v in value)
+    if kind == dict[str, list[int]]:
+        return isinstance(value, dict) and bool(value) and all(_fits(v, list[int]) for v in value.values())
+    if kind == int | None:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
     return isinstance(value, kind)
 
 
 def _words(kind) -> str:
-    words = {int: "a positive integer", list[int]: "a list of positive integers", list[str]: "a list of names"}
+    words = {
+        int: "a positive integer",
+        int | None: "an integer, or null",
+        list[int]: "a list of positive integers",
+        list[str]: "a list of names",
+        dict[str, list[int]]: "lists of positive integers, by name",
+    }
     return words.get(kind, "text")

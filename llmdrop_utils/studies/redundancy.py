@@ -1,42 +1,19 @@
-"""What each notebook needs measured: work items over a profile -> tidy tables.
+"""Notebook 01: importance of every sub-layer on each corpus, and what follows from it."""
 
-Here alone do measuring functions meet profiles and the store. A study lists its work, measures what no record holds
-yet (with progress and time left), and condenses the records into small tables. Figures and claims read nothing else.
-"""
-
-import contextlib
-import dataclasses
-import gc
 import itertools
 import json
-import resource
-import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm import tqdm
 
-from . import importance as imp
-from . import stats
-from .anatomy import family_of
-from .calibration import fingerprint, load_documents, load_tokens
-from .importance import KINDS, Importance, drop_order, measure_importance
-from .models import (
-    LocatedModel,
-    attention_implementation,
-    default_dtype,
-    load_config,
-    load_located,
-    load_tokenizer,
-    locate_available,
-)
-from .profiles import Profile
-from .store import RESULTS, Store, code_provenance
-from .tables import Tables, without_paths, write_tables
-from .workspace import ROOT, DiskFull, LLMDropError, NotAvailable
+from .. import stats
+from ..importance import KINDS, Importance, drop_order
+from ..models import LocatedModel, locate_available
+from ..profiles import Profile
+from ..store import RESULTS, Store
+from ..tables import Tables, write_tables
+from ..workspace import ROOT, NotAvailable
+from .work import available_corpora, importance_of, importance_work, measure_all, not_run_table, one_of_many
 
 MAYBE_EMPTY = {  # columns of the tables that can be without rows
     "published": ["model", "corpus", "kind", "n_drop", "shared", "by_chance", "theirs", "ours"],
@@ -54,14 +31,14 @@ def similarity(profile: Profile, force: bool = False) -> Tables:
     the table `not_run` with the reason.
     """
     store, not_run = Store(), {}
-    corpora = _available_corpora(profile, not_run)
+    corpora = available_corpora(profile, not_run)
     located, missing = locate_available(profile.models)
     not_run |= missing
     work = []
     for model in located:
-        with _one_of_many(model, profile, not_run):
-            work += _importance_work(model, corpora, profile)
-    _measure(work, store, force, profile, not_run)
+        with one_of_many(model, profile, not_run):
+            work += importance_work(model, corpora, profile)
+    measure_all(work, store, force, profile, not_run)
     work = [item for item in work if item.model.name not in not_run]
     if not work:
         raise NotAvailable("Nothing could be measured:\n" + "\n".join(not_run.values()))
@@ -69,135 +46,13 @@ def similarity(profile: Profile, force: bool = False) -> Tables:
     provenance = []
     for _, items in itertools.groupby(work, key=lambda item: item.model):
         items = list(items)
-        records = [store.get(item.key) for item in items]
-        scores = {i.corpus: Importance.from_json(r["value"]) for i, r in zip(items, records, strict=True)}
+        scores = {item.corpus: importance_of(item, store) for item in items}
         for table, more in _similarity_rows(scores, items[0].model, profile).items():
             rows.setdefault(table, []).extend({"model": items[0].model.name} | row for row in more)
-        provenance += [r["provenance"] for r in records]
+        provenance += [store.get(item.keys[0])["provenance"] for item in items]
     tables = {name: pd.DataFrame(r) if r else pd.DataFrame(columns=MAYBE_EMPTY[name]) for name, r in rows.items()}
-    reasons = [{"what": what, "reason": without_paths(reason)} for what, reason in not_run.items()]
-    tables["not_run"] = pd.DataFrame(reasons, columns=["what", "reason"])
+    tables["not_run"] = not_run_table(not_run)
     return write_tables(tables, RESULTS / profile.run / "01_similarity", provenance)
-
-
-STUDIES: dict[str, Callable[[Profile, bool], Tables]] = {"01_similarity": similarity}  # notebook -> its study
-
-
-# ---- work items -----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One value to measure: the importance of all sub-layers of one model on one corpus."""
-
-    model: LocatedModel
-    corpus: str
-    tokens: torch.LongTensor
-    batch_size: int
-    dtype: torch.dtype
-    attention: str  # "sdpa" or "eager"
-
-    @property
-    def key(self) -> dict:
-        """Everything that determines the value. The batch size does not: it moves results by rounding only."""
-        return {
-            "measurement": "importance",
-            "version": imp.VERSION,
-            "model": self.model.identity,
-            "tokens": fingerprint(self.tokens),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "attention": self.attention,
-        }
-
-
-def _available_corpora(profile: Profile, not_run: dict[str, str]) -> list[str]:
-    """The corpora that can be had here; of several, those that cannot go into `not_run`. Unknown ones are an error."""
-    available = []
-    for corpus in profile.calibration.corpora:
-        try:
-            load_documents(corpus)
-            available.append(corpus)
-        except NotAvailable as reason:
-            if len(profile.calibration.corpora) == 1:
-                raise
-            not_run[f"corpus {corpus}"] = str(reason)
-    if not available:
-        raise NotAvailable("None of the corpora can be had here:\n" + "\n".join(not_run.values()))
-    return available
-
-
-def _importance_work(model: LocatedModel, corpora: list[str], profile: Profile) -> list[Work]:
-    family_of(load_config(model))  # an unknown family is refused before its weights are loaded
-    calibration, tokenizer, attention = profile.calibration, load_tokenizer(model), attention_implementation(model)
-    work = []
-    for i, corpus in enumerate(corpora):  # the first corpus also serves the sample-count study
-        n_samples = max([calibration.n_samples, *calibration.sample_counts]) if i == 0 else calibration.n_samples
-        tokens = load_tokens(corpus, tokenizer, n_samples, calibration.seq_len)
-        work.append(Work(model, corpus, tokens, calibration.batch_size, default_dtype(), attention))
-    return work
-
-
-@contextlib.contextmanager
-def _one_of_many(model: LocatedModel, profile: Profile, not_run: dict[str, str]):
-    """What keeps one of several models from being measured goes into `not_run`; the others are still measured."""
-    try:
-        yield
-    except DiskFull:
-        raise
-    except LLMDropError as reason:
-        if len(profile.models) == 1:
-            raise
-        not_run[model.name] = str(reason)
-
-
-def _measure(work: list[Work], store: Store, force: bool, profile: Profile, not_run: dict[str, str]) -> None:
-    """Measure what the store lacks, one model in memory at a time; each value is stored as soon as it is there."""
-    missing = [item for item in work if force or store.get(item.key) is None]
-    if not missing:
-        return
-    total = sum(item.tokens.numel() for item in missing)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=2, desc="importance", file=sys.stderr) as bar:
-        for model, items in itertools.groupby(missing, key=lambda item: item.model):
-            with _one_of_many(model, profile, not_run):
-                _measure_model(list(items), store, bar)
-
-
-def _measure_model(items: list[Work], store: Store, bar: tqdm) -> None:
-    """Load the model that all items share, measure them, and let go of its memory, errors included."""
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(device)
-    model = None
-    try:
-        model, _ = load_located(items[0].model, items[0].dtype)
-        for item in items:
-            bar.set_postfix_str(f"{item.model.name}, {item.corpus}")
-            started = time.monotonic()
-            scores = measure_importance(model, item.tokens, item.batch_size, on_batch=bar.update)
-            store.put(item.key, scores.to_json(), _provenance(item, model, time.monotonic() - started))
-    finally:
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _provenance(item: Work, model: torch.nn.Module, seconds: float) -> dict:
-    devices = sorted({str(p.device) for p in model.parameters()})
-    # On a CPU, the peak of the whole process so far; on GPUs, of this model.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if torch.cuda.is_available():
-        peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    return code_provenance() | {
-        "model": item.model.name,
-        "model_identity": item.model.identity,
-        "corpus": item.corpus,
-        "tokens": list(item.tokens.shape),
-        "tokens_sha256": fingerprint(item.tokens),
-        "dtype": str(item.dtype).removeprefix("torch."),
-        "devices": devices,
-        "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 # ---- notebook 01: from scores to rows -------------------------------------------------------------------------------

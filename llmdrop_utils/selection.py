@@ -1,0 +1,142 @@
+"""Importance scores -> drop plans: one-shot (paper, Sec. 3 and 7), iterative and consecutive forms, and baselines."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .anatomy import find_anatomy
+from .dropping import DropPlan, skipping
+from .importance import KINDS, Importance, measure_importance
+from .workspace import LLMDropError
+
+SELECTIONS = (*KINDS, "joint")
+
+
+def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
+    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first.
+
+    Joint: attention and MLP in one ranking, without rescaling (paper, Sec. 7). Ties go to the lower layer, and in the
+    joint ranking to attention.
+    """
+    if kind not in SELECTIONS:
+        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(SELECTIONS)}.")
+    kinds = ("attention", "mlp") if kind == "joint" else (kind,)
+    ranked = [(value, k) for k in kinds for value in scores.importance[k]]
+    names = [(k, layer) for k in kinds for layer in range(scores.importance[k].size)]
+    order = np.argsort([value for value, _ in ranked], kind="stable")
+    return [names[i] for i in order]
+
+
+def select(scores: Importance, kind: str, n_drop: int) -> DropPlan:
+    """The n most droppable of a kind ("attention", "mlp", "block", "joint"), ranked once on the dense model.
+
+    The plan of n is the beginning of the plan of n + 1. A block counts as one, though attention and MLP both go. Raises
+    LLMDropError if there are not so many.
+    """
+    sequence = drop_sequence(scores, kind)
+    check_count(n_drop, len(sequence), kind)
+    return plan_of(sequence[:n_drop], scores)
+
+
+def plan_of(chosen: list[tuple[str, int]], scores: Importance) -> DropPlan:
+    """The plan that drops ("attention" | "mlp" | "block", layer) in this order."""
+    return DropPlan(
+        attention=tuple(layer for kind, layer in chosen if kind in ("attention", "block")),
+        mlp=tuple(layer for kind, layer in chosen if kind in ("mlp", "block")),
+        n_layers=scores.importance["block"].size,
+        model=scores.model,
+        scores=scores.fingerprint,
+    )
+
+
+def check_count(n_drop: int, available: int, kind: str) -> None:
+    """Raise LLMDropError unless 0 <= n_drop <= available."""
+    if not 0 <= n_drop <= available:
+        raise LLMDropError(f"Cannot drop {n_drop} {kind} layers: this model has {available} to drop.")
+
+
+def select_iteratively(
+    model: torch.nn.Module,
+    tokens: torch.LongTensor,
+    kind: str,
+    n_drop: int,
+    batch_size: int = 4,
+    on_step: Callable[[int], None] = lambda n_dropped: None,
+) -> DropPlan:
+    """Drop the most droppable, measure again on the model without it, and so on (paper, App. B).
+
+    All other sub-layers keep running, those of the same layer too; the official code skips the whole layer. The
+    first pass is that of `select` on the same tokens.
+    """
+    n_layers = len(find_anatomy(model))
+    check_count(n_drop, 2 * n_layers if kind == "joint" else n_layers, kind)
+    chosen: list[tuple[str, int]] = []
+    first = plan = None
+    while len(chosen) < n_drop:
+        with skipping(model, plan or DropPlan()):
+            scores = measure_importance(model, tokens, batch_size)
+        first = first or scores
+        chosen.append(next(item for item in drop_sequence(scores, kind) if item not in chosen))
+        plan = plan_of(chosen, first)
+        on_step(len(chosen))
+    return plan or DropPlan(n_layers=n_layers)
+
+
+def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, n_drop: int, batch_size: int = 4) -> DropPlan:
+    """The n blocks in a row whose input and output are most similar: mean cosine over tokens, as for a single block.
+
+    Keeps the inputs of n blocks of one batch at a time. The official code scores n + 1 blocks and drops n.
+    """
+    anatomy = find_anatomy(model)
+    check_count(n_drop, len(anatomy), "block")
+    if n_drop == 0:
+        return DropPlan(n_layers=len(anatomy))
+    inputs: dict[int, torch.Tensor] = {}
+    sums = torch.zeros(len(anatomy) - n_drop + 1, dtype=torch.float64)
+
+    def keep(index, module, args, kwargs):
+        inputs[index] = args[0] if args else kwargs["hidden_states"]
+
+    def compare(index, module, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        first = index - n_drop + 1
+        if first >= 0:
+            x = inputs.pop(first).to(output.device)
+            sums[first] += torch.cosine_similarity(x.double(), output.double(), dim=-1).sum().cpu()
+
+    handles = []
+    device = model.get_input_embeddings().weight.device
+    try:
+        for index, layer in enumerate(anatomy.layers):
+            before, after = functools.partial(keep, index), functools.partial(compare, index)
+            handles.append(layer.block.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.block.register_forward_hook(after))
+        with torch.inference_mode():
+            for start in range(0, len(tokens), batch_size):
+                anatomy.decoder(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = int(sums.argmax())
+    layers = tuple(range(first, first + n_drop))
+    return DropPlan(layers, layers, len(anatomy), getattr(model, "llmdrop_identity", None))
+
+
+def select_last(n_layers: int, kind: str, n_drop: int) -> DropPlan:
+    """Baseline: the last n layers, the very last first (paper, Table 7, "reverse order")."""
+    return _by_layer(range(n_layers - 1, -1, -1), n_layers, kind, n_drop)
+
+
+def select_at_random(n_layers: int, kind: str, n_drop: int, seed: int) -> DropPlan:
+    """Baseline: n layers drawn without replacement; the plan of n is the beginning of the plan of n + 1."""
+    return _by_layer(np.random.default_rng(seed).permutation(n_layers), n_layers, kind, n_drop)
+
+
+def _by_layer(order, n_layers: int, kind: str, n_drop: int) -> DropPlan:
+    if kind not in KINDS:
+        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(KINDS)}.")
+    check_count(n_drop, n_layers, kind)
+    layers = tuple(int(layer) for layer in order)[:n_drop]
+    return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else (), n_layers)

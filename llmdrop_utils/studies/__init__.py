@@ -1,0 +1,18 @@
+"""What each notebook needs measured: work items over a profile -> tidy tables.
+
+Here alone do measuring functions meet profiles and the store. A study lists its work, measures what no record holds
+yet (with progress and time left), and condenses the records into small tables. Figures and claims read nothing else.
+"""
+
+from collections.abc import Callable
+
+from ..profiles import Profile
+from ..tables import Tables
+from .quality import drop_curves, joint_drop
+from .redundancy import similarity
+
+STUDIES: dict[str, Callable[[Profile, bool], Tables]] = {  # notebook -> its study
+    "01_similarity": similarity,
+    "02_drop_curves": drop_curves,
+    "03_joint_drop": joint_drop,
+}
