@@ -207,7 +207,10 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
 
     located, not_run = locate_available(profile.models)
     facts = [parameters, dataclasses.asdict(profile), [model.identity for model in located], sorted(not_run)]
-    facts += [str(default_dtype()), *(version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "lm_eval"))]
+    facts += [
+        str(default_dtype()),
+        *(version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "lm_eval")),
+    ]
     content = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     package, data = (ROOT / "llmdrop_utils").rglob("*.py"), (ROOT / "data").glob("*.*")
     tokenizers = [file for model in located for file in sorted(model.folder.glob("*token*"))]

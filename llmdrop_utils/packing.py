@@ -12,7 +12,9 @@ import torch
 
 Request = tuple[list[int], list[int]]  # token ids of context (one at least) and of continuation
 
-ROW = 256  # tokens in a row: longer rows waste attention on what is masked, shorter ones leave gaps
+# Tokens in a row: longer rows waste attention on what is masked, shorter ones leave gaps. A tree with a longer beginning may
+# grow to twice its length.
+ROW = 256
 PREFIX = 128  # a common beginning is kept apart from this length on; below it, computing it with each row costs less
 BRANCH = 8  # requests that share fewer tokens than this (and less than half of theirs) go into different trees
 
@@ -153,7 +155,7 @@ def _trees(members: list[int], inputs: list[list[int]], sequences: list, n_prefi
         tokens = inputs[i][n_prefix:]
         shared = _common(before, tokens)
         same = shared == len(before) == len(tokens)
-        fits = trees and len(trees[-1]) + len(tokens) - shared <= ROW
+        fits = trees and len(trees[-1]) + len(tokens) - shared <= max(ROW, 2 * shared)
         if not trees or not (same or (branch and fits and shared >= min(BRANCH, len(tokens) // 2))):
             trees.append(Row([], [], []))
             shared, path = 0, []
