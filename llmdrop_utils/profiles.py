@@ -44,6 +44,14 @@ class Tasks:
 
 
 @dataclasses.dataclass(frozen=True)
+class Iterative:
+    """Attention dropped one layer at a time, measuring again in between, against all at once (paper, Fig. 9)."""
+
+    n_samples: int  # the first blocks of the first corpus, for both ways
+    n_drop: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """One kind of run. `run` names its folder under figures/, notebooks/rendered/ and data/results/."""
 
@@ -54,7 +62,7 @@ class Profile:
     n_drop: list[int]  # how many most droppable layers the overlap between rankings is counted for
     text: Text
     tasks: Tasks
-    iterative: list[int]  # how many attention layers are dropped one by one, measuring again in between
+    iterative: Iterative
     model: str | None = None  # set when the run is for one model of the user's choice
 
     @property
@@ -68,7 +76,12 @@ def short_name(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
 
 
-PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks}  # keys of a profile that have keys of their own
+PARTS = {
+    "calibration": Calibration,
+    "text": Text,
+    "tasks": Tasks,
+    "iterative": Iterative,
+}  # keys of a profile that have keys of their own
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:

@@ -296,10 +296,11 @@ def _score_batch(run: _Run, batch: Batch, result: Scores, kl: bool) -> None:
             here = (which >= start) & (which < start + rows)
             index, token = (torch.from_numpy(x[here]).to(states.device) for x in (which - start, target))
             logits = run.logits(states[chosen])
-            best = logits.argmax(-1)
-            logits = logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
-            logprob[i, here] = logits[index, token.to(logits.device)].cpu().numpy()
+            best, total = logits.argmax(-1), logits.logsumexp(-1)
+            logprob[i, here] = (logits[index, token] - total[index]).cpu().numpy()
             hits[i, here] = (best[index] == token).cpu().numpy()
+            if kl:
+                logits -= total[:, None]  # now log-probabilities
             if kl and i == 0:
                 first.append(logits)
             elif kl:

@@ -84,19 +84,20 @@ def _measure(profile: Profile, force: bool, kinds: tuple[str, ...]) -> tuple[lis
     iterative: list[Work] = []
     if "joint" in kinds:
         for item in (item for item in scoring if item.model.name not in not_run):
-            tokens = item.tokens[: profile.calibration.n_samples]
-            shared = {"tokens": tokens, "batch_size": item.batch_size, "n_drop": max(profile.iterative)}
+            tokens = item.tokens[: profile.iterative.n_samples]
+            shared = {"tokens": tokens, "batch_size": item.batch_size, "n_drop": max(profile.iterative.n_drop)}
             iterative.append(IterativeWork(**identity_of(item.model), **shared))
         measure_all(iterative, store, force, profile, not_run)
     measured, work = [], []
     for item in (item for item in scoring if item.model.name not in not_run):
-        scores = importance_of(item, store).first(profile.calibration.n_samples)
+        scores = importance_of(item, store)
         order = next((store.get(i.keys[0])["value"]["attention"] for i in iterative if i.model == item.model), [])
         plans = _plans(scores, profile, kinds, order)
         with one_of_many(item.model, profile, not_run):
             of_model = [_text_work(item, plans, profile)]
             of_model += task_work(item.model, members, _unique(plans, _task_cells(profile, kinds, plans)), profile)
-            measured.append(_Measured(item.model, scores, plans, of_model, store, profile))
+            of_run = scores.first(profile.calibration.n_samples)
+            measured.append(_Measured(item.model, of_run, plans, of_model, store, profile))
             work += of_model
     measure_all(work, store, force, profile, not_run)
     measured = [m for m in measured if m.model.name not in not_run]
@@ -125,13 +126,14 @@ def _available_tasks(profile: Profile, not_run: dict[str, str]) -> dict[str, lis
 def _plans(scores: Importance, profile: Profile, kinds: tuple[str, ...], iterative: list[int]) -> dict[Cell, DropPlan]:
     """The plan of every cell of the curves. A count that a model does not have is left out: profiles serve several."""
     plans = {("dense", 0): DENSE}
+    few, scores = scores.first(profile.iterative.n_samples), scores.first(profile.calibration.n_samples)
     for kind in kinds:
         for n in sorted({*profile.text.n_drop, *profile.tasks.n_drop.get(kind, [])}):
             if n < len(drop_sequence(scores, kind)):  # with all of a kind gone there is nothing left to compare
                 plans[kind, n] = select(scores, kind, n)
-    for n in profile.iterative if iterative else []:
-        plans["iterative", n] = DropPlan(tuple(iterative[:n]), (), scores.importance["block"].size, scores.model)
-        plans["attention", n] = select(scores, "attention", n)
+    for n in profile.iterative.n_drop if iterative else []:
+        plans["one-shot", n] = select(few, "attention", n)
+        plans["iterative", n] = dataclasses.replace(plans["one-shot", n], attention=tuple(iterative[:n]))
     return plans
 
 
@@ -209,7 +211,7 @@ class _Measured:
         intervals = {name: stats.interval(values) for name, values in draws.items()}
         rows = []
         for i, (kind, n) in enumerate(values):
-            if kind == "iterative":
+            if kind in ("one-shot", "iterative"):
                 continue
             row = {"corpus": self.work[0].corpus, "kind": kind, "n": n, "sub_layers": self.plans[kind, n].n_drop}
             for name in draws:
@@ -223,7 +225,7 @@ class _Measured:
         """How many of a kind can go before less than 90 % of the dense model's next-token accuracy is retained."""
         cells, _, _, draws, point = self.text
         rows = []
-        for kind in dict.fromkeys(kind for kind, _ in cells if kind not in ("dense", "iterative")):
+        for kind in dict.fromkeys(kind for kind, _ in cells if kind in (*SINGLE, "joint")):
             counts = sorted(n for k, n in cells if k == kind)
             columns = [cells.index((kind, n)) for n in counts]
             kept = np.vstack([point[columns], draws[:, columns]]) >= KEEP
@@ -317,12 +319,10 @@ class _Measured:
         """Iterative against one-shot: nats per token lost by dropping one by one (negative: iterative is better)."""
         cells, nll, draws, _, _ = self.text
         rows = []
-        for n in self.profile.iterative:
-            if ("iterative", n) not in cells:
-                continue
-            i, j = cells.index(("iterative", n)), cells.index(("attention", n))
+        for n in (n for kind, n in cells if kind == "iterative"):
+            i, j = cells.index(("iterative", n)), cells.index(("one-shot", n))
             low, high = stats.interval(draws[:, i] - draws[:, j])
-            ours, theirs = self.plans["iterative", n].attention, self.plans["attention", n].attention
+            ours, theirs = self.plans["iterative", n].attention, self.plans["one-shot", n].attention
             rows.append({"n": n, "shared": len({*ours} & {*theirs}), "one_shot": np.exp(nll[:, j].mean()),
                          "iterative": np.exp(nll[:, i].mean()), "difference": (nll[:, i] - nll[:, j]).mean(),
                          "low": low, "high": high, "one_shot_layers": " ".join(map(str, theirs)),
