@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, find_anatomy
-from .dropping import DropPlan, check_plan, skipping
+from .anatomy import Anatomy, family_of, find_anatomy
+from .dropping import Dropped, DropPlan, check_plan, skipping
 from .packing import Batch, Group, Request, pack
 from .workspace import LLMDropError
 
@@ -167,10 +167,10 @@ class _Run:
         if group.prefix:
             tokens = torch.tensor([group.prefix])
             positions = torch.arange(self.n_prefix)[None]
-            caches = [DynamicCache() for _ in self.steps]
+            caches = [DynamicCache() if self._has_attention(step.plan) else None for step in self.steps]
             for _ in self._plans(tokens, positions, None, caches):
                 pass
-            self.prefix = [_shared(cache) for cache in caches]
+            self.prefix = [cache if cache is None else _shared(cache) for cache in caches]
 
     def states(self, batch: Batch) -> Iterator[torch.Tensor]:
         """For each plan, the final hidden states of a batch (B * T, d), after the last norm."""
@@ -204,6 +204,12 @@ class _Run:
             if len(self.blocks) in step.keep:
                 kept[i, len(self.blocks)] = states
             yield states
+
+    def _has_attention(self, plan: DropPlan) -> bool:
+        """Is any attention left? Without, there is nothing to hold."""
+        name, *_ = family_of(self.anatomy.decoder.config).attention_unit
+        left = [layer for layer, block in enumerate(self.blocks) if not isinstance(block.get_submodule(name), Dropped)]
+        return not set(left) <= set(plan.attention)
 
     def _decode(self, tokens, positions, mask, cache) -> torch.Tensor:
         given = {} if cache is None else {"past_key_values": cache}
@@ -294,8 +300,8 @@ def _score_batch(run: _Run, batch: Batch, result: Scores, kl: bool) -> None:
         for piece, start in enumerate(range(0, len(unique), rows)):
             chosen = torch.from_numpy(unique[start : start + rows]).to(states.device)
             here = (which >= start) & (which < start + rows)
-            index, token = (torch.from_numpy(x[here]).to(states.device) for x in (which - start, target))
             logits = run.logits(states[chosen])
+            index, token = (torch.from_numpy(x[here]).to(logits.device) for x in (which - start, target))
             best, total = logits.argmax(-1), logits.logsumexp(-1)
             logprob[i, here] = (logits[index, token] - total[index]).cpu().numpy()
             hits[i, here] = (best[index] == token).cpu().numpy()

@@ -108,6 +108,7 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
 
     handles = []
     device = model.get_input_embeddings().weight.device
+    device = device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
     try:
         for index, layer in enumerate(anatomy.layers):
             before, after = functools.partial(keep, index), functools.partial(compare, index)

@@ -61,29 +61,37 @@ def keep_as_reference(run: str) -> Path:
     return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.done")))
 
 
-def distance_from_reference(run: str) -> pd.DataFrame | None:
-    """How far the importance measured in this run is from the committed one; None if nothing comparable is committed.
+COMPARED = [  # notebook, table, what makes a row, the value
+    ("01_similarity", "importance", ["model", "kind", "corpus", "layer"], "importance"),
+    ("02_drop_curves", "text", ["model", "kind", "corpus", "n"], "perplexity"),
+    ("02_drop_curves", "tasks", ["model", "kind", "task", "n"], "value"),
+]
 
-    One row per model and kind: number of values compared, largest difference relative to the reference, and the rank
-    correlation of the two.
+
+def distance_from_reference(run: str) -> pd.DataFrame | None:
+    """How far the values measured in this run are from the committed ones; None if nothing comparable is committed.
+
+    One row per table, model and kind: number of values compared, largest difference relative to the reference, and the
+    rank correlation of the two.
     """
-    name = Path("01_similarity") / "importance.csv"
-    if not (REFERENCE / run / name).exists() or not (RESULTS / run / name).exists():
-        return None
-    keys = ["model", "corpus", "kind", "layer"]
-    pair = [pd.read_csv(folder / run / name).set_index(keys)["importance"] for folder in (REFERENCE, RESULTS)]
-    both = pd.concat(pair, axis=1, join="inner", keys=["reference", "here"])
     rows = []
-    for (model, kind), group in both.groupby(["model", "kind"], sort=False):
-        relative = float((group["here"] / group["reference"] - 1).abs().max())
-        correlation = float(rank_correlation(group["reference"].to_numpy(), group["here"].to_numpy()))
-        rows.append(
-            {
-                "model": model,
-                "kind": kind,
-                "values": len(group),
-                "largest relative difference": relative,
-                "rank correlation": correlation,
-            }
-        )
-    return pd.DataFrame(rows)
+    for notebook, table, keys, column in COMPARED:
+        files = [folder / run / notebook / f"{table}.csv" for folder in (REFERENCE, RESULTS)]
+        if not all(file.exists() for file in files):
+            continue
+        pair = [pd.read_csv(file).set_index(keys)[column] for file in files]
+        both = pd.concat(pair, axis=1, join="inner", keys=["reference", "here"])
+        for (model, kind), group in both.groupby(["model", "kind"], sort=False):
+            relative = float((group["here"] / group["reference"] - 1).abs().max())
+            correlation = float(rank_correlation(group["reference"].to_numpy(), group["here"].to_numpy()))
+            rows.append(
+                {
+                    "table": table,
+                    "model": model,
+                    "kind": kind,
+                    "values": len(group),
+                    "largest relative difference": relative,
+                    "rank correlation": correlation,
+                }
+            )
+    return pd.DataFrame(rows) if rows else None

@@ -78,6 +78,38 @@ def published(shared):
     return {"importance": importance, "published": rows if shared is not None else rows.iloc[:0]}
 
 
+def average(retained, n=8, n_layers=32):
+    rows = {"kind": ["dense", "attention"], "n": [0, n], "tasks": 2, "retained": [1.0, retained]}
+    return {"models": frame(n_layers=[n_layers]), "average": frame(**rows, retained_low=0.9, retained_high=1.0)}
+
+
+def half(low, model="llama-2-70b"):
+    rows = {"kind": ["attention"], "n": [40], "points_lost": [low + 1], "points_lost_low": [low], "points_lost_high": [low + 2]}
+    tables = {"models": frame(n_layers=[80]), "average": frame(**rows)}
+    return {name: table.assign(model=model) for name, table in tables.items()}
+
+
+def series(large):
+    rows = {"kind": "attention", "n": [4, 8] * 2, "retained": [0.99, 0.9, 0.99, large]}
+    models = ["llama-2-13b", "llama-2-70b"]
+    layers = pd.DataFrame({"model": models, "n_layers": [40, 40]})
+    return {"models": layers, "average": pd.DataFrame(rows).assign(model=[m for m in models for _ in range(2)])}
+
+
+def gaps(low, kind="attention", measure="tasks"):
+    rows = {"n": [8, 8], "kind": kind, "other": ["attention" if kind == "joint" else "block", "mlp"], "measure": measure}
+    table = frame(**rows, difference=0.1, low=[low, 0.05], high=0.2, same_plan=False)
+    return {"gaps": table, "average": frame(kind=["dense"]), "text": frame(kind=["dense"])}
+
+
+def first_mlp(low):
+    return {"first_mlp": frame(attention_before=[12], low=[low], high=[14], n_layers=[32])}
+
+
+def iterative(high):
+    return {"iterative": frame(n=[4, 8], difference=-0.1, low=-0.2, high=[0.1, high], shared=3)}
+
+
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
@@ -88,11 +120,37 @@ def published(shared):
         ("corpus_does_not_matter", corpora(0.82), corpora(0.78)),
         ("sample_count_does_not_matter", samples(0.95), samples(0.85)),
         ("published_lists", published(6), published(5)),
+        ("quarter_of_attention_keeps_quality", average(0.995), average(0.985)),
+        ("attention_beats_mlp_and_block", gaps(0.01), gaps(-0.01)),
+        ("half_of_attention", half(2.0), half(3.0)),
+        ("joint_goes_furthest", gaps(0.01, "joint", "text"), gaps(-0.01, "joint", "text")),
+        ("attention_goes_first", first_mlp(8), first_mlp(7)),
+        ("iterative_no_better", iterative(0.1), iterative(-0.01)),
     ],
 )
 def test_rules_come_out_both_ways(check, good, bad):
     assert [holds for _, holds, _ in claims.CHECKS[check](good)] == [True]
     assert [holds for _, holds, _ in claims.CHECKS[check](bad)] == [False]
+
+
+def test_larger_models_lose_less():
+    """The pair that both models of are there is judged; the other is not run."""
+    for retained, verdict in ((0.96, True), (0.9, False)):
+        found = list(claims.CHECKS["larger_models_lose_less"](series(retained)))
+        assert [holds for _, holds, _ in found] == [verdict, None]
+
+
+def test_claims_about_other_models_are_not_run():
+    ((_, holds, reason),) = claims.CHECKS["half_of_attention"](half(2.0, model="smollm2-135m"))
+    assert holds is None
+    assert "the claim is about a 70B model" in reason
+
+
+def test_joint_that_never_differs_from_attention_is_not_run():
+    tables = gaps(0.01, "joint", "text")
+    tables["gaps"]["same_plan"] = True
+    ((_, holds, _),) = claims.CHECKS["joint_goes_furthest"](tables)
+    assert holds is None
 
 
 def test_no_list_is_not_run():

@@ -23,6 +23,11 @@ PRODUCTS = ("figures/smoke", "notebooks/rendered/smoke")
 assert OUTPUT != ROOT, "the tests delete what lies under OUTPUT"
 
 
+def forbid_measuring(monkeypatch):
+    for name in ("measure_importance", "score_text", "score_task", "select_iteratively"):
+        monkeypatch.setattr(studies.work, name, lambda *a, **k: pytest.fail("measured"))
+
+
 def files(*folders):
     return {p.relative_to(OUTPUT): p.read_bytes() for f in folders for p in sorted((OUTPUT / f).rglob("*")) if p.is_file()}
 
@@ -43,19 +48,21 @@ def test_run_is_complete(smoke_run):
     for name in FIGURES:
         assert {f"figures/smoke/{name}{suffix}" for suffix in (".svg", ".pdf", ".png", ".csv")} <= names
     assert {"figures/smoke/scorecard.md", "figures/smoke/scorecard.csv"} <= names
-    page = nbformat.read(OUTPUT / "notebooks/rendered/smoke/01_similarity.ipynb", as_version=4)
-    code = [cell for cell in page.cells if cell.cell_type == "code"]
-    for cell in code:
-        ast.parse(cell.source)
-    assert code[1].source.strip() == '# Parameters\nPROFILE = "smoke"\nMODEL = ""'
     assert "Its numbers mean nothing" in (OUTPUT / "figures/smoke/scorecard.md").read_text()
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert sum("image/png" in out.get("data", {}) for cell in code for out in cell.outputs) == len(FIGURES)
-    assert not [out for cell in code for out in cell.outputs if out.output_type in ("error", "stream")]
+    for notebook in studies.STUDIES:
+        page = nbformat.read(OUTPUT / f"notebooks/rendered/smoke/{notebook}.ipynb", as_version=4)
+        code = [cell for cell in page.cells if cell.cell_type == "code"]
+        for cell in code:
+            ast.parse(cell.source)
+        assert code[1].source.strip() == '# Parameters\nPROFILE = "smoke"\nMODEL = ""'
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        shown = sum("image/png" in out.get("data", {}) for cell in code for out in cell.outputs)
+        assert shown == sum(figure.notebook == notebook for figure in FIGURES.values())
+        assert not [out for cell in code for out in cell.outputs if out.output_type in ("error", "stream")], notebook
 
 
 def test_second_run_computes_nothing(smoke_run, monkeypatch, capsys):
-    monkeypatch.setattr(studies, "measure_importance", lambda *a, **k: pytest.fail("measured again"))
+    forbid_measuring(monkeypatch)
     monkeypatch.setattr(driver, "run_notebook", lambda *a: pytest.fail("rendered again"))
     started = time.monotonic()
     assert driver.main(SMOKE) == 0
@@ -97,7 +104,7 @@ def test_any_model(my_model, smoke_run):
 
 def test_missing_or_changed_products_are_made_again(smoke_run, monkeypatch):
     """Nothing is measured for it; the records are there."""
-    monkeypatch.setattr(studies, "measure_importance", lambda *a, **k: pytest.fail("measured again"))
+    forbid_measuring(monkeypatch)
     (OUTPUT / "figures/smoke/fig06_dropping_order.svg").write_text("from elsewhere")
     (OUTPUT / "data/results/smoke/01_similarity/depth.csv").unlink()
     assert driver.main(SMOKE) == 0
@@ -113,7 +120,7 @@ def test_one_corpus_and_a_model_that_is_away(network, smoke_run, tmp_path, monke
     path = profiles.PROFILE_DIR / "zz-test.yaml"  # where the notebook's kernel finds it too
     path.write_text(smoke)
     try:
-        assert driver.main(["reproduce", "--profile", "zz-test"]) == 0
+        assert driver.main(["reproduce", "--profile", "zz-test", "--notebooks", "01"]) == 0
         assert not (OUTPUT / "data/results/zz-test/01_similarity.done").exists()
     finally:
         path.unlink()
@@ -163,7 +170,7 @@ def test_failing_notebook_fails_again_and_is_kept(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_mistakes_cost_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(studies, "measure_importance", lambda *a, **k: pytest.fail("measured"))
+    forbid_measuring(monkeypatch)
     assert driver.main([*SMOKE, *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
@@ -185,17 +192,17 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
     byte_tokenizer().save_pretrained(damaged)
     (damaged / "model.safetensors").write_bytes(b"x")
     profile = dataclasses.replace(driver.load_profile("smoke"), models=["org/gated", str(damaged), "tiny-llama"])
-    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies.redundancy, "RESULTS", tmp_path)
     result = studies.similarity(profile)
     assert set(result["importance"]["model"]) == {"tiny-llama"}
     reasons = dict(zip(result["not_run"]["what"], result["not_run"]["reason"], strict=True))
-    assert not [reason for reason in reasons.values() if str(tmp_path) in reason or str(studies.ROOT) in reason]
+    assert not [reason for reason in reasons.values() if str(tmp_path) in reason or str(driver.ROOT) in reason]
     assert "is gated: accept its licence" in reasons["org/gated"]
     assert "damaged could not be loaded" in reasons["damaged"]
 
 
 def test_figures_from_the_reference_need_no_model(monkeypatch, capsys):
-    monkeypatch.setattr(studies, "load_located", lambda *a: pytest.fail("loaded a model"))
+    monkeypatch.setattr(studies.work, "load_located", lambda *a: pytest.fail("loaded a model"))
     assert driver.main(["figures"]) == 0
     assert "cpu: figures and scorecard redrawn" in capsys.readouterr().out
     drawn = files("figures/cpu")

@@ -6,16 +6,18 @@ import pandas as pd
 import pytest
 
 from llmdrop_utils import figures, tables
+from llmdrop_utils.figures import style
 from llmdrop_utils.workspace import ROOT
 
-TABLES = tables.read_tables(tables.REFERENCE / "cpu" / "01_similarity")
+ALL = {spec.notebook: tables.read_tables(tables.REFERENCE / "cpu" / spec.notebook) for spec in figures.FIGURES.values()}
+TABLES = ALL["01_similarity"]
 SUFFIXES = (".svg", ".pdf", ".png", ".csv")
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_same_bytes_twice(name, tmp_path):
     for folder in ("a", "b"):
-        figures.draw(name, TABLES, tmp_path / folder)
+        figures.draw(name, ALL[figures.FIGURES[name].notebook], tmp_path / folder)
     for suffix in SUFFIXES:
         first, second = ((tmp_path / folder / f"{name}{suffix}").read_bytes() for folder in ("a", "b"))
         assert first
@@ -30,9 +32,10 @@ def test_committed_figures_are_all_there():
 
 def test_many_models_share_a_figure():
     """One row of panels for each model."""
-    two = {name: pd.concat([t, t.assign(model="other-model")]) if "model" in t else t for name, t in TABLES.items()}
-    for name in figures.FIGURES:
-        one_row, two_rows = (figures.FIGURES[name].draw(content)[0] for content in (TABLES, two))
+    for name, spec in figures.FIGURES.items():
+        one = ALL[spec.notebook]
+        two = {table: pd.concat([t, t.assign(model="other-model")]) if "model" in t else t for table, t in one.items()}
+        one_row, two_rows = (spec.draw(content)[0] for content in (one, two))
         panels = len(one_row.axes)
         assert len(two_rows.axes) in (2 * panels, 2 * panels - 1), name  # a colour bar is shared
         plt.close("all")
@@ -53,5 +56,5 @@ def test_user_s_own_style_changes_nothing(tmp_path):
 
 
 def test_every_kind_looks_different():
-    for style in (figures.COLORS, figures.MARKERS):
-        assert len(set(style.values())) == len(style)
+    for values in (style.COLORS, style.MARKERS):
+        assert len(set(values.values())) == len(values)

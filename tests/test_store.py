@@ -72,10 +72,10 @@ def test_kill_9_loses_nothing_and_corrupts_nothing(tmp_path, monkeypatch, when, 
         json.loads(path.read_text())
 
     measured = []
-    measure = studies.measure_importance
-    monkeypatch.setattr(studies, "measure_importance", lambda *a, **k: measured.append(1) or measure(*a, **k))
-    monkeypatch.setattr(studies, "Store", lambda: store)
-    monkeypatch.setattr(studies, "RESULTS", tmp_path / "data" / "results")
+    measure = studies.work.measure_importance
+    monkeypatch.setattr(studies.work, "measure_importance", lambda *a, **k: measured.append(1) or measure(*a, **k))
+    monkeypatch.setattr(studies.redundancy, "Store", lambda: store)
+    monkeypatch.setattr(studies.redundancy, "RESULTS", tmp_path / "data" / "results")
     after = studies.similarity(load_profile("smoke"))
     assert len(measured) == left
     assert len(studies.similarity(load_profile("smoke"))) == len(after)

@@ -50,7 +50,7 @@ def drop_curves(profile: Profile, force: bool = False) -> Tables:
     or tasks, one that cannot is listed in the table `not_run`.
     """
     measured, provenance, not_run = _measure(profile, force, SINGLE)
-    tables = _collect(measured, lambda m: m.text_rows() | m.task_rows() | m.paper_rows())
+    tables = _collect(measured, lambda m: m.model_rows() | m.text_rows() | m.task_rows() | m.paper_rows())
     tables["not_run"] = not_run_table(not_run)
     return write_tables(tables, RESULTS / profile.run / "02_drop_curves", provenance)
 
@@ -61,7 +61,7 @@ def joint_drop(profile: Profile, force: bool = False) -> Tables:
     As `drop_curves`, in data/results/<run>/03_joint_drop.
     """
     measured, provenance, not_run = _measure(profile, force, (*SINGLE, "joint"))
-    tables = _collect(measured, lambda m: m.text_rows() | m.task_rows() | m.joint_rows() | m.iterative_rows())
+    tables = _collect(measured, lambda m: m.model_rows() | m.text_rows() | m.task_rows() | m.joint_rows() | m.iterative_rows())
     tables["not_run"] = not_run_table(not_run)
     return write_tables(tables, RESULTS / profile.run / "03_joint_drop", provenance)
 
@@ -198,6 +198,14 @@ class _Measured:
     def _wanted(self, item: TextWork | TaskWork, cell: Cell) -> bool:
         kind, n = cell
         return isinstance(item, TextWork) or kind == "dense" or n in self.profile.tasks.n_drop.get(kind, [])
+
+    def model_rows(self) -> dict[str, list[dict]]:
+        """Number of layers, and which go in each plan."""
+        listed = [
+            {"kind": kind, "n": n, "attention": " ".join(map(str, plan.attention)), "mlp": " ".join(map(str, plan.mlp))}
+            for (kind, n), plan in self.plans.items()
+        ]
+        return {"models": [{"n_layers": self.scores.importance["block"].size}], "plans": listed}
 
     def text_rows(self) -> dict[str, list[dict]]:
         """Perplexity, next-token accuracy and divergence on held-out text, with intervals over samples."""
