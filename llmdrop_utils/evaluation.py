@@ -82,10 +82,10 @@ class TaskScores:
     chance: float  # what guessing gives: mean of 1 / number of choices; 0 where nothing is chosen from
 
     def summary(self, plan: int = 0) -> dict[str, float]:
-        """metric -> mean, metric_stderr -> its standard error (both as in lm-eval)."""
+        """metric -> mean over documents, metric_stderr -> its standard error, as in lm-eval; NaN for a single document."""
         means = {name: float(values[plan].mean()) for name, values in self.metrics.items()}
-        errors = {f"{name}_stderr": float(mean_stderr(list(values[plan]))) for name, values in self.metrics.items()}
-        return means | errors
+        error = lambda values: float(mean_stderr(values.tolist())) if len(values) > 1 else float("nan")  # noqa: E731
+        return means | {f"{name}_stderr": error(values[plan]) for name, values in self.metrics.items()}
 
 
 class FastLM(HFLM):
@@ -226,8 +226,9 @@ def load_task(name: str, num_fewshot: int | None = None, source: str = "package"
     if num_fewshot is None and here is not None:
         num_fewshot = here["num_fewshot"]
     members = _from_package(name, here) if source == "package" else _from_hub(name)
-    for task in members:
-        task.set_config("num_fewshot", num_fewshot)
+    if num_fewshot is not None:  # the paper has no number for other tasks: they keep lm-eval's
+        for task in members:
+            task.set_config("num_fewshot", num_fewshot)
     return members
 
 

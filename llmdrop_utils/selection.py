@@ -20,8 +20,7 @@ def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
     Joint: attention and MLP in one ranking, without rescaling (paper, Sec. 7). Ties go to the lower layer, and in the
     joint ranking to attention.
     """
-    if kind not in SELECTIONS:
-        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(SELECTIONS)}.")
+    _check_kind(kind, SELECTIONS)
     kinds = ("attention", "mlp") if kind == "joint" else (kind,)
     ranked = [(value, k) for k in kinds for value in scores.importance[k]]
     names = [(k, layer) for k in kinds for layer in range(scores.importance[k].size)]
@@ -57,6 +56,11 @@ def check_count(n_drop: int, available: int, kind: str) -> None:
         raise LLMDropError(f"Cannot drop {n_drop} {kind} layers: this model has {available} to drop.")
 
 
+def _check_kind(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(kinds)}.")
+
+
 def select_iteratively(
     model: torch.nn.Module,
     tokens: torch.LongTensor,
@@ -71,6 +75,7 @@ def select_iteratively(
     first pass is that of `select` on the same tokens.
     """
     n_layers = len(find_anatomy(model))
+    _check_kind(kind, SELECTIONS)
     check_count(n_drop, 2 * n_layers if kind == "joint" else n_layers, kind)
     chosen: list[tuple[str, int]] = []
     first = plan = None
@@ -136,8 +141,7 @@ def select_at_random(n_layers: int, kind: str, n_drop: int, seed: int) -> DropPl
 
 
 def _by_layer(order, n_layers: int, kind: str, n_drop: int) -> DropPlan:
-    if kind not in KINDS:
-        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(KINDS)}.")
+    _check_kind(kind, KINDS)
     check_count(n_drop, n_layers, kind)
     layers = tuple(int(layer) for layer in order)[:n_drop]
     return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else (), n_layers)
