@@ -176,8 +176,9 @@ def _about(results: Path, run: str) -> str:
     for record in sorted(results.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
         models = dict.fromkeys(f"{entry['model']} in {entry['dtype']}" for entry in entries)
-        corpora = dict.fromkeys(f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries)
-        lines.append(f"{record.parent.name}: {', '.join(models)}; on {', '.join(corpora)}.")
+        texts = [f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries if "corpus" in e]
+        tasks = [f"{e['task']} ({e['num_fewshot'] or 0}-shot)" for e in entries if "task" in e]
+        lines.append(f"{record.parent.name}: {', '.join(models)}; on {', '.join(dict.fromkeys(texts + tasks))}.")
     return "\n".join(lines)
 
 
