@@ -82,7 +82,11 @@ def score(
         groups = pack(list(requests), max_length, BATCH_TOKENS[device.type], share=run.can_share(longest))
         total = sum(len(group.prefix) + sum(len(b.rows) * b.width for b in group.batches) for group in groups)
         for group in groups:
-            run.start(group)
+            try:
+                run.start(group)
+            except torch.OutOfMemoryError as error:
+                held = f"a beginning of {len(group.prefix)} tokens under {len(plans)} plans"
+                raise LLMDropError(f"Out of GPU memory with {held}. Use fewer plans at a time.") from error
             queue = list(group.batches)
             while queue:
                 batch = queue.pop(0)

@@ -162,6 +162,8 @@ def _text_curves(data: pd.DataFrame):
             ax.set_ylabel(label)
             if logarithmic:
                 ax.set_yscale("log")
+            if column == "perplexity":  # what lies above says nothing more
+                ax.set_ylim(rows[column].min() / 1.5, min(1e6, 1.5 * rows[column].max()))
             if column == "retained":
                 ax.axhline(0.9, color="0.5", linewidth=0.8, linestyle=":")
                 ax.set_ylim(bottom=0)
