@@ -103,6 +103,9 @@ def load_profile(name: str, model: str | None = None) -> Profile:
         if not isinstance(content.get(key), dict):
             raise LLMDropError(f"{path.name} must hold the key {key!r} with keys of its own.")
         content[key] = _build(part, content[key], f"{path.name}, under {key}")
+    for kind in content["tasks"].n_drop:
+        if kind not in TASK_KINDS:
+            raise LLMDropError(f"Unknown kind {kind!r} in {path.name}, under tasks. Known kinds: {', '.join(TASK_KINDS)}.")
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {path.name}: it is set by the command.")
     profile = _build(Profile, {**content, "name": name, "model": model}, path.name)

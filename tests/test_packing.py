@@ -96,7 +96,7 @@ def test_a_long_prefix_is_kept_apart_and_read_once():
 
 def test_what_predicts_is_not_part_of_the_prefix():
     prefix = words(1, 200)
-    requests = [(prefix, [7]), (prefix[:-3], prefix[-3:] + [8]), *((prefix + words(k, 60), [9]) for k in range(2, 9))]
+    requests = [(prefix, [7]), (prefix[:-3], [*prefix[-3:], 8]), *((prefix + words(k, 60), [9]) for k in range(2, 9))]
     (group, *_) = pack(requests, 2048, 1024)
     assert group.prefix == prefix[:-4]
     assert read_back([group], len(requests)) == [plain(request, 2048) for request in requests]

@@ -26,15 +26,18 @@ def test_the_paper_s_setting():
     ("old", "new", "message"),
     [
         ("n_samples: 8", "n_sample: 8", r"Unknown key 'n_sample' in demo.yaml, under calibration. Did you mean 'n_samples'\?"),
-        ("n_drop: [2]", "colour: red", r"Unknown key 'colour' in demo.yaml. Known keys: name, "),
+        ("\nn_drop: [2]", "\ncolour: red", r"Unknown key 'colour' in demo.yaml. Known keys: name, "),
         ("  seq_len: 64\n", "", "The key 'seq_len' is missing in demo.yaml, under calibration"),
         ("seq_len: 64", "seq_len: long", "'seq_len' .* must be a positive integer, but is 'long'"),
-        ("n_drop: [2]", "n_drop: [0]", "'n_drop' in demo.yaml must be a list of positive integers"),
+        ("\nn_drop: [2]", "\nn_drop: [0]", "'n_drop' in demo.yaml must be a list of positive integers"),
         ("models: [tiny-llama]", "models: []", "'models' in demo.yaml must be a list of names"),
         ("models: [tiny-llama]", "models: [a: b", "demo.yaml is not valid YAML"),
         ("models: [tiny-llama]", "model: tiny-llama", "The key 'model' does not belong in demo.yaml"),
         (GOOD, "", "demo.yaml must hold the keys of a profile"),
-        ("calibration:", "calibration: 3\nrest:", "demo.yaml must hold the keys of a profile"),
+        ("calibration:", "calibration: 3\nrest:", "demo.yaml must hold the key 'calibration' with keys of its own"),
+        ("attention: [2, 3]", "heads: [2, 3]", "Unknown kind 'heads' in demo.yaml, under tasks. Known kinds: attention, mlp"),
+        ("attention: [2, 3]", "attention: 2", "'n_drop' in demo.yaml, under tasks must be lists of positive integers, by name"),
+        ("limit: 10", "limit: -1", "'limit' in demo.yaml, under tasks must be an integer, or null, but is -1"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, old, new, message):

@@ -47,7 +47,7 @@ PREFIX = some(8, 1)
 QUESTION = some(9, 2)
 REQUESTS: list[Request] = [
     *((PREFIX + some(5, seed), some(4, 10 + seed)) for seed in range(3, 7)),
-    (PREFIX + some(5, 3), some(4, 13) + [5]),
+    (PREFIX + some(5, 3), [*some(4, 13), 5]),
     (PREFIX[:7], [PREFIX[7], 9]),  # scores a token that others only read
     *((QUESTION, some(3, seed)) for seed in range(20, 23)),
     (QUESTION, some(3, 20)),
@@ -97,9 +97,10 @@ def plain(name: str, model: nn.Module, plans: Sequence[DropPlan], requests: list
     }
     by_plan = [known[plan.attention, plan.mlp] for plan in plans]
     targets = [torch.tensor(continuation) for _, continuation in requests]
-    each = lambda number: np.array(
-        [[float(number(*x)) for x in zip(by_plan[0], found, targets, strict=True)] for found in by_plan]
-    )  # noqa: E731, E501
+
+    def each(number) -> np.ndarray:
+        return np.array([[float(number(*x)) for x in zip(by_plan[0], found, targets, strict=True)] for found in by_plan])
+
     return Scores(
         logprob=each(lambda first, q, target: q.gather(1, target[:, None]).sum()),
         hits=each(lambda first, q, target: (q.argmax(-1) == target).sum()),
@@ -221,15 +222,19 @@ def test_nothing_is_computed_twice_for_plans(name):
     steps = (tokens(DENSE, DropPlan((layer,))) - alone for layer in range(3))
     np.testing.assert_array_equal(list(steps), each * np.triu(np.ones((3, 3), dtype=int)))
     many = (DropPlan((2,)), DENSE, DropPlan((2,), (2,)), DropPlan((2,)), DropPlan((1, 2)), DropPlan((1,)), DropPlan(mlp=(0,)))
-    np.testing.assert_array_equal(tokens(*many) - alone, each * [1, 3, 5])
+    np.testing.assert_array_equal(tokens(*many) - alone, each * [1, 2, 5])
 
 
 def test_what_requests_share_is_computed_once():
     model = model_of("llama")
     with counting(model) as counts:
+        score(model, [([7], [8])])
+    tried_out = counts[0] - 1
+    with counting(model) as counts:
         score(model, REQUESTS)
     inputs = [(context + continuation)[:-1] for context, continuation in REQUESTS]
-    assert counts[0] < 0.75 * sum(map(len, inputs))
+    different = {tuple(tokens[:end]) for tokens in inputs for end in range(1, len(tokens) + 1)}
+    assert counts[0] - tried_out == len(different)
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -268,7 +273,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
     forward = mlp.forward
 
     def small_memory(x):
-        if len(x) > 1:
+        if len(x) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(x)
 
@@ -278,18 +283,33 @@ def test_out_of_memory_halves_the_batch(monkeypatch, capsys):
     assert "going on with a batch of" in capsys.readouterr().err
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
     np.testing.assert_allclose(found.kl, expected.kl, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("too_much", "message"), [(range(12, 99), "a single sequence of 1. tokens"), ([6], "a beginning of 6 tokens under 9 plans")]
+)
+def test_too_little_memory_is_named(monkeypatch, too_much, message):
+    monkeypatch.setattr(packing, "ROW", 16)
+    model = model_of("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def small_memory(x):
+        if x.shape[1] in too_much:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x)
+
     with (
-        mock.patch.object(mlp, "forward", mock.Mock(side_effect=torch.OutOfMemoryError)),
-        pytest.raises(LLMDropError, match="Out of GPU memory with a single sequence of"),
+        mock.patch.object(mlp, "forward", small_memory),
+        pytest.raises(LLMDropError, match=f"Out of GPU memory with {message}"),
     ):
-        score(model, REQUESTS)
+        score(model, REQUESTS, PLANS)
 
 
 def test_progress_adds_up():
     shares = []
     score(model_of("llama"), REQUESTS, PLANS, on_batch=shares.append)
     assert len(shares) > 2
-    assert min(shares) > 0
     assert sum(shares) == pytest.approx(1)
 
 
