@@ -76,6 +76,7 @@ def short_name(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
 
 
+TASK_KINDS = ("attention", "mlp", "block", "joint")
 PARTS = {
     "calibration": Calibration,
     "text": Text,
