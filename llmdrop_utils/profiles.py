@@ -77,12 +77,8 @@ def short_name(model: str) -> str:
 
 
 TASK_KINDS = ("attention", "mlp", "block", "joint")
-PARTS = {
-    "calibration": Calibration,
-    "text": Text,
-    "tasks": Tasks,
-    "iterative": Iterative,
-}  # keys of a profile that have keys of their own
+# Keys of a profile that have keys of their own.
+PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative}
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:

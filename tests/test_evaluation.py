@@ -143,12 +143,13 @@ def test_groups_pool_their_documents(small_model):
 
 def test_each_plan_is_scored_as_alone(small_model):
     plans = (PLANS[1], DENSE, DropPlan((0, 1, 2)))
-    together = score_task(*small_model, load("piqa", 0), plans, limit=8)
-    alone = [score_task(*small_model, load("piqa", 0), [plan], limit=8) for plan in plans]
+    together = score_task(*small_model, load("arc_easy", 0), plans, limit=20)
+    alone = [score_task(*small_model, load("arc_easy", 0), [plan], limit=20) for plan in plans]
     for metric, values in together.metrics.items():
         np.testing.assert_array_equal(values, np.concatenate([scores.metrics[metric] for scores in alone]))
-    assert len({tuple(row) for row in together.metrics["acc"]}) > 1
-    assert together.chance == 0.5
+    assert len({tuple(row) for row in together.metrics["acc"]}) == 3
+    assert together.chance == pytest.approx(0.25, abs=0.01)  # a question may have three or five choices
+    assert score_task(*small_model, load("piqa", 0), limit=2).chance == 0.5
 
 
 def test_few_shot_contexts_are_read_once(small_model):
@@ -322,7 +323,7 @@ def test_perplexity_is_that_of_transformers(real_model):
     tokens = torch.cat([text(tokenizer, 2, 40), torch.randint(0, 49000, (1, 40))])
     for plan in (DENSE, DropPlan((26, 25), (3,))):
         with dropped(model, plan):
-            assert perplexity(model, tokens) == pytest.approx(math.exp(model(tokens, labels=tokens).loss), rel=1e-5)
+            assert perplexity(model, tokens) == pytest.approx(math.exp(model(tokens, labels=tokens).loss), rel=1e-4)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def fig09_iterative(tables: Tables):
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(-0.7, max(1, len(labels)) - 0.3)
-    ax.set_xlabel("Iterative minus one-shot, nats per token (left: iterative is better)")
+    ax.set_xlabel("Iterative minus one-shot, nats per token\n(left of zero: iterative is better)")
     return fig, data
 
 
