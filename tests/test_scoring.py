@@ -142,7 +142,7 @@ def test_equals_each_request_alone(name):
     assert seen == [(shares, shares)]
 
 
-@pytest.mark.parametrize("name", SLIDING)
+@pytest.mark.parametrize("name", sorted(SLIDING))
 def test_windows_that_hold_the_text_share_rows(name):
     model = model_of(name, window=17)
     with watching() as seen:
