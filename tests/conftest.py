@@ -11,6 +11,7 @@ import re
 import tempfile
 import threading
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: threads of their own would wait for each other
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llmdrop-hub-cache-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
