@@ -99,7 +99,7 @@ def test_same_answers_as_lm_eval(small_model, name, num_fewshot):
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "num_fewshot", "limit"),
-    [("hellaswag", 0, 2), ("piqa", 2, 2), ("openbookqa", 0, 3), ("mmlu_anatomy", 5, 2), ("arc_challenge", 2, 2)],
+    [("hellaswag", 0, 2), ("piqa", 2, 2), ("openbookqa", 0, 3), ("mmlu_anatomy", 5, 2), ("arc_challenge", 0, 3)],
 )
 def test_same_answers_with_the_real_model(real_model, name, num_fewshot, limit):
     same_answers(*real_model, instances(name, num_fewshot, limit), (DENSE, DropPlan((26, 25), (26,))))
@@ -143,13 +143,12 @@ def test_groups_pool_their_documents(small_model):
 
 def test_each_plan_is_scored_as_alone(small_model):
     plans = (PLANS[1], DENSE, DropPlan((0, 1, 2)))
-    together = score_task(*small_model, load("arc_easy", 0), plans, limit=20)
-    alone = [score_task(*small_model, load("arc_easy", 0), [plan], limit=20) for plan in plans]
+    together = score_task(*small_model, load("winogrande", 0), plans, limit=12)
+    alone = [score_task(*small_model, load("winogrande", 0), [plan], limit=12) for plan in plans]
     for metric, values in together.metrics.items():
         np.testing.assert_array_equal(values, np.concatenate([scores.metrics[metric] for scores in alone]))
-    assert together.metrics["acc"].shape == (3, 20)
-    assert together.chance == pytest.approx(0.25, abs=0.01)  # a question may have three or five choices
-    assert score_task(*small_model, load("piqa", 0), limit=2).chance == 0.5
+    assert together.metrics["acc"].shape == (3, 12)
+    assert together.chance == 0.5
 
 
 def test_few_shot_contexts_are_read_once(small_model):
