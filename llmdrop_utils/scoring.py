@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .anatomy import Anatomy, family_of, find_anatomy
-from .dropping import Dropped, DropPlan, check_plan, skipping
+from .anatomy import Anatomy, find_anatomy
+from .dropping import DropPlan, attention_left, check_plan, skipping
 from .packing import Batch, Group, Request, pack
 from .workspace import LLMDropError
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens in a forward pass: stays in a CPU's cache, keeps a GPU busy
-HEAD_ROWS = {"cpu": 256, "cuda": 4096}  # positions whose logits are held at a time
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a forward pass: keeps a device busy, and intermediate results small
+HEAD_ROWS = {"cpu": 1024, "cuda": 4096}  # positions whose logits are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +211,7 @@ class _Run:
 
     def _has_attention(self, plan: DropPlan) -> bool:
         """Is any attention left? Without, there is nothing to hold."""
-        name, *_ = family_of(self.anatomy.decoder.config).attention_unit
-        left = [layer for layer, block in enumerate(self.blocks) if not isinstance(block.get_submodule(name), Dropped)]
-        return not set(left) <= set(plan.attention)
+        return not set(attention_left(self.anatomy)) <= set(plan.attention)
 
     def _decode(self, tokens, positions, mask, cache) -> torch.Tensor:
         given = {} if cache is None else {"past_key_values": cache}

@@ -31,7 +31,7 @@ HUB_MODEL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "*.safetenso
 
 @functools.cache
 def catalogue() -> dict:
-    """data/sources.yaml: {"models": {name: source}, "corpora": {name: source}}."""
+    """data/sources.yaml: {"models": {name: source}, "shapes": {name: config}, "corpora": {name: source}, ...}."""
     return yaml.safe_load((ROOT / "data" / "sources.yaml").read_text(encoding="utf-8"))
 
 

@@ -17,6 +17,12 @@ def bootstrap_means(rows: np.ndarray, weights: np.ndarray, seed: int = 0) -> np.
     return np.tensordot(draws / draws.sum(1, keepdims=True), rows, axes=1)
 
 
+def bootstrap_medians(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Medians of resampled repeats: (n,) -> (REPEATS,)."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(REPEATS, len(values)))
+    return np.median(np.asarray(values)[draws], axis=1)
+
+
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of bootstrap values along the first axis."""
     low, high = np.quantile(values, INTERVAL, axis=0)

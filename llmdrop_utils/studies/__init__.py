@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ..profiles import Profile
 from ..tables import Tables
+from .efficiency import kv_cache, speedup
 from .quality import drop_curves, joint_drop
 from .redundancy import similarity
 
@@ -15,4 +16,6 @@ STUDIES: dict[str, Callable[[Profile, bool], Tables]] = {  # notebook -> its stu
     "01_similarity": similarity,
     "02_drop_curves": drop_curves,
     "03_joint_drop": joint_drop,
+    "05_speedup": speedup,
+    "06_kv_cache": kv_cache,
 }

@@ -50,7 +50,9 @@ def drop_curves(profile: Profile, force: bool = False) -> Tables:
     or tasks, one that cannot is listed in the table `not_run`.
     """
     measured, provenance, not_run = _measure(profile, force, SINGLE)
-    tables = _collect(measured, lambda m: m.model_rows() | m.text_rows() | m.task_rows() | m.paper_rows())
+    tables = _collect(
+        measured, lambda m: m.model_rows() | m.text_rows() | m.task_rows() | {"paper": paper_rows(paper_name(m.model))}
+    )
     tables["not_run"] = not_run_table(not_run)
     return write_tables(tables, RESULTS / profile.run / "02_drop_curves", provenance)
 
@@ -105,7 +107,7 @@ def _measure(profile: Profile, force: bool, kinds: tuple[str, ...]) -> tuple[lis
         raise NotAvailable("Nothing could be measured:\n" + "\n".join(not_run.values()))
     done = [item for item in [*scoring, *iterative, *work] if item.model.name not in not_run]
     provenance = [store.get(key)["provenance"] for item in done for key in item.keys]
-    return measured, _distinct(provenance), not_run
+    return measured, distinct(provenance), not_run
 
 
 def _available_tasks(profile: Profile, not_run: dict[str, str]) -> dict[str, list]:
@@ -155,7 +157,7 @@ def _text_work(item: ImportanceWork, plans: dict[Cell, DropPlan], profile: Profi
     return TextWork(**identity_of(item.model), corpus=item.corpus, tokens=tokens, plans=_unique(plans, list(plans)))
 
 
-def _distinct(provenance: list[dict]) -> list[dict]:
+def distinct(provenance: list[dict]) -> list[dict]:
     """Values that were measured together share one entry."""
     return list({json.dumps(entry, sort_keys=True): entry for entry in provenance}.values())
 
@@ -213,9 +215,9 @@ class _Measured:
         nll, hits, kl = (np.array([value[name] for value in values.values()]).T for name in ("nll", "hits", "kl"))
         draw = lambda rows: stats.bootstrap_means(rows, np.ones(len(rows)), 0)  # noqa: E731
         draws = {"perplexity": np.exp(draw(nll)), "accuracy": draw(hits), "kl": draw(kl)}
-        draws["retained"] = draws["accuracy"] / draws["accuracy"][:, :1]
+        draws["retained"] = _share(draws["accuracy"])
         points = {"perplexity": np.exp(nll.mean(0)), "accuracy": hits.mean(0), "kl": kl.mean(0)}
-        points["retained"] = points["accuracy"] / points["accuracy"][0]
+        points["retained"] = _share(points["accuracy"])
         intervals = {name: stats.interval(values) for name, values in draws.items()}
         rows = []
         for i, (kind, n) in enumerate(values):
@@ -264,14 +266,15 @@ class _Measured:
             draws.append(drawn)
             chances.append(chance)
         mean, drawn = np.mean(means, axis=0), np.mean(draws, axis=0)
-        (low, high), share = stats.interval(drawn), drawn / drawn[:, :1]
+        retained = _share(mean)
+        (low, high), share = stats.interval(drawn), _share(drawn)
         share_low, share_high = stats.interval(share)
         lost_low, lost_high = stats.interval(100 * (drawn[:, :1] - drawn))
         average = [
             {"kind": kind, "n": n, "tasks": len(means), "value": mean[i], "low": low[i], "high": high[i],
-             "chance": np.mean(chances), "retained": mean[i] / mean[0], "retained_low": share_low[i],
+             "chance": np.mean(chances), "retained": retained[i], "retained_low": share_low[i],
              "retained_high": share_high[i], "points_lost": 100 * (mean[0] - mean[i]), "points_lost_low": lost_low[i],
-             "points_lost_high": lost_high[i], "speedup": np.nan, "sdr": np.nan}  # the last two: notebook 05
+             "points_lost_high": lost_high[i]}
             for i, (kind, n) in enumerate(cells)
         ]  # fmt: skip
         return {"tasks": rows, "average": average, "gaps": self._gap_rows(cells, mean, drawn)}
@@ -294,18 +297,6 @@ class _Measured:
                 rows.append({"n": n, "kind": kind, "other": other, "measure": measure, "difference": point[i] - point[j],
                              "low": low, "high": high, "same_plan": same})  # fmt: skip
         return rows
-
-    def paper_rows(self) -> dict[str, list[dict]]:
-        """The paper's numbers for this model, where it has them."""
-        claims = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))["claims"]
-        kinds = {"Baseline": "dense", "Attn Drop": "attention", "MLP Drop": "mlp", "Block Drop": "block"}
-        name = _paper_name(self.model)
-        rows = [
-            {"kind": kinds[c["method"]], "n": c["n_drop"], "what": c["what"], "paper": c["value"]}
-            for c in claims
-            if c["id"].split(".")[0] in ("T1", "T2", "T3") and c["model"].lower() == name and c["method"] in kinds
-        ]
-        return {"paper": rows}
 
     def joint_rows(self) -> dict[str, list[dict]]:
         """The joint order, and how many attention layers go before the first MLP, with an interval over samples."""
@@ -338,14 +329,32 @@ class _Measured:
         return {"iterative": rows}
 
 
+def _share(values: np.ndarray) -> np.ndarray:
+    """Of the dense model's value, the first along the last axis; NaN where that is zero (a random model may know nothing)."""
+    dense = values[..., :1]
+    return np.divide(values, dense, out=np.full(values.shape, np.nan), where=dense != 0)
+
+
 def _metric(task: str, metrics: dict) -> str:
     """The paper's metric; for a task that it does not have, what lm-eval gives first."""
     return known_tasks().get(task, {}).get("metric") or next(iter(metrics))
 
 
-def _paper_name(model: LocatedModel) -> str | None:
-    """The model's name in the paper's tables, in small letters, if it is one of the paper's."""
+def paper_rows(name: str | None) -> list[dict]:
+    """The numbers of the paper's Tables 1 to 3 for one of its models."""
+    claims = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))["claims"]
+    kinds = {"Baseline": "dense", "Attn Drop": "attention", "MLP Drop": "mlp", "Block Drop": "block"}
+    return [
+        {"kind": kinds[c["method"]], "n": c["n_drop"], "what": c["what"], "paper": c["value"]}
+        for c in claims
+        if c["id"].split(".")[0] in ("T1", "T2", "T3") and c["model"].lower() == name and c["method"] in kinds
+    ]
+
+
+def paper_name(model: LocatedModel) -> str | None:
+    """The model's name in the paper's tables, in small letters, if it is one of the paper's, or has the shape of one."""
     for name, source in catalogue()["models"].items():
-        if "hub" in source and model.identity.startswith(f"hub:{source['hub']}@"):
+        is_this = "hub" in source and model.identity.startswith(f"hub:{source['hub']}@")
+        if is_this or model.name == f"random:{name}":
             return name.removesuffix("-v0.1")
     return None

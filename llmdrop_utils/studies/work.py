@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import evaluation, importance
+from .. import evaluation, importance, speed
 from ..anatomy import family_of
 from ..calibration import fingerprint, load_documents, load_tokens
 from ..dropping import DropPlan
@@ -34,6 +34,7 @@ from ..models import (
 )
 from ..profiles import Profile
 from ..selection import select_iteratively
+from ..speed import Load
 from ..store import Store, code_provenance
 from ..tables import without_paths
 from ..workspace import DiskFull, LLMDropError, NotAvailable
@@ -194,6 +195,50 @@ class IterativeWork(Work):
         step = lambda _: update(self.tokens.numel())  # noqa: E731
         plan = select_iteratively(model, self.tokens, "attention", self.n_drop, self.batch_size, on_step=step)
         return [{"attention": list(plan.attention)}]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedWork(Work):
+    """Seconds of one load under each of several plans, each beside the dense model's of the same rounds."""
+
+    load: Load
+    fill: bool  # take as many sequences as fit the GPU beside the dense model
+    longest: int  # tokens that these sequences grow to
+    repeats: int
+    plans: tuple[DropPlan, ...]
+
+    @property
+    def keys(self) -> list[dict]:
+        code = code_provenance()
+        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
+        libraries = {name: code["versions"][name] for name in ("torch", "transformers")}
+        load = dataclasses.asdict(self.load) | ({"batch_size": None} if self.fill else {})
+        more = {"machine": machine, "libraries": libraries, "load": load, "repeats": self.repeats}
+        return [self._key("speed", speed.VERSION, plan=plan_key(plan), **more) for plan in self.plans]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        load, steps = self.load, self.load.new_tokens
+        # A step costs about what 16 tokens of a prompt do: weights are read for one token instead of for many.
+        tokens = {"prefill": load.context, "decode": 16 * steps, "generation": load.context + 16 * steps}[load.what]
+        return tokens * load.batch_size * self.repeats * (1 + len(self.plans))
+
+    @property
+    def about(self) -> dict:
+        return dataclasses.asdict(self.load) | {"repeats": self.repeats}
+
+    def only(self, missing: list[int]) -> "SpeedWork":
+        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        load, plans = self.load, (DENSE, *self.plans)
+        if self.fill:
+            load = dataclasses.replace(load, batch_size=speed.largest_batch(model, self.longest))
+        each = self.tokens_to_pass / self.repeats / len(plans)
+        found = speed.measure_speed(model, load, plans, self.repeats, on_repeat=lambda: update(each))
+        limits = dataclasses.asdict(speed.device_limits(model.get_input_embeddings().weight.device, model.dtype))
+        dense = dataclasses.asdict(found[0])
+        return [{"dense": dense, "plan": dataclasses.asdict(each), "limits": limits} for each in found[1:]]
 
 
 def plan_key(plan: DropPlan) -> dict:

@@ -1,0 +1,388 @@
+"""Seconds of prefill, of decoding and of whole generations, and what the device could do at most.
+
+Every step gets the cache of the steps before it, and the cache is checked to have grown. Two back ends: "eager", a dynamic
+cache and one kernel after the other, as most users run it; "compiled", a static cache, torch.compile and on a GPU a CUDA
+graph. Speed does not depend on values, so a context is put into the cache without being read, and weights may be random.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from .anatomy import find_anatomy
+from .cost import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
+from .dropping import DropPlan, NoCache, check_plan, dropped
+from .workspace import LLMDropError, NotAvailable
+
+VERSION = 1  # raise when a change to the measurement changes what is measured
+BACKENDS = ("eager", "compiled")
+NOISY = 0.1  # a spread (middle half of the repeats over the median) above this marks a timing as noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is timed. `context` counts tokens a sequence: of the prompt (prefill, generation), or in the cache (decode)."""
+
+    what: str  # "prefill": the prompt in one pass; "decode": one token after a context; "generation": both, to the end
+    context: int
+    new_tokens: int = 0  # decode: steps timed together; generation: tokens generated
+    batch_size: int = 1
+    backend: str = "eager"  # of decoding; a prompt is read eagerly by both
+    room: int | None = None  # tokens that a static cache has room for, and attends over; None: context + new_tokens
+
+    def __post_init__(self):
+        if self.what not in ("prefill", "decode", "generation"):
+            raise LLMDropError(f"Unknown load {self.what!r}. There are: prefill, decode, generation.")
+        if self.backend not in BACKENDS:
+            raise LLMDropError(f"Unknown back end {self.backend!r}. There are: {', '.join(BACKENDS)}.")
+        if min(self.context, self.batch_size, self.new_tokens + (self.what == "prefill")) < 1:
+            raise LLMDropError(f"Nothing to time in {self}: context, batch size and new tokens must be at least 1.")
+        if self.room is not None and self.room < self.context + self.new_tokens:
+            raise LLMDropError(f"A cache with room for {self.room} tokens cannot hold {self.context + self.new_tokens}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What a load takes under one plan."""
+
+    seconds: tuple[float, ...]  # one for each repeat: of the prefill, of one decode step, of the generation
+    floor_seconds: float  # the least it could take (see `cost.floor_seconds`)
+    kv_bytes: int  # in the cache at the end, counted from its tensors
+    peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
+    batch_size: int  # smaller than asked for if memory ran out
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """The middle half of the repeats, as a share of the median."""
+        low, high = np.quantile(self.seconds, [0.25, 0.75])
+        return float((high - low) / self.median)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the device can do at most, as measured on it."""
+
+    bandwidth: float  # bytes/s moved, the better of copying a large tensor and of multiplying a matrix with a vector
+    rate: float  # operations/s of multiplying two large matrices
+
+
+def measure_speed(
+    model: nn.Module,
+    load: Load,
+    plans: Sequence[DropPlan] = (DropPlan(),),
+    repeats: int = 5,
+    on_repeat: Callable[[], None] = lambda: None,
+) -> list[Speed]:
+    """Time a load under each plan.
+
+    Eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them; a compiled plan has its
+    repeats in one go, since compiling takes longer than all of them. Every timing comes after an untimed warm-up and ends
+    when the device is done. If memory runs out, the batch of all plans is halved, with a message.
+
+    Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
+    large even as a single sequence, NotAvailable if the compiled back end cannot run the model here.
+    """
+    for plan in plans:
+        check_plan(model, plan)
+    longest = load.context + load.new_tokens
+    learned = [m for m in find_anatomy(model).decoder.children() if isinstance(m, nn.Embedding)][1:]  # positions
+    if learned and longest > learned[0].num_embeddings:
+        raise LLMDropError(f"{longest} tokens are more than the {learned[0].num_embeddings} positions that the model knows.")
+    while True:
+        try:
+            with torch.inference_mode():
+                return _measure(model, load, plans, repeats, on_repeat)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if load.batch_size == 1:
+                raise LLMDropError(f"Out of memory with a single sequence of {longest} tokens.") from error
+            load = dataclasses.replace(load, batch_size=load.batch_size // 2)
+            print(f"out of memory: going on with a batch of {load.batch_size}", file=sys.stderr)
+        torch.cuda.empty_cache()
+
+
+def greedy(model: nn.Module, tokens: torch.LongTensor, new_tokens: int, backend: str = "eager") -> torch.LongTensor:
+    """The most probable continuation, as `generate(do_sample=False)` finds it: (B, T) -> (B, new_tokens). The timed loop."""
+    cache = _new_cache(model, backend, tokens.shape[1] + new_tokens)
+    token = _next(model, tokens, cache)
+    out = [token]
+    if new_tokens > 1:
+        step = _stepper(model, token, cache, backend)
+        for _ in range(new_tokens - 1):
+            token = step(token)
+            out.append(token.clone())
+    _check_length(cache, tokens.shape[1] + new_tokens - 1)
+    return torch.cat(out, dim=1)
+
+
+@functools.cache
+def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measure what a device can do; takes a second, and is done once in a process."""
+    size = 2**28 if device.type == "cpu" else 2**30
+    a, b = (torch.empty(size, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
+    matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)
+    vector = torch.ones(4096, dtype=dtype, device=device)
+    copied = 2 * size / _best(lambda: a.copy_(b), device)
+    read = matrix.nbytes / _best(lambda: matrix @ vector, device)
+    rates = []
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        square = torch.randn(n, n, device=device).to(dtype)
+        rates.append(2 * n**3 / _best(lambda square=square: square @ square, device))
+    return Limits(bandwidth=max(copied, read), rate=max(rates))
+
+
+def largest_batch(model: nn.Module, length: int) -> int:
+    """About how many sequences of `length` tokens fit into the GPU's free memory, with a tenth of it kept for the rest."""
+    config, device = find_anatomy(model).decoder.config, _device(model)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    each = kv_bytes(config, DropPlan(), 1, length, model.dtype.itemsize)
+    return max(1, int(0.9 * free / each))
+
+
+# ---- taking times ---------------------------------------------------------------------------------------------------
+
+
+def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repeat) -> list[Speed]:
+    device = _device(model)
+    limits = device_limits(device, model.dtype)
+    turns, each = (repeats, 1) if load.backend == "eager" else (1, repeats)
+    seconds: list[list[float]] = [[] for _ in plans]
+    facts = [{} for _ in plans]
+    for turn in range(turns):
+        for i, plan in enumerate(plans):
+            with dropped(model, plan):
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(device)
+                job = {"prefill": _prefill, "decode": _decode, "generation": _generation}[load.what](model, load)
+                job(warm_up=turn == 0 or device.type == "cuda")
+                for _ in range(each):
+                    taken, cache = job()
+                    seconds[i].append(taken)
+                    on_repeat()
+                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                floor = _floor(model, load, limits)
+                facts[i] = {"floor_seconds": floor, "kv_bytes": cache_bytes(cache), "peak_bytes": peak}
+                del job, cache
+    return [Speed(seconds=tuple(s), batch_size=load.batch_size, **f) for s, f in zip(seconds, facts, strict=True)]
+
+
+def _prefill(model, load: Load):
+    """The prompt in one pass, logits of its last token only."""
+    tokens = _random_tokens(model, load.batch_size, load.context)
+
+    def job(warm_up: bool = False):
+        if warm_up:
+            _next(model, tokens[:, :16], _new_cache(model, "eager", 16))
+            return None
+        cache = _new_cache(model, "eager", load.context)
+        taken = _seconds(lambda: _next(model, tokens, cache), tokens.device)
+        _check_length(cache, load.context)
+        return taken, cache
+
+    return job
+
+
+def _decode(model, load: Load):
+    """`new_tokens` steps after a context, each with the cache of those before; time of one."""
+    cache = _filled_cache(model, load)
+    rewind = _rewinder(cache, load.context)
+    first = _random_tokens(model, load.batch_size, 1)
+    step = _stepper(model, first, cache, load.backend)
+
+    def steps(n: int) -> None:
+        token = first
+        for _ in range(n):
+            token = step(token)
+
+    def job(warm_up: bool = False):
+        if warm_up:
+            steps(1)
+            rewind()
+            return None
+        steps(1)  # the weights of another plan may have gone through the processor's cache meanwhile
+        rewind()
+        taken = _seconds(lambda: steps(load.new_tokens), first.device) / load.new_tokens
+        _check_length(cache, load.context + load.new_tokens)
+        rewind()
+        return taken, cache
+
+    return job
+
+
+def _generation(model, load: Load):
+    """Prompt and decoding, to the last token."""
+    tokens = _random_tokens(model, load.batch_size, load.context)
+    room = load.room or load.context + load.new_tokens
+    state = {}
+
+    def generate() -> None:
+        cache = state["cache"]
+        token = _next(model, tokens, cache)
+        step = state.get("step") or _stepper(model, token, cache, load.backend)
+        state["step"] = step
+        for _ in range(load.new_tokens - 1):
+            token = step(token)
+
+    def job(warm_up: bool = False):
+        if load.backend == "eager" or "cache" not in state:
+            state.clear()
+            state["cache"] = _new_cache(model, load.backend, room)
+        else:  # what was compiled and captured holds this very cache
+            _rewinder(state["cache"], 0)()
+        if warm_up:
+            if load.backend == "compiled":
+                generate()
+            return None
+        taken = _seconds(generate, tokens.device)
+        _check_length(state["cache"], load.context + load.new_tokens - 1)
+        return taken, state["cache"]
+
+    return job
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, from a device at rest to a device at rest."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - started
+
+
+def _best(function: Callable[[], object], device: torch.device) -> float:
+    """Least of several times: what the device can do when nothing disturbs it."""
+    function()
+    return min(_seconds(function, device) for _ in range(8))
+
+
+def _floor(model, load: Load, limits: Limits) -> float:
+    parts = functools.partial(parts_of_pass, model, load.batch_size)
+    floor = lambda n_new, context: floor_seconds(parts(n_new, context), limits.bandwidth, limits.rate)  # noqa: E731
+    if load.what == "prefill":
+        return floor(load.context, 0)
+    middle = floor(1, load.context + load.new_tokens // 2)  # bytes and operations grow evenly with the context
+    return middle if load.what == "decode" else floor(load.context, 0) + (load.new_tokens - 1) * middle
+
+
+# ---- steps and caches ---------------------------------------------------------------------------------------------------
+
+
+def _next(model, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Read tokens (B, T) into the cache; the most probable next one (B, 1)."""
+    logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _stepper(model, token: torch.Tensor, cache: Cache, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that takes one token (B, 1) further. The compiled one is warm: its first call costs what any other does."""
+    if backend == "eager":
+        return lambda token: _next(model, token, cache)
+    length = _length(cache)
+    if any(layer.is_sliding is True and length >= layer.max_cache_len for layer in cache.layers):
+        raise NotAvailable("The compiled back end does not decode beyond a sliding window: its cache moves, a graph does not.")
+    rewind = _rewinder(cache, length)
+    torch._dynamo.reset()  # compiled code of other plans would count against the limit of versions of one function
+    compiled = torch.compile(_next, fullgraph=True, dynamic=False)
+    try:
+        for _ in range(3):
+            compiled(model, token, cache)
+            rewind()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise NotAvailable(f"torch.compile cannot compile this model here: {type(error).__name__}: {first_line}") from error
+    if token.device.type != "cuda":
+        return lambda token: compiled(model, token, cache)
+    held = token.clone()  # a graph reads and writes the same memory every time
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held.copy_(compiled(model, held, cache))
+    rewind()
+
+    def replay(token: torch.Tensor) -> torch.Tensor:
+        if token is not held:
+            held.copy_(token)
+        graph.replay()
+        return held
+
+    return replay
+
+
+def _new_cache(model, backend: str, room: int) -> Cache:
+    return DynamicCache(config=model.config) if backend == "eager" else StaticCache(config=model.config, max_cache_len=room)
+
+
+def _filled_cache(model, load: Load) -> Cache:
+    """A cache that holds `context` tokens without having read them all: keys and values of a few, again and again."""
+    cache = _new_cache(model, load.backend, load.room or load.context + load.new_tokens)
+    _next(model, _random_tokens(model, load.batch_size, min(16, load.context)), cache)
+    for layer in _holding(cache):
+        if load.backend == "compiled":
+            layer.keys.normal_()
+            layer.values.normal_()
+            continue
+        kept = load.context if not layer.is_sliding else min(load.context, layer.sliding_window - 1)
+        times = -(-kept // layer.keys.shape[-2])
+        layer.keys, layer.values = (x.repeat(1, 1, times, 1)[:, :, :kept].clone() for x in (layer.keys, layer.values))
+    _rewinder(cache, load.context)()
+    return cache
+
+
+def _rewinder(cache: Cache, length: int) -> Callable[[], None]:
+    """A function that takes a cache back to its present tensors, as those of `length` tokens."""
+    layers = _holding(cache)
+    tensors = [(layer.keys, layer.values) for layer in layers]
+
+    def rewind() -> None:
+        for layer, (keys, values) in zip(layers, tensors, strict=True):
+            layer.keys, layer.values = keys, values  # a dynamic cache makes new tensors, a static one keeps its own
+            if isinstance(count := getattr(layer, "cumulative_length", None), torch.Tensor):
+                count.fill_(length)
+            elif count is not None:
+                layer.cumulative_length = length
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = length
+
+    return rewind
+
+
+def _holding(cache: Cache) -> list:
+    """The layers that hold something."""
+    return [layer for layer in cache.layers if not isinstance(layer, NoCache) and layer.is_initialized]
+
+
+def _length(cache: Cache) -> int:
+    return int(cache.get_seq_length())
+
+
+def _check_length(cache: Cache, expected: int) -> None:
+    """Refuse times of steps that did not see each other (the official speed script passes no cache from step to step)."""
+    if _length(cache) != expected:
+        raise RuntimeError(f"The cache holds {_length(cache)} tokens instead of {expected}: these times would mean nothing.")
+
+
+def _random_tokens(model, batch_size: int, length: int) -> torch.LongTensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = find_anatomy(model).decoder.config.vocab_size
+    return torch.randint(vocabulary, (batch_size, length), generator=generator).to(_device(model))
+
+
+def _device(model) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise LLMDropError("Weights of this model are offloaded: its speed would be that of moving them. Use a larger GPU.")
+    return device

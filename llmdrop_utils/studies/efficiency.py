@@ -1,0 +1,459 @@
+"""Notebooks 05 and 06: what dropping gains, in time and in memory of the key-value cache."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .. import stats
+from ..anatomy import find_anatomy
+from ..cost import cache_bytes, is_full_attention, kv_bytes
+from ..dropping import DropPlan, dropped
+from ..models import LocatedModel, default_dtype, load_config, locate_model, model_of_shape
+from ..profiles import Profile
+from ..selection import drop_sequence, select, select_last
+from ..sources import catalogue
+from ..speed import NOISY, Load
+from ..store import RESULTS, Store, code_provenance
+from ..tables import Tables, write_tables
+from ..workspace import ROOT, DiskFull, LLMDropError, NotAvailable
+from .quality import distinct, drop_curves, paper_name, paper_rows
+from .work import (
+    DENSE,
+    SpeedWork,
+    available_corpora,
+    identity_of,
+    importance_of,
+    importance_work,
+    measure_all,
+    not_run_table,
+    plan_key,
+)
+
+Cell = tuple[str, int]  # kind, how many are dropped
+
+
+def speedup(profile: Profile, force: bool = False) -> Tables:
+    """Notebook 05: how much faster models get, beside what they lose (notebook 02), and beside what the device could do.
+
+    Measures what is missing (everything if `force`), writes the tables to data/results/<run>/05_speedup and returns them.
+    A model that cannot be had is measured with random weights if its shape is known, under the name "random:<model>":
+    speed does not depend on values. Raises LLMDropError if no model can be used.
+    """
+    store, not_run = Store(), {}
+    located = _models_or_shapes(profile, not_run)
+    quality = _quality(located, profile, not_run)
+    work, plans = [], {}
+    for model in located:
+        plans[model.name] = _plans(model, profile, store, not_run)
+        work += _speed_work(model, plans[model.name], profile)
+    eager = [item for item in work if item.load.backend == "eager"]
+    compiled = [item for item in work if item.load.backend == "compiled"]
+    measure_all(eager, store, force, profile, not_run)
+    without: dict[str, str] = {}
+    try:
+        measure_all(compiled, store, force, profile, without)
+    except NotAvailable as reason:
+        without[located[0].name] = str(reason)
+    not_run |= {f"{name}, compiled back end": reason for name, reason in without.items()}
+    work = [item for item in work if all(store.get(key) for key in item.keys)]
+    rows = [row for item in work for row in _rows_of(item, plans[item.model.name], store)]
+    timings = pd.DataFrame([row for row, _ in rows])
+    whole = _put_together(rows, profile)
+    timings = pd.concat([timings, whole], ignore_index=True)
+    tables = {
+        "speed": timings,
+        "trade": _trade(timings, profile, quality),
+        "protocol": _protocol(timings, profile),
+        "crossover": _crossover(timings, profile),
+        "limits": _limits(work, store),
+        "paper": _paper(located),
+        "models": pd.DataFrame([{"model": m.name, "n_layers": _n_layers(m), "device": _device_name()} for m in located]),
+        "not_run": not_run_table(not_run),
+    }
+    provenance = distinct([store.get(key)["provenance"] for item in work for key in item.keys])
+    return write_tables(tables, RESULTS / profile.run / "05_speedup", provenance)
+
+
+def kv_cache(profile: Profile, force: bool = False) -> Tables:
+    """Notebook 06: bytes of keys and values by formula, in live caches and in the paper, and what fits into a GPU.
+
+    Counting takes seconds, so nothing is stored. The paper's models are run on torch's device "meta", where tensors have
+    shapes and no memory, at the paper's full batch; the profile's models at a length that fits. As `speedup` otherwise.
+    """
+    not_run: dict[str, str] = {}
+    located = _models_or_shapes(profile, not_run)
+    claims = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))["claims"]
+    shapes = {name: locate_model(f"random:{name}") for name in catalogue()["shapes"]}
+    paper = [_paper_cache_row(c, shapes) for c in claims if c["id"].startswith("T4.")]
+    caches = [row for model in located for row in _cache_rows(model, profile)]
+    fits = [row for name, model in shapes.items() if _paper_has(name, claims) for row in _fit_rows(name, model)]
+    tables = {"paper": paper, "caches": caches, "fits": fits}
+    tables = {name: pd.DataFrame(rows) for name, rows in tables.items()} | {"not_run": not_run_table(not_run)}
+    dtype = str(default_dtype()).removeprefix("torch.")
+    about = [{"model": model.name, "model_identity": model.identity, "dtype": dtype} for model in located]
+    return write_tables(tables, RESULTS / profile.run / "06_kv_cache", [code_provenance() | entry for entry in about])
+
+
+# ---- models, plans, work --------------------------------------------------------------------------------------------
+
+
+def _models_or_shapes(profile: Profile, not_run: dict[str, str]) -> list[LocatedModel]:
+    located = []
+    for name in profile.models:
+        try:
+            located.append(locate_model(name))
+        except DiskFull:
+            raise
+        except LLMDropError as reason:
+            if name not in catalogue()["shapes"]:
+                if len(profile.models) == 1:
+                    raise
+                not_run[name] = str(reason)
+                continue
+            not_run[name] = f"{reason} Its shape with random weights was taken instead."
+            located.append(locate_model(f"random:{name}"))
+    if not located:
+        raise NotAvailable("None of these models can be had here:\n" + "\n".join(not_run.values()))
+    return located
+
+
+def _quality(located: list[LocatedModel], profile: Profile, not_run: dict[str, str]) -> pd.DataFrame:
+    """Mean task scores of notebook 02, which are measured if they are missing; none for random weights."""
+    real = [model.name for model in located if not model.is_random]
+    if not real:
+        return pd.DataFrame()
+    try:
+        return drop_curves(dataclasses.replace(profile, models=[name for name in profile.models if name in real] or real))[
+            "average"
+        ]
+    except NotAvailable as reason:
+        not_run["quality"] = str(reason)
+        return pd.DataFrame()
+
+
+def _plans(model: LocatedModel, profile: Profile, store: Store, not_run: dict[str, str]) -> dict[Cell, DropPlan]:
+    """What notebook 02 drops; for random weights the last layers, since layers of one shape cost the same."""
+    counts = {(kind, n) for kind, several in profile.speed.n_drop.items() for n in several}
+    counts |= {("attention", profile.speed.sweep_n), ("mlp", profile.speed.sweep_n)}
+    n_layers = _n_layers(model)
+    cells = [(kind, n) for kind, n in sorted(counts) if n < n_layers]
+    if model.is_random:
+        return {(kind, n): select_last(n_layers, kind, n) for kind, n in cells}
+    (item,) = importance_work(model, available_corpora(profile, not_run)[:1], profile)
+    measure_all([item], store, False, profile, not_run)
+    scores = importance_of(item, store).first(profile.calibration.n_samples)
+    return {(kind, n): select(scores, kind, n) for kind, n in cells if n < len(drop_sequence(scores, kind))}
+
+
+def _speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profile) -> list[SpeedWork]:
+    """The loads of a model: the paper's protocol in samples, a generation timed whole, and the sweep."""
+    part = profile.speed
+    batch, fill = part.batch_size or 1, part.batch_size is None
+    wanted = {cell: plan for cell, plan in plans.items() if cell[1] in part.n_drop.get(cell[0], [])}
+    swept = {cell: plan for cell, plan in plans.items() if cell[0] in ("attention", "mlp") and cell[1] == part.sweep_n}
+    one = dict(list((swept or wanted).items())[:1])
+    prompt, new_tokens = part.whole
+    loads: list[tuple[Load, bool, dict[Cell, DropPlan]]] = [(Load("prefill", part.prompt, batch_size=batch), fill, wanted)]
+    for context in part.contexts:
+        loads.append((Load("decode", context, part.steps), False, wanted))
+        loads += [(Load("decode", context, part.steps, size), False, swept) for size in part.sweep_batches]
+    protocol = [c for c in part.contexts if part.prompt <= c <= part.prompt + part.new_tokens]
+    loads += [(Load("decode", context, part.steps, batch), fill, wanted) for context in protocol]
+    room = part.prompt + part.new_tokens + part.steps
+    compiled = {cell: plan for cell, plan in plans.items() if cell[1] in (part.compiled or {}).get(cell[0], [])}
+    loads.append((Load("decode", part.prompt, part.steps, batch, "compiled", room), fill, compiled))
+    loads += [(Load("decode", context, part.steps), False, one) for context in (prompt, prompt + new_tokens)]
+    loads.append((Load("generation", prompt, new_tokens), False, one))
+    loads += [(Load("prefill", context), False, swept) for context in part.contexts if context <= part.prompt]
+    loads.append((Load("prefill", prompt), False, one))
+    shared, work, longest = identity_of(model), {}, part.prompt + part.new_tokens + part.steps
+    for load, full, cells in loads:  # the same load for several purposes is timed once, under all their plans
+        plans_of = work.setdefault((load, full), {})
+        plans_of.update({json.dumps(plan_key(plan)): plan for plan in cells.values()})
+    return [
+        SpeedWork(**shared, load=load, fill=full, longest=longest, repeats=part.repeats, plans=tuple(plans_of.values()))
+        for (load, full), plans_of in work.items()
+        if plans_of
+    ]
+
+
+# ---- from values to rows --------------------------------------------------------------------------------------------
+
+
+def _rows_of(item: SpeedWork, plans: dict[Cell, DropPlan], store: Store) -> list[tuple[dict, np.ndarray]]:
+    """One row for the dense model and one for each plan, each with its seconds, repeat by repeat."""
+    names = {json.dumps(plan_key(plan)): cell for cell, plan in plans.items()}
+    rows = []
+    for key in item.keys:
+        value = store.get(key)["value"]
+        if not rows:
+            rows.append(_row(item, ("dense", 0), value, value["dense"]))
+        cell = names.get(json.dumps(key["plan"]))
+        if cell is not None:
+            rows.append(_row(item, cell, value, value["plan"]))
+    return rows
+
+
+def _row(item: SpeedWork, cell: Cell, value: dict, measured: dict) -> tuple[dict, np.ndarray]:
+    seconds, dense = np.array(measured["seconds"]), np.array(value["dense"]["seconds"])
+    load = item.load
+    row = {"model": item.model.name, "backend": load.backend, "what": load.what, "batch_size": measured["batch_size"],
+           "context": load.context, "new_tokens": load.new_tokens, "room": load.room,
+           "kind": cell[0], "n": cell[1]}  # fmt: skip
+    row |= _timing(seconds, dense, measured["floor_seconds"], value["dense"]["floor_seconds"])
+    return row | {"kv_bytes": measured["kv_bytes"], "peak_bytes": measured["peak_bytes"], "fill": item.fill}, seconds
+
+
+def _timing(seconds: np.ndarray, dense: np.ndarray, floor: float, dense_floor: float) -> dict:
+    """Median, spread, speed-up over the dense model in the same rounds, and both beside what the device could do."""
+    ratio = dense / seconds
+    low, high = stats.interval(stats.bootstrap_medians(ratio))
+    quarter, three = np.quantile(seconds, [0.25, 0.75])
+    spread = (three - quarter) / np.median(seconds)
+    return {"seconds": np.median(seconds), "spread": spread, "noisy": bool(spread > NOISY), "speedup": np.median(ratio),
+            "speedup_low": low, "speedup_high": high, "predicted": dense_floor / floor,
+            "share_of_limit": floor / np.median(seconds)}  # fmt: skip
+
+
+def _put_together(rows: list[tuple[dict, np.ndarray]], profile: Profile) -> pd.DataFrame:
+    """Whole generations from samples: prefill, and decoding integrated over the contexts it goes through.
+
+    For the paper's protocol, and for the generation that is also timed whole; rows as of a timing.
+    """
+    part, out = profile.speed, []
+    for backend, is_protocol in (("eager", True), ("eager", False), ("compiled", True)):
+        prompt, new_tokens = (part.prompt, part.new_tokens) if is_protocol else part.whole
+        fill, batch = (part.batch_size is None, part.batch_size) if is_protocol else (False, 1)
+        found: dict[tuple, _Samples] = {}
+        for row, seconds in rows:
+            if row["fill"] != fill or not (fill or row["batch_size"] == batch):
+                continue
+            samples = found.setdefault((row["model"], row["kind"], row["n"]), _Samples())
+            if row["what"] == "prefill" and row["context"] == prompt:
+                samples.prefill = row, seconds
+            if row["what"] == "decode" and row["backend"] == backend and prompt <= row["context"] <= prompt + new_tokens:
+                samples.decode[row["context"]] = row, seconds
+        # What a static cache attends over does not depend on how full it is: one sample stands for all of its steps.
+        ends = {prompt, prompt + new_tokens} if backend == "eager" else {prompt}
+        found = {cell: samples for cell, samples in found.items() if samples.are_complete(ends)}
+        for (model, *_), samples in found.items():
+            seconds, floor = samples.whole(prompt, new_tokens)
+            dense, dense_floor = found[model, "dense", 0].whole(prompt, new_tokens)
+            last = samples.decode[max(samples.decode)][0]
+            shared = {
+                name: last[name] for name in ("model", "batch_size", "room", "kind", "n", "kv_bytes", "peak_bytes", "fill")
+            }
+            load = {"backend": backend, "what": "generation from samples", "context": prompt, "new_tokens": new_tokens}
+            out.append(shared | load | _timing(seconds, dense, floor, dense_floor))
+    return pd.DataFrame(out)
+
+
+@dataclasses.dataclass
+class _Samples:
+    """Timings that one generation is put together from, each with its row."""
+
+    prefill: tuple[dict, np.ndarray] | None = None
+    decode: dict[int, tuple[dict, np.ndarray]] = dataclasses.field(default_factory=dict)  # by context
+
+    def are_complete(self, ends: set[int]) -> bool:
+        """Both ends and the prefill are there, with one batch size (less memory may have made some of them smaller)."""
+        if self.prefill is None or not ends <= set(self.decode):
+            return False
+        return len({row["batch_size"] for row, _ in (self.prefill, *self.decode.values())}) == 1
+
+    def whole(self, prompt: int, new_tokens: int) -> tuple[np.ndarray, float]:
+        """Seconds (repeats,) of the generation, and their floor."""
+        contexts = sorted(self.decode)
+        at = prompt + np.arange(new_tokens - 1) + 0.5  # a step reads the prompt and the tokens before; samples span several
+        rows, seconds = zip(*(self.decode[context] for context in contexts), strict=True)
+        decode = [np.interp(at, contexts, repeat).sum() for repeat in np.array(seconds).T]
+        floors = np.interp(at, contexts, [row["share_of_limit"] * row["seconds"] for row in rows]).sum()
+        row, prefill = self.prefill
+        return prefill + np.array(decode), row["share_of_limit"] * row["seconds"] + floors
+
+
+def _trade(timings: pd.DataFrame, profile: Profile, quality: pd.DataFrame) -> pd.DataFrame:
+    """Points lost for each percent of speed-up (paper, eq. 7: SDR), with the widest interval that both intervals allow."""
+    columns = ["model", "backend", "kind", "n", "speedup", "speedup_low", "speedup_high", "noisy", "points_lost",
+               "points_lost_low", "points_lost_high", "retained", "sdr", "sdr_low", "sdr_high"]  # fmt: skip
+    part, table = profile.speed, []
+    rows = timings[(timings["what"] == "generation from samples") & (timings["kind"] != "dense")]
+    for row in rows[(rows["context"] == part.prompt) & (rows["new_tokens"] == part.new_tokens)].itertuples():
+        lost = (
+            quality[(quality["model"] == row.model) & (quality["kind"] == row.kind) & (quality["n"] == row.n)]
+            if len(quality)
+            else quality
+        )
+        entry = {name: getattr(row, name) for name in columns[:8]}
+        if len(lost):
+            lost = lost.iloc[0]
+            entry |= {name: lost[name] for name in columns[8:12]}
+            entry["sdr"] = lost["points_lost"] / (100 * (row.speedup - 1))
+            if row.speedup_low > 1:  # a division by what may be zero has no interval
+                corners = [
+                    lost[f"points_lost_{a}"] / (100 * (getattr(row, f"speedup_{b}") - 1))
+                    for a, b in itertools.product(("low", "high"), repeat=2)
+                ]
+                entry |= {"sdr_low": min(corners), "sdr_high": max(corners)}
+        table.append(entry)
+    return pd.DataFrame(table, columns=columns)
+
+
+def _protocol(timings: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """The generation that was timed whole, against the one put together from samples."""
+    prompt, new_tokens = profile.speed.whole
+    same = timings[(timings["context"] == prompt) & (timings["new_tokens"] == new_tokens)]
+    keys = ["model", "backend", "kind", "n"]
+    whole = same[same["what"] == "generation"].set_index(keys)
+    sampled = same[same["what"] == "generation from samples"].set_index(keys)
+    rows = []
+    for key in whole.index.intersection(sampled.index):
+        w, s = whole.loc[key], sampled.loc[key]
+        rows.append(dict(zip(keys, key, strict=True)) | {
+            "prompt": prompt, "new_tokens": new_tokens, "whole": w["seconds"], "whole_spread": w["spread"],
+            "from_samples": s["seconds"], "from_samples_spread": s["spread"], "ratio": s["seconds"] / w["seconds"],
+            "steps_whole": new_tokens - 1, "steps_sampled": 2 * profile.speed.steps,
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=[*keys, "prompt", "new_tokens", "whole", "whole_spread", "from_samples",
+                                       "from_samples_spread", "ratio", "steps_whole", "steps_sampled"])  # fmt: skip
+
+
+def _crossover(timings: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """The context from which n attention layers less save more time than n MLP layers less, measured and predicted."""
+    rows = []
+    n = profile.speed.sweep_n
+    swept = timings[(timings["n"] == n) & timings["what"].isin(["prefill", "decode"]) & timings["room"].isna()]
+    for (model, backend, what, size), group in swept.groupby(["model", "backend", "what", "batch_size"], sort=False):
+        table = {}
+        for column in ("speedup", "predicted"):
+            kinds = group.drop_duplicates(["kind", "context"]).pivot(index="context", columns="kind", values=column)
+            if {"attention", "mlp"} <= set(kinds) and len(kinds := kinds.dropna()) > 1:
+                table[column] = _crossing(kinds.index.to_numpy(float), (kinds["attention"] - kinds["mlp"]).to_numpy())
+        if table:
+            rows.append({"model": model, "backend": backend, "what": what, "batch_size": size, "n": n,
+                         "tried_from": group["context"].min(), "tried_to": group["context"].max(),
+                         "measured": table.get("speedup"), "predicted": table.get("predicted")})  # fmt: skip
+    columns = ["model", "backend", "what", "batch_size", "n", "tried_from", "tried_to", "measured", "predicted"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _crossing(x: np.ndarray, y: np.ndarray) -> float:
+    """Where y turns positive, between neighbours on a logarithmic x; 0 if it always is, infinity if it never is."""
+    if y[0] > 0:
+        return 0.0
+    above = np.flatnonzero(y > 0)
+    if not len(above):
+        return float("inf")
+    i = above[0]
+    share = -y[i - 1] / (y[i] - y[i - 1])
+    return float(np.exp(np.log(x[i - 1]) + share * (np.log(x[i]) - np.log(x[i - 1]))))
+
+
+def _limits(work: list[SpeedWork], store: Store) -> pd.DataFrame:
+    """What the device could do, as measured beside each timing: the best of them."""
+    rows = []
+    for model, items in itertools.groupby(work, key=lambda item: item.model.name):
+        found = [store.get(key)["value"]["limits"] for item in items for key in item.keys]
+        rows.append({"model": model} | {name: max(f[name] for f in found) for name in ("bandwidth", "rate")})
+    return pd.DataFrame(rows, columns=["model", "bandwidth", "rate"])
+
+
+def _paper(located: list[LocatedModel]) -> pd.DataFrame:
+    rows = [{"model": model.name} | row for model in located for row in paper_rows(paper_name(model))]
+    table = pd.DataFrame(rows, columns=["model", "kind", "n", "what", "paper"])
+    return table[table["what"].str.contains("speedup", case=False)] if len(table) else table
+
+
+def _n_layers(model: LocatedModel) -> int:
+    config = load_config(model).get_text_config()
+    return getattr(config, "num_hidden_layers", None) or config.n_layer
+
+
+def _device_name() -> str:
+    code = code_provenance()
+    return code["gpus"][0] if code["gpus"] else f"{code['processor']}, {code['cpu_threads']} threads"
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _counted(model: LocatedModel, plan: DropPlan, batch_size: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values after `length` tokens, counted in the cache of a model without weights."""
+    shape = model_of_shape(model, dtype, "meta")
+    cache = DynamicCache(config=shape.config)
+    with torch.inference_mode(), dropped(shape, plan):
+        find_anatomy(shape).decoder(torch.zeros(batch_size, length, dtype=torch.long, device="meta"), past_key_values=cache)
+    return cache_bytes(cache)
+
+
+def _paper_cache_row(claim: dict, shapes: dict[str, LocatedModel]) -> dict:
+    """A row of Table 4: "KV cache, seq 2048, batch 64, 32 attention layers, 16-bit"."""
+    model = shapes[{"mistral-7b": "mistral-7b-v0.1"}.get(claim["model"].lower(), claim["model"].lower())]
+    length, batch_size = (int(claim["what"].split(f"{word} ")[1].split(",")[0]) for word in ("seq", "batch"))
+    plan = select_last(_n_layers(model), "attention", claim["n_drop"]) if claim["n_drop"] else DENSE
+    config = load_config(model)
+    counted = _counted(model, plan, batch_size, length, torch.bfloat16)
+    formula = kv_bytes(config, plan, batch_size, length, 2)
+    return {"model": claim["model"], "n_layers": _n_layers(model), "n": claim["n_drop"], "batch_size": batch_size,
+            "length": length, "paper_gib": claim["value"], "formula_bytes": formula, "counted_bytes": counted,
+            "dense_bytes": kv_bytes(config, DENSE, batch_size, length, 2)}  # fmt: skip
+
+
+def _cache_rows(model: LocatedModel, profile: Profile) -> list[dict]:
+    """The profile's own models: formula and count at the lengths of the protocol, dense and dropped."""
+    config, dtype, n_layers = load_config(model), default_dtype(), _n_layers(model)
+    rows = []
+    for n in [0, *(n for n in profile.speed.n_drop.get("attention", []) if n < n_layers)]:
+        plan = select_last(n_layers, "attention", n) if n else DENSE
+        for length in profile.speed.contexts:
+            rows.append(
+                {
+                    "model": model.name,
+                    "n_layers": n_layers,
+                    "n": n,
+                    "length": length,
+                    "full_attention": is_full_attention(config),
+                    "dense_bytes": kv_bytes(config, DENSE, 1, length, dtype.itemsize),
+                    "formula_bytes": kv_bytes(config, plan, 1, length, dtype.itemsize),
+                    "counted_bytes": _counted(model, plan, 1, length, dtype),
+                }
+            )
+    return rows
+
+
+GPUS = {"48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}  # RTX 6000 Ada (the paper's), A100 and H100, H200
+
+
+def _fit_rows(name: str, model: LocatedModel) -> list[dict]:
+    """Largest batch at 4,096 tokens and longest context of one sequence, in 16 bit, with a tenth of the memory kept free."""
+    config, n_layers = load_config(model), _n_layers(model)
+    shape = model_of_shape(model, torch.bfloat16, "meta")
+    rows = []
+    for n in (0, n_layers // 4, n_layers // 2):
+        plan = select_last(n_layers, "attention", n) if n else DENSE
+        with dropped(shape, plan):
+            weights = 2 * sum(p.numel() for p in shape.parameters())
+        for (gpu, memory), count in itertools.product(GPUS.items(), (1, 2, 4)):
+            free = max(0.0, 0.9 * memory * count - weights)
+            longest = free / kv_bytes(config, plan, 1, 1, 2) if is_full_attention(config) else np.nan  # a window ends growth
+            rows.append(
+                {
+                    "model": name,
+                    "n": n,
+                    "gpu": gpu,
+                    "gpus": count,
+                    "weights_bytes": weights,
+                    "batch_at_4096": int(free // kv_bytes(config, plan, 1, 4096, 2)),
+                    "context_of_one": np.floor(longest),
+                }
+            )
+    return rows
+
+
+def _paper_has(name: str, claims: list[dict]) -> bool:
+    return any(c["id"].startswith("T4.") and name.removesuffix("-v0.1") == c["model"].lower() for c in claims)
