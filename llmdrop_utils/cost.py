@@ -105,10 +105,10 @@ def _numbers_multiplied(config) -> int:
 
 
 def _kv_heads(config) -> int:
-    if config.model_type == "falcon":
-        if config.new_decoder_architecture:
-            return config.num_kv_heads
-        return 1 if config.multi_query else config.num_attention_heads
+    if config.model_type == "falcon":  # transformers repeats the shared heads of Falcon-40B before it caches them
+        return 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
+    if config.model_type in ("gpt_neox", "opt"):  # none are shared, whatever else a configuration says
+        return config.num_attention_heads
     return _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
 
 

@@ -178,7 +178,8 @@ def _about(results: Path, run: str) -> str:
         models = dict.fromkeys(f"{entry['model']} in {entry['dtype']}" for entry in entries)
         texts = [f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries if "corpus" in e]
         tasks = [f"{e['task']} ({e['num_fewshot'] or 0}-shot)" for e in entries if "task" in e]
-        lines.append(f"{record.parent.name}: {', '.join(models)}; on {', '.join(dict.fromkeys(texts + tasks))}.")
+        on = f"; on {', '.join(dict.fromkeys(texts + tasks))}" if texts + tasks else ""
+        lines.append(f"{record.parent.name}: {', '.join(models)}{on}.")
     return "\n".join(lines)
 
 

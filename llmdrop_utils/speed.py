@@ -54,7 +54,7 @@ class Speed:
 
     seconds: tuple[float, ...]  # one for each repeat: of the prefill, of one decode step, of the generation
     floor_seconds: float  # the least it could take (see `cost.floor_seconds`)
-    kv_bytes: int  # in the cache at the end, counted from its tensors
+    kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache
     peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
     batch_size: int  # smaller than asked for if memory ran out
 

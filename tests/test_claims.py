@@ -110,6 +110,24 @@ def iterative(high):
     return {"iterative": frame(n=[4, 8], difference=-0.1, low=-0.2, high=[0.1, high], shared=3)}
 
 
+def half_speed(high, model="random:llama-2-70b"):
+    rows = {"what": "generation from samples", "backend": "eager", "kind": "attention", "n": [40], "context": 2048}
+    speed = pd.DataFrame(rows | {"speedup": 1.4, "speedup_low": 1.3, "speedup_high": high, "noisy": False}).assign(model=model)
+    return {"speed": speed, "models": pd.DataFrame({"model": [model], "n_layers": [80]})}
+
+
+def trade(high):
+    kinds = {"kind": ["attention", "mlp", "block"], "n": 8, "backend": "eager"}
+    table = frame(**kinds, sdr=[0.1, 0.5, 0.5], sdr_low=[0.0, 0.3, 0.4], sdr_high=[high, 0.7, 0.6])
+    return {"trade": table, "models": frame(n_layers=[30])}
+
+
+def caches(counted, formula=500):
+    sizes = {"formula_bytes": [formula], "counted_bytes": [counted], "dense_bytes": [1000], "n_layers": 40, "n": 20}
+    own = frame(full_attention=False, length=[8], **sizes)
+    return {"paper": frame(paper_gib=[26], **sizes), "caches": own.iloc[:0]}
+
+
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
@@ -126,6 +144,10 @@ def iterative(high):
         ("joint_goes_furthest", gaps(0.01, "joint", "text"), gaps(-0.01, "joint", "text")),
         ("attention_goes_first", first_mlp(8), first_mlp(7)),
         ("iterative_no_better", iterative(0.1), iterative(-0.01)),
+        ("half_of_attention_is_faster", half_speed(1.5), half_speed(1.45)),
+        ("attention_is_best_trade", trade(0.2), trade(0.35)),
+        ("cache_shrinks_in_proportion", caches(500), caches(501)),
+        ("cache_shrinks_in_proportion", caches(500), caches(520, formula=520)),
     ],
 )
 def test_rules_come_out_both_ways(check, good, bad):
@@ -144,6 +166,23 @@ def test_claims_about_other_models_are_not_run():
     ((_, holds, reason),) = claims.CHECKS["half_of_attention"](half(2.0, model="smollm2-135m"))
     assert holds is None
     assert "the claim is about a 70B model" in reason
+
+
+def test_speed_of_other_models_is_told_but_not_judged():
+    tables = half_speed(1.5)
+    ((_, holds, reason),) = claims.CHECKS["half_of_attention_is_faster"](tables | {"models": frame(n_layers=[80])})
+    assert holds is None
+    assert "the claim is about Llama-2-70B on a GPU" in reason
+    ((_, holds, reason),) = claims.CHECKS["attention_is_best_trade"](trade(0.2) | {"trade": pd.DataFrame()})
+    assert holds is None
+    assert "no quality and speed of two kinds" in reason
+
+
+def test_windows_are_not_judged_by_share():
+    own = frame(full_attention=[False], formula_bytes=1, counted_bytes=1, dense_bytes=1, n_layers=2, n=1)
+    (_, (_, holds, reason)) = claims.CHECKS["cache_shrinks_in_proportion"](caches(500) | {"caches": own})
+    assert holds is None
+    assert "sliding windows" in reason
 
 
 def test_joint_that_never_differs_from_attention_is_not_run():

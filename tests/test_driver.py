@@ -2,17 +2,21 @@
 
 import ast
 import dataclasses
+import io
 import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import families
 import nbformat
+import pandas as pd
 import pytest
 from test_models import make_llama, write_gguf
 
 from llmdrop_utils import driver, store, studies, tables
+from llmdrop_utils.figures import FIGURES
 from llmdrop_utils.models import byte_tokenizer
 from llmdrop_utils.workspace import OUTPUT, ROOT
 
@@ -21,6 +25,10 @@ PRODUCTS = ("figures/smoke", "notebooks/rendered/smoke")
 
 
 assert OUTPUT != ROOT, "the tests delete what lies under OUTPUT"
+
+
+# Products that hold times, which no two runs share.
+TIMED = {name for name, figure in FIGURES.items() if figure.notebook == "05_speedup"} | {"05_speedup", "scorecard"}
 
 
 def forbid_measuring(monkeypatch):
@@ -43,8 +51,6 @@ def smoke_run():
 
 def test_run_is_complete(smoke_run):
     names = {str(path) for path in smoke_run}
-    from llmdrop_utils.figures import FIGURES
-
     for name in FIGURES:
         assert {f"figures/smoke/{name}{suffix}" for suffix in (".svg", ".pdf", ".png", ".csv")} <= names
     assert {"figures/smoke/scorecard.md", "figures/smoke/scorecard.csv"} <= names
@@ -77,7 +83,10 @@ def test_two_runs_are_the_same_to_the_byte(smoke_run):
     assert driver.main(SMOKE) == 0
     again = files(*PRODUCTS)
     assert again.keys() == smoke_run.keys()
-    assert [str(path) for path in again if again[path] != smoke_run[path]] == []
+    timed = {path for path in again if path.stem in TIMED}
+    assert [str(path) for path in again if again[path] != smoke_run[path] and path not in timed] == []
+    cards = [pd.read_csv(io.BytesIO(run[Path("figures/smoke/scorecard.csv")])) for run in (again, smoke_run)]
+    pd.testing.assert_frame_equal(*(card[card["notebook"] != "05_speedup"] for card in cards))
 
 
 @pytest.fixture(params=["directory", "gguf"])
@@ -102,6 +111,18 @@ def test_any_model(my_model, smoke_run):
     assert not [path for path, content in everything.items() if str(my_model.parent).encode() in content]
 
 
+def test_random_weights_have_speed_and_no_quality(smoke_run, capsys):
+    """As on a GPU box without a hub: `make reproduce PROFILE=h200 NOTEBOOKS="05 06"`."""
+    assert driver.main([*SMOKE, "--model", "random:tiny-llama", "--notebooks", "05 06"]) == 0
+    results = OUTPUT / "data/results/smoke-random-tiny-llama"
+    assert pd.read_csv(results / "05_speedup" / "trade.csv")["points_lost"].isna().all()
+    assert pd.read_csv(results / "05_speedup" / "speed.csv")["model"].unique() == ["random:tiny-llama"]
+    scorecard = (OUTPUT / "figures/smoke-random-tiny-llama/scorecard.md").read_text()
+    assert "this run has no quality and speed of two kinds at equal n" in scorecard
+    assert driver.main([*SMOKE, "--model", "random:tiny-llama", "--notebooks", "01"]) == 1
+    assert "random:tiny-llama has no tokenizer" in capsys.readouterr().err
+
+
 def test_missing_or_changed_products_are_made_again(smoke_run, monkeypatch):
     """Nothing is measured for it; the records are there."""
     forbid_measuring(monkeypatch)
@@ -114,7 +135,6 @@ def test_missing_or_changed_products_are_made_again(smoke_run, monkeypatch):
 def test_one_corpus_and_a_model_that_is_away(network, smoke_run, tmp_path, monkeypatch):
     """The least that can be had still gives every figure and verdict; what is missing is tried again the next time."""
     from llmdrop_utils import profiles
-    from llmdrop_utils.figures import FIGURES
 
     smoke = (profiles.PROFILE_DIR / "smoke.yaml").read_text()
     smoke = smoke.replace("[tiny-llama]", "[org/away, tiny-llama]").replace("[random-words, random-digits]", "[random-words]")

@@ -166,11 +166,35 @@ def test_some_of_several_models(network, cache):
         ("", "Unknown model ''"),
         ("./nowhere", r"Unknown model './nowhere'.*a directory with config.json"),
         ("nowhere.gguf", "There is no file nowhere.gguf"),
+        ("random:llama-9", "There is no shape 'llama-9'. There are: llama-2-7b, llama-2-13b"),
     ],
 )
 def test_unknown_models(name, message):
     with pytest.raises(LLMDropError, match=message):
         locate_model(name)
+
+
+def test_a_shape_with_random_weights(cache):
+    located = locate_model("random:tiny-llama")
+    assert located.is_random
+    assert located.identity.startswith("random:")
+    assert located == locate_model("random:tiny-llama")
+    model, tokenizer = load_located(located)
+    again, _ = load_located(located)
+    assert tokenizer is None
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert model.llmdrop_identity == located.identity
+    with pytest.raises(LLMDropError, match="random:tiny-llama has no tokenizer: random weights are for notebooks 05 and 06"):
+        models.load_tokenizer(located)
+
+
+def test_shapes_are_those_of_the_paper_s_models(cache):
+    """Numbers of parameters as published, on the device without memory."""
+    published = {"llama-2-7b": 6.74e9, "llama-2-13b": 13.02e9, "llama-2-70b": 68.98e9, "mistral-7b-v0.1": 7.24e9,
+                 "llama-3-8b": 8.03e9, "llama-3-70b": 70.55e9}  # fmt: skip
+    for name, expected in published.items():
+        model = models.model_of_shape(locate_model(f"random:{name}"), torch.bfloat16, "meta")
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=2e-3)
 
 
 def test_folders_that_are_no_models(folder, cache):

@@ -7,10 +7,13 @@ from llmdrop_utils import LLMDropError, calibration, load_profile, profiles, sou
 GOOD = (profiles.PROFILE_DIR / "smoke.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", ["smoke", "cpu", "gpu"])
+@pytest.mark.parametrize("name", ["smoke", "cpu", "gpu", "h200"])
 def test_committed_profiles_fit_the_sources(name):
     profile = load_profile(name)
-    assert set(profile.models) <= set(sources.catalogue()["models"])
+    shapes = {f"random:{shape}" for shape in sources.catalogue()["shapes"]}
+    assert set(profile.models) <= {*sources.catalogue()["models"], *shapes}
+    part = profile.speed
+    assert {part.prompt, part.prompt + part.new_tokens} <= set(part.contexts), "both ends of the generation are sampled"
     assert set(profile.calibration.corpora) <= set(calibration.catalogue()["corpora"])
 
 
@@ -37,6 +40,12 @@ def test_the_paper_s_setting():
         ("calibration:", "calibration: 3\nrest:", "demo.yaml must hold the key 'calibration' with keys of its own"),
         ("attention: [2, 3]", "heads: [2, 3]", "Unknown kind 'heads' in demo.yaml, under tasks. Known kinds: attention, mlp"),
         ("attention: [2, 3]", "attention: 2", "'n_drop' in demo.yaml, under tasks must be lists of positive integers, by name"),
+        ("mlp: [2], block: [2]}\n  sweep", "tail: [2]}\n  sweep", "Unknown kind 'tail' in demo.yaml, under speed"),
+        (
+            "compiled: {attention: [2]}",
+            "compiled: 3",
+            "'compiled' .* integers, by name, or null, but is 3",
+        ),
         ("limit: 10", "limit: -1", "'limit' in demo.yaml, under tasks must be an integer, or null, but is -1"),
     ],
 )
@@ -49,7 +58,7 @@ def test_mistakes(tmp_path, monkeypatch, old, new, message):
 
 
 def test_unknown_profile():
-    with pytest.raises(LLMDropError, match=r"Unknown profile 'tpu'. The profiles in data/profiles are: cpu, gpu, smoke"):
+    with pytest.raises(LLMDropError, match=r"Unknown profile 'tpu'. The profiles in data/profiles are: cpu, gpu, h200, smoke"):
         load_profile("tpu")
 
 

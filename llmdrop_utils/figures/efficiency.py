@@ -158,12 +158,12 @@ def figS12_kv_cache(tables: Tables):
             x, gib = i + 0.38 * j - 0.19, row.counted_bytes / 2**30
             label = (f"{'with attention dropped' if row.n else 'dense'}") if i == 0 else None
             ax.bar(x, gib, 0.34, color=COLORS[kind], alpha=0.75, label=label)
-            ax.text(x, gib + 0.8, f"{gib:g}" + (f"\n−{row.n}" if row.n else ""), ha="center", fontsize=7)
+            layers = f"{row.n_layers - row.n}\nlayers"
+            ax.text(x, gib / 2, f"{gib:g}\n{layers}", ha="center", va="center", fontsize=6.5, color="white")
             label = "as printed in the paper" if i == j == 0 else None
             ax.plot([x - 0.19, x + 0.19], [row.paper_gib] * 2, color="#D55E00", linewidth=1.4, label=label)
     names = data.drop_duplicates("model")
     ax.set_xticks(range(len(models)), [f"{r.model}\nbatch {r.batch_size}" for r in names.itertuples()])
-    ax.set_ylim(top=1.2 * data["counted_bytes"].max() / 2**30)
     ax.set_ylabel("Key-value cache, GiB\n(2,048 tokens, 16 bit)")
     ax.legend(loc="upper right", fontsize=7)
     return fig, data

@@ -124,13 +124,10 @@ def _models_or_shapes(profile: Profile, not_run: dict[str, str]) -> list[Located
 
 def _quality(located: list[LocatedModel], profile: Profile, not_run: dict[str, str]) -> pd.DataFrame:
     """Mean task scores of notebook 02, which are measured if they are missing; none for random weights."""
-    real = [model.name for model in located if not model.is_random]
-    if not real:
+    if all(model.is_random for model in located):
         return pd.DataFrame()
     try:
-        return drop_curves(dataclasses.replace(profile, models=[name for name in profile.models if name in real] or real))[
-            "average"
-        ]
+        return drop_curves(profile)["average"]
     except NotAvailable as reason:
         not_run["quality"] = str(reason)
         return pd.DataFrame()
@@ -329,21 +326,25 @@ def _crossover(timings: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     n = profile.speed.sweep_n
     swept = timings[(timings["n"] == n) & timings["what"].isin(["prefill", "decode"]) & timings["room"].isna()]
     for (model, backend, what, size), group in swept.groupby(["model", "backend", "what", "batch_size"], sort=False):
-        table = {}
-        for column in ("speedup", "predicted"):
-            kinds = group.drop_duplicates(["kind", "context"]).pivot(index="context", columns="kind", values=column)
-            if {"attention", "mlp"} <= set(kinds) and len(kinds := kinds.dropna()) > 1:
-                table[column] = _crossing(kinds.index.to_numpy(float), (kinds["attention"] - kinds["mlp"]).to_numpy())
-        if table:
-            rows.append({"model": model, "backend": backend, "what": what, "batch_size": size, "n": n,
-                         "tried_from": group["context"].min(), "tried_to": group["context"].max(),
-                         "measured": table.get("speedup"), "predicted": table.get("predicted")})  # fmt: skip
-    columns = ["model", "backend", "what", "batch_size", "n", "tried_from", "tried_to", "measured", "predicted"]
+        group = group[group["kind"].isin(["attention", "mlp"])].drop_duplicates(["kind", "context"])
+        table = group.pivot(index="context", columns="kind").dropna(subset=[("speedup", "attention"), ("speedup", "mlp")])
+        if len(table) < 2:
+            continue
+        gain = {c: _crossing(table.index, table[c, "attention"] - table[c, "mlp"]) for c in ("speedup", "predicted")}
+        apart = (table["speedup_low", "attention"] > table["speedup_high", "mlp"]) | (
+            table["speedup_low", "mlp"] > table["speedup_high", "attention"]
+        )
+        rows.append({"model": model, "backend": backend, "what": what, "batch_size": size, "n": n,
+                     "tried_from": table.index[0], "tried_to": table.index[-1], "measured": gain["speedup"],
+                     "predicted": gain["predicted"], "apart_somewhere": bool(apart.any())})  # fmt: skip
+    columns = ["model", "backend", "what", "batch_size", "n", "tried_from", "tried_to", "measured", "predicted",
+               "apart_somewhere"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
 
-def _crossing(x: np.ndarray, y: np.ndarray) -> float:
+def _crossing(x, y) -> float:
     """Where y turns positive, between neighbours on a logarithmic x; 0 if it always is, infinity if it never is."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
     if y[0] > 0:
         return 0.0
     above = np.flatnonzero(y > 0)
@@ -352,6 +353,13 @@ def _crossing(x: np.ndarray, y: np.ndarray) -> float:
     i = above[0]
     share = -y[i - 1] / (y[i] - y[i - 1])
     return float(np.exp(np.log(x[i - 1]) + share * (np.log(x[i]) - np.log(x[i - 1]))))
+
+
+def in_words(crossing: float, tried_from: int, tried_to: int) -> str:
+    """Where a cross-over lies, or that there is none between the contexts that were tried."""
+    if crossing == 0:
+        return f"below {tried_from:,} tokens"
+    return f"beyond {tried_to:,} tokens" if np.isinf(crossing) else f"at about {crossing:,.0f} tokens"
 
 
 def _limits(work: list[SpeedWork], store: Store) -> pd.DataFrame:
