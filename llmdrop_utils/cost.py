@@ -41,6 +41,12 @@ def is_full_attention(config) -> bool:
     return all(window is None for _, window in _kept_by_layers(config.get_text_config()))
 
 
+def learned_positions(config) -> int | None:
+    """How many positions a model has learned vectors for; None if it computes positions, as most do."""
+    config = config.get_text_config()
+    return _first(config, "max_position_embeddings", "n_positions") if config.model_type in ("gpt2", "opt") else None
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values in a live cache, counted from its tensors."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

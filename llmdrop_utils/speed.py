@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from .anatomy import find_anatomy
-from .cost import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
+from .cost import cache_bytes, floor_seconds, kv_bytes, learned_positions, parts_of_pass
 from .dropping import DropPlan, NoCache, check_plan, dropped
 from .workspace import LLMDropError, NotAvailable
 
@@ -54,7 +54,8 @@ class Speed:
 
     seconds: tuple[float, ...]  # one for each repeat: of the prefill, of one decode step, of the generation
     floor_seconds: float  # the least it could take (see `cost.floor_seconds`)
-    kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache
+    kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache;
+    # a static cache takes its whole room from the start
     peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
     batch_size: int  # smaller than asked for if memory ran out
 
@@ -86,19 +87,18 @@ def measure_speed(
 ) -> list[Speed]:
     """Time a load under each plan.
 
-    Eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them; a compiled plan has its
-    repeats in one go, since compiling takes longer than all of them. Every timing comes after an untimed warm-up and ends
-    when the device is done. If memory runs out, the batch of all plans is halved, with a message.
+    On a CPU, eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them. On a GPU (where
+    what is dropped leaves the device) and when compiled, a plan has its repeats in one go. Timings come after an untimed
+    warm-up and end when the device is done. If memory runs out, the batch of all plans is halved, with a message.
 
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
     large even as a single sequence, NotAvailable if the compiled back end cannot run the model here.
     """
     for plan in plans:
         check_plan(model, plan)
-    longest = load.context + load.new_tokens
-    learned = [m for m in find_anatomy(model).decoder.children() if isinstance(m, nn.Embedding)][1:]  # positions
-    if learned and longest > learned[0].num_embeddings:
-        raise LLMDropError(f"{longest} tokens are more than the {learned[0].num_embeddings} positions that the model knows.")
+    longest, known = load.context + load.new_tokens, learned_positions(find_anatomy(model).decoder.config)
+    if known is not None and longest > known:
+        raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
     while True:
         try:
             with torch.inference_mode():
@@ -144,12 +144,17 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def largest_batch(model: nn.Module, length: int) -> int:
-    """About how many sequences of `length` tokens fit into the GPU's free memory, with a tenth of it kept for the rest."""
+    """About how many sequences of `length` tokens fit into the GPU's free memory, with a fifth of it kept for the rest.
+
+    Raises NotAvailable without a GPU.
+    """
     config, device = find_anatomy(model).decoder.config, _device(model)
+    if device.type != "cuda":
+        raise NotAvailable("Filling the memory with sequences takes a GPU. Set the profile's speed.batch_size to a number.")
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = kv_bytes(config, DropPlan(), 1, length, model.dtype.itemsize)
-    return max(1, int(0.9 * free / each))
+    return max(1, int(0.8 * free / each))
 
 
 # ---- taking times ---------------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def largest_batch(model: nn.Module, length: int) -> int:
 def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repeat) -> list[Speed]:
     device = _device(model)
     limits = device_limits(device, model.dtype)
-    turns, each = (repeats, 1) if load.backend == "eager" else (1, repeats)
+    turns, each = (repeats, 1) if load.backend == "eager" and device.type == "cpu" else (1, repeats)
     seconds: list[list[float]] = [[] for _ in plans]
     facts = [{} for _ in plans]
     for turn in range(turns):
@@ -185,8 +190,9 @@ def _prefill(model, load: Load):
     tokens = _random_tokens(model, load.batch_size, load.context)
 
     def job(warm_up: bool = False):
-        if warm_up:
-            _next(model, tokens[:, :16], _new_cache(model, "eager", 16))
+        if warm_up:  # a GPU takes memory and chooses kernels for this very length the first time
+            some = tokens if tokens.is_cuda else tokens[:, :16]
+            _next(model, some, _new_cache(model, "eager", load.context))
             return None
         cache = _new_cache(model, "eager", load.context)
         taken = _seconds(lambda: _next(model, tokens, cache), tokens.device)
@@ -244,7 +250,7 @@ def _generation(model, load: Load):
         else:  # what was compiled and captured holds this very cache
             _rewinder(state["cache"], 0)()
         if warm_up:
-            if load.backend == "compiled":
+            if load.backend == "compiled" or tokens.is_cuda:
                 generate()
             return None
         taken = _seconds(generate, tokens.device)
@@ -275,7 +281,10 @@ def _floor(model, load: Load, limits: Limits) -> float:
     floor = lambda n_new, context: floor_seconds(parts(n_new, context), limits.bandwidth, limits.rate)  # noqa: E731
     if load.what == "prefill":
         return floor(load.context, 0)
-    middle = floor(1, load.context + load.new_tokens // 2)  # bytes and operations grow evenly with the context
+    if load.backend == "compiled":  # attends over all that its cache has room for
+        middle = floor(1, (load.room or load.context + load.new_tokens) - 1)
+    else:
+        middle = floor(1, load.context + load.new_tokens // 2)  # bytes and operations grow evenly with the context
     return middle if load.what == "decode" else floor(load.context, 0) + (load.new_tokens - 1) * middle
 
 
@@ -292,25 +301,28 @@ def _stepper(model, token: torch.Tensor, cache: Cache, backend: str) -> Callable
     """A function that takes one token (B, 1) further. The compiled one is warm: its first call costs what any other does."""
     if backend == "eager":
         return lambda token: _next(model, token, cache)
-    length = _length(cache)
-    if any(layer.is_sliding is True and length >= layer.max_cache_len for layer in cache.layers):
-        raise NotAvailable("The compiled back end does not decode beyond a sliding window: its cache moves, a graph does not.")
-    rewind = _rewinder(cache, length)
+    if any(layer.is_sliding is True for layer in cache.layers):
+        raise NotAvailable("The compiled back end has no sliding windows: their cache counts in Python, unseen by a graph.")
+    rewind = _rewinder(cache, _length(cache))
     torch._dynamo.reset()  # compiled code of other plans would count against the limit of versions of one function
     compiled = torch.compile(_next, fullgraph=True, dynamic=False)
+    held = token.clone()  # a graph reads and writes the same memory every time
     try:
         for _ in range(3):
             compiled(model, token, cache)
             rewind()
-    except torch._dynamo.exc.TorchDynamoException as error:
+        if token.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                held.copy_(compiled(model, held, cache))
+            graph.replay()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # dynamo's own errors are RuntimeErrors too
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise NotAvailable(f"torch.compile cannot compile this model here: {type(error).__name__}: {first_line}") from error
-    if token.device.type != "cuda":
+    if not token.is_cuda:
         return lambda token: compiled(model, token, cache)
-    held = token.clone()  # a graph reads and writes the same memory every time
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held.copy_(compiled(model, held, cache))
     rewind()
 
     def replay(token: torch.Tensor) -> torch.Tensor:
@@ -343,19 +355,17 @@ def _filled_cache(model, load: Load) -> Cache:
 
 
 def _rewinder(cache: Cache, length: int) -> Callable[[], None]:
-    """A function that takes a cache back to its present tensors, as those of `length` tokens."""
+    """A function that takes a cache back to `length` tokens. (A window that was full stays full.)"""
     layers = _holding(cache)
-    tensors = [(layer.keys, layer.values) for layer in layers]
 
     def rewind() -> None:
-        for layer, (keys, values) in zip(layers, tensors, strict=True):
-            layer.keys, layer.values = keys, values  # a dynamic cache makes new tensors, a static one keeps its own
+        for layer in layers:
+            if isinstance(layer, DynamicLayer) and layer.keys.shape[-2] > length:
+                layer.keys, layer.values = (x[:, :, :length].contiguous() for x in (layer.keys, layer.values))
             if isinstance(count := getattr(layer, "cumulative_length", None), torch.Tensor):
                 count.fill_(length)
             elif count is not None:
                 layer.cumulative_length = length
-            if hasattr(layer, "cumulative_length_int"):
-                layer.cumulative_length_int = length
 
     return rewind
 
@@ -382,7 +392,9 @@ def _random_tokens(model, batch_size: int, length: int) -> torch.LongTensor:
 
 
 def _device(model) -> torch.device:
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type == "meta" for device in devices) or len({device.type for device in devices}) > 1:
         raise LLMDropError("Weights of this model are offloaded: its speed would be that of moving them. Use a larger GPU.")
-    return device
+    if len(devices) > 1:
+        raise NotAvailable("This model lies on several GPUs, and only one is timed. Use CUDA_VISIBLE_DEVICES, or a larger GPU.")
+    return devices.pop()

@@ -178,6 +178,14 @@ def test_speed_of_other_models_is_told_but_not_judged():
     assert "no quality and speed of two kinds" in reason
 
 
+def test_a_speed_up_within_noise_is_no_evidence():
+    tables = trade(0.2)
+    tables["trade"].loc[0, ["sdr_low", "sdr_high"]] = float("nan")
+    ((_, holds, reason),) = claims.CHECKS["attention_is_best_trade"](tables)
+    assert holds is None
+    assert "within noise" in reason
+
+
 def test_windows_are_not_judged_by_share():
     own = frame(full_attention=[False], formula_bytes=1, counted_bytes=1, dense_bytes=1, n_layers=2, n=1)
     (_, (_, holds, reason)) = claims.CHECKS["cache_shrinks_in_proportion"](caches(500) | {"caches": own})

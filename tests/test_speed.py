@@ -1,11 +1,24 @@
 """Times are of what they say: the loop that is timed decodes as `generate` does, and every step sees the ones before."""
 
+import dataclasses
+
 import families
 import numpy as np
 import pytest
 import torch
 
-from llmdrop_utils import DropPlan, LLMDropError, Load, NotAvailable, dropped, greedy, kv_bytes, measure_speed, speed
+from llmdrop_utils import (
+    DropPlan,
+    LLMDropError,
+    Load,
+    NotAvailable,
+    dropped,
+    greedy,
+    kv_bytes,
+    load_profile,
+    measure_speed,
+    speed,
+)
 from llmdrop_utils.speed import device_limits, largest_batch
 from llmdrop_utils.studies import efficiency
 
@@ -137,9 +150,11 @@ def test_impossible_loads(settings, message):
 def test_loads_that_a_model_cannot_take():
     with pytest.raises(LLMDropError, match="70 tokens are more than the 64 positions that the model knows"):
         measure_speed(families.tiny("gpt2"), Load("decode", 66, 4))
+    with pytest.raises(NotAvailable, match="takes a GPU"):
+        largest_batch(families.tiny("llama"), 64)
     with pytest.raises(LLMDropError, match="holds layer 7"):
         measure_speed(families.tiny("llama"), Load("decode", 8, 2), [DropPlan(attention=(7,))])
-    with pytest.raises(NotAvailable, match="does not decode beyond a sliding window"):
+    with pytest.raises(NotAvailable, match="has no sliding windows"):
         measure_speed(families.tiny("gemma3"), Load("decode", 8, 2, backend="compiled"))
 
 
@@ -165,11 +180,17 @@ def test_graphs_and_batches_on_a_gpu():
 # ---- from timings to tables -----------------------------------------------------------------------------------------
 
 
+def timed(seconds, dense=None, floor=1.0, dense_floor=1.0, **row):
+    seconds = np.array(seconds)
+    row = {"model": "m", "kind": "attention", "n": 2, "backend": "eager", "fill": False, "batch_size": 1} | row
+    return efficiency._Timed(row, seconds, floor, seconds if dense is None else np.array(dense), dense_floor)
+
+
 def test_noise_is_marked():
-    calm, wild = np.array([1.0, 1.01, 1.02]), np.array([1.0, 1.5, 2.0])
-    assert not efficiency._timing(calm, calm, 1, 1)["noisy"]
-    assert efficiency._timing(wild, calm, 1, 1)["noisy"]
-    row = efficiency._timing(calm, 2 * calm, 0.5, 0.75)
+    calm, wild = [1.0, 1.01, 1.02], [1.0, 1.5, 2.0]
+    assert not timed(calm).as_row()["noisy"]
+    assert timed(wild).as_row()["noisy"]
+    row = timed(calm, dense=[2.0, 2.02, 2.04], floor=0.5, dense_floor=0.75).as_row()
     assert (row["speedup"], row["predicted"]) == (2, 1.5)
     assert row["speedup_low"] <= 2 <= row["speedup_high"]
     assert row["share_of_limit"] == pytest.approx(0.5 / 1.01)
@@ -178,14 +199,26 @@ def test_noise_is_marked():
 def test_samples_add_up_to_the_whole():
     """Steps whose time grows evenly with the context: the sum over all of them, from three samples."""
     step = lambda context: 0.01 + 1e-5 * context  # noqa: E731
-    rows = {c: ({"share_of_limit": 0.5, "seconds": step(c), "batch_size": 1}, np.array([step(c)] * 2)) for c in (100, 150, 200)}
-    samples = efficiency._Samples(({"share_of_limit": 0.5, "seconds": 3.0, "batch_size": 1}, np.array([3.0, 3.0])), rows)
-    seconds, floor = samples.whole(100, 100)
-    expected = 3 + sum(step(100 + i + 0.5) for i in range(99))
-    assert seconds == pytest.approx([expected] * 2)
-    assert floor == pytest.approx(expected / 2)
-    assert samples.are_complete({100, 200})
-    assert not samples.are_complete({100, 300})
+    decode = {c: timed([step(c)] * 2, [2 * step(c)] * 2, step(c) / 2, step(c)) for c in (100, 150, 200)}
+    whole = efficiency._integrated(timed([3.0, 3.0], [4.0, 4.0], 1.5, 2.0), decode, 100, 100)
+    steps = sum(step(100 + i + 0.5) for i in range(99))
+    assert whole.seconds == pytest.approx([3 + steps] * 2)
+    assert whole.dense_seconds == pytest.approx([4 + 2 * steps] * 2)
+    assert (whole.floor, whole.dense_floor) == pytest.approx((1.5 + steps / 2, 2 + steps))
+
+
+def test_only_samples_of_one_batch_are_put_together():
+    profile, not_run = load_profile("cpu"), {}
+    loads = [("prefill", 2048), ("decode", 2048), ("decode", 4096)]
+    several = lambda *sizes: [  # noqa: E731
+        timed([1.0], what=what, context=context, room=None, fill=True, batch_size=size)
+        for (what, context), size in zip(loads, sizes, strict=True)
+    ]
+    filled = dataclasses.replace(profile, speed=dataclasses.replace(profile.speed, batch_size=None))
+    assert len(efficiency._put_together(several(8, 8, 8), filled, not_run)) == 1
+    assert not not_run
+    assert efficiency._put_together(several(8, 8, 4), filled, not_run) == []
+    assert "different batches" in not_run["m, generation from samples, eager"]
 
 
 @pytest.mark.parametrize(

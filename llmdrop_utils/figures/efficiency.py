@@ -27,9 +27,8 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, kind: str, label: str, backend: 
 def figS8_speedup(tables: Tables):
     """Speed-up against the number dropped: reading a prompt, decoding behind it, and both as in the paper."""
     data = tables["speed"].query("kind != 'dense'")
-    models = list(data["model"].unique())
     generation = data[data["what"] == GENERATION]
-    prompt = generation["context"].max()
+    models, prompt = list(generation["model"].unique()), generation["context"].max()
     panels = {
         f"Prefill, {prompt:,} tokens": data.query("what == 'prefill' and context == @prompt"),
         f"Decode, context {prompt:,}": data.query("what == 'decode' and context == @prompt"),
@@ -172,7 +171,7 @@ def figS12_kv_cache(tables: Tables):
 def _swept(tables: Tables) -> pd.DataFrame:
     """Decoding with attention or MLP layers gone, at the contexts and batches where both were timed."""
     data = tables["speed"].query("what == 'decode' and kind in ('attention', 'mlp')")
-    data = data[data["room"].isna()]
+    data = data[data["room"].isna() & ~data["fill"].astype(bool)]
     kinds = data.groupby(["model", "backend", "batch_size", "context", "n"])["kind"].transform("nunique")
     both = data[kinds == 2]
     crossed = tables["crossover"][["model", "n"]].drop_duplicates()

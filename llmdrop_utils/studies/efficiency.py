@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .. import stats
 from ..anatomy import find_anatomy
-from ..cost import cache_bytes, is_full_attention, kv_bytes
+from ..cost import cache_bytes, is_full_attention, kv_bytes, learned_positions
 from ..dropping import DropPlan, dropped
 from ..models import LocatedModel, default_dtype, load_config, locate_model, model_of_shape
 from ..profiles import Profile
@@ -45,7 +45,7 @@ def speedup(profile: Profile, force: bool = False) -> Tables:
     speed does not depend on values. Raises LLMDropError if no model can be used.
     """
     store, not_run = Store(), {}
-    located = _models_or_shapes(profile, not_run)
+    located = models_or_shapes(profile, not_run)
     quality = _quality(located, profile, not_run)
     work, plans = [], {}
     for model in located:
@@ -61,10 +61,8 @@ def speedup(profile: Profile, force: bool = False) -> Tables:
         without[located[0].name] = str(reason)
     not_run |= {f"{name}, compiled back end": reason for name, reason in without.items()}
     work = [item for item in work if all(store.get(key) for key in item.keys)]
-    rows = [row for item in work for row in _rows_of(item, plans[item.model.name], store)]
-    timings = pd.DataFrame([row for row, _ in rows])
-    whole = _put_together(rows, profile)
-    timings = pd.concat([timings, whole], ignore_index=True)
+    timed = [t for item in work for t in _timed(item, plans[item.model.name], store)]
+    timings = pd.DataFrame([t.as_row() for t in [*timed, *_put_together(timed, profile, not_run)]])
     tables = {
         "speed": timings,
         "trade": _trade(timings, profile, quality),
@@ -86,7 +84,7 @@ def kv_cache(profile: Profile, force: bool = False) -> Tables:
     shapes and no memory, at the paper's full batch; the profile's models at a length that fits. As `speedup` otherwise.
     """
     not_run: dict[str, str] = {}
-    located = _models_or_shapes(profile, not_run)
+    located = models_or_shapes(profile, not_run)
     claims = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))["claims"]
     shapes = {name: locate_model(f"random:{name}") for name in catalogue()["shapes"]}
     paper = [_paper_cache_row(c, shapes) for c in claims if c["id"].startswith("T4.")]
@@ -102,7 +100,9 @@ def kv_cache(profile: Profile, force: bool = False) -> Tables:
 # ---- models, plans, work --------------------------------------------------------------------------------------------
 
 
-def _models_or_shapes(profile: Profile, not_run: dict[str, str]) -> list[LocatedModel]:
+def models_or_shapes(profile: Profile, not_run: dict[str, str]) -> list[LocatedModel]:
+    """The profile's models; those that cannot be had go into `not_run`, and random weights take their place if the shape is
+    known."""
     located = []
     for name in profile.models:
         try:
@@ -143,6 +143,8 @@ def _plans(model: LocatedModel, profile: Profile, store: Store, not_run: dict[st
         return {(kind, n): select_last(n_layers, kind, n) for kind, n in cells}
     (item,) = importance_work(model, available_corpora(profile, not_run)[:1], profile)
     measure_all([item], store, False, profile, not_run)
+    if store.get(item.keys[0]) is None:  # one of several models, and in `not_run` by now
+        return {}
     scores = importance_of(item, store).first(profile.calibration.n_samples)
     return {(kind, n): select(scores, kind, n) for kind, n in cells if n < len(drop_sequence(scores, kind))}
 
@@ -172,106 +174,104 @@ def _speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profi
     for load, full, cells in loads:  # the same load for several purposes is timed once, under all their plans
         plans_of = work.setdefault((load, full), {})
         plans_of.update({json.dumps(plan_key(plan)): plan for plan in cells.values()})
+    known = learned_positions(load_config(model)) or np.inf
     return [
         SpeedWork(**shared, load=load, fill=full, longest=longest, repeats=part.repeats, plans=tuple(plans_of.values()))
         for (load, full), plans_of in work.items()
-        if plans_of
+        if plans_of and load.context + load.new_tokens <= known
     ]
 
 
 # ---- from values to rows --------------------------------------------------------------------------------------------
 
 
-def _rows_of(item: SpeedWork, plans: dict[Cell, DropPlan], store: Store) -> list[tuple[dict, np.ndarray]]:
-    """One row for the dense model and one for each plan, each with its seconds, repeat by repeat."""
+@dataclasses.dataclass
+class _Timed:
+    """One load under one plan, with the dense model's of the same rounds."""
+
+    row: dict  # what was timed, and its place in the tables
+    seconds: np.ndarray  # (repeats,)
+    floor: float
+    dense_seconds: np.ndarray
+    dense_floor: float
+
+    def as_row(self) -> dict:
+        """With median, spread, speed-up over dense, and both beside what the device could do."""
+        ratio = self.dense_seconds / self.seconds
+        low, high = stats.interval(stats.bootstrap_medians(ratio))
+        median = np.median(self.seconds)
+        quarter, three = np.quantile(self.seconds, [0.25, 0.75])
+        spread = (three - quarter) / median
+        return self.row | {"seconds": median, "spread": spread, "noisy": bool(spread > NOISY), "speedup": np.median(ratio),
+                           "speedup_low": low, "speedup_high": high, "predicted": self.dense_floor / self.floor,
+                           "share_of_limit": self.floor / median}  # fmt: skip
+
+
+def _timed(item: SpeedWork, plans: dict[Cell, DropPlan], store: Store) -> list[_Timed]:
+    """What an item measured: the dense model, and each plan."""
     names = {json.dumps(plan_key(plan)): cell for cell, plan in plans.items()}
-    rows = []
+    timed, load = [], item.load
     for key in item.keys:
         value = store.get(key)["value"]
-        if not rows:
-            rows.append(_row(item, ("dense", 0), value, value["dense"]))
-        cell = names.get(json.dumps(key["plan"]))
-        if cell is not None:
-            rows.append(_row(item, cell, value, value["plan"]))
-    return rows
+        dense, cells = value["dense"], {("dense", 0): value["dense"]} if not timed else {}
+        for (kind, n), measured in (cells | {names[json.dumps(key["plan"])]: value["plan"]}).items():
+            row = {"model": item.model.name, "backend": load.backend, "what": load.what, "batch_size": measured["batch_size"],
+                   "context": load.context, "new_tokens": load.new_tokens, "room": load.room, "kind": kind, "n": n,
+                   "kv_bytes": measured["kv_bytes"], "peak_bytes": measured["peak_bytes"], "fill": item.fill}  # fmt: skip
+            times = np.array(measured["seconds"]), measured["floor_seconds"]
+            timed.append(_Timed(row, *times, np.array(dense["seconds"]), dense["floor_seconds"]))
+    return timed
 
 
-def _row(item: SpeedWork, cell: Cell, value: dict, measured: dict) -> tuple[dict, np.ndarray]:
-    seconds, dense = np.array(measured["seconds"]), np.array(value["dense"]["seconds"])
-    load = item.load
-    row = {"model": item.model.name, "backend": load.backend, "what": load.what, "batch_size": measured["batch_size"],
-           "context": load.context, "new_tokens": load.new_tokens, "room": load.room,
-           "kind": cell[0], "n": cell[1]}  # fmt: skip
-    row |= _timing(seconds, dense, measured["floor_seconds"], value["dense"]["floor_seconds"])
-    return row | {"kv_bytes": measured["kv_bytes"], "peak_bytes": measured["peak_bytes"], "fill": item.fill}, seconds
-
-
-def _timing(seconds: np.ndarray, dense: np.ndarray, floor: float, dense_floor: float) -> dict:
-    """Median, spread, speed-up over the dense model in the same rounds, and both beside what the device could do."""
-    ratio = dense / seconds
-    low, high = stats.interval(stats.bootstrap_medians(ratio))
-    quarter, three = np.quantile(seconds, [0.25, 0.75])
-    spread = (three - quarter) / np.median(seconds)
-    return {"seconds": np.median(seconds), "spread": spread, "noisy": bool(spread > NOISY), "speedup": np.median(ratio),
-            "speedup_low": low, "speedup_high": high, "predicted": dense_floor / floor,
-            "share_of_limit": floor / np.median(seconds)}  # fmt: skip
-
-
-def _put_together(rows: list[tuple[dict, np.ndarray]], profile: Profile) -> pd.DataFrame:
+def _put_together(timed: list[_Timed], profile: Profile, not_run: dict[str, str]) -> list[_Timed]:
     """Whole generations from samples: prefill, and decoding integrated over the contexts it goes through.
 
-    For the paper's protocol, and for the generation that is also timed whole; rows as of a timing.
+    For the paper's protocol, and for the generation that is also timed whole.
     """
     part, out = profile.speed, []
     for backend, is_protocol in (("eager", True), ("eager", False), ("compiled", True)):
         prompt, new_tokens = (part.prompt, part.new_tokens) if is_protocol else part.whole
         fill, batch = (part.batch_size is None, part.batch_size) if is_protocol else (False, 1)
-        found: dict[tuple, _Samples] = {}
-        for row, seconds in rows:
+        prefill: dict[tuple, _Timed] = {}
+        decode: dict[tuple, dict[int, _Timed]] = {}
+        for t in timed:
+            row, cell = t.row, (t.row["model"], t.row["kind"], t.row["n"])
             if row["fill"] != fill or not (fill or row["batch_size"] == batch):
                 continue
-            samples = found.setdefault((row["model"], row["kind"], row["n"]), _Samples())
             if row["what"] == "prefill" and row["context"] == prompt:
-                samples.prefill = row, seconds
+                prefill[cell] = t
             if row["what"] == "decode" and row["backend"] == backend and prompt <= row["context"] <= prompt + new_tokens:
-                samples.decode[row["context"]] = row, seconds
+                decode.setdefault(cell, {})[row["context"]] = t
         # What a static cache attends over does not depend on how full it is: one sample stands for all of its steps.
         ends = {prompt, prompt + new_tokens} if backend == "eager" else {prompt}
-        found = {cell: samples for cell, samples in found.items() if samples.are_complete(ends)}
-        for (model, *_), samples in found.items():
-            seconds, floor = samples.whole(prompt, new_tokens)
-            dense, dense_floor = found[model, "dense", 0].whole(prompt, new_tokens)
-            last = samples.decode[max(samples.decode)][0]
-            shared = {
-                name: last[name] for name in ("model", "batch_size", "room", "kind", "n", "kv_bytes", "peak_bytes", "fill")
-            }
-            load = {"backend": backend, "what": "generation from samples", "context": prompt, "new_tokens": new_tokens}
-            out.append(shared | load | _timing(seconds, dense, floor, dense_floor))
-    return pd.DataFrame(out)
+        for cell, samples in decode.items():
+            if cell not in prefill or not ends <= set(samples):
+                continue
+            if len({t.row["batch_size"] for t in (prefill[cell], *samples.values())}) > 1:
+                not_run[f"{cell[0]}, generation from samples, {backend}"] = (
+                    "Memory ran out at some of its contexts, so they were timed with different batches. "
+                    "Set the profile's speed.batch_size to a number."
+                )
+                continue
+            out.append(_integrated(prefill[cell], samples, prompt, new_tokens))
+    return out
 
 
-@dataclasses.dataclass
-class _Samples:
-    """Timings that one generation is put together from, each with its row."""
-
-    prefill: tuple[dict, np.ndarray] | None = None
-    decode: dict[int, tuple[dict, np.ndarray]] = dataclasses.field(default_factory=dict)  # by context
-
-    def are_complete(self, ends: set[int]) -> bool:
-        """Both ends and the prefill are there, with one batch size (less memory may have made some of them smaller)."""
-        if self.prefill is None or not ends <= set(self.decode):
-            return False
-        return len({row["batch_size"] for row, _ in (self.prefill, *self.decode.values())}) == 1
-
-    def whole(self, prompt: int, new_tokens: int) -> tuple[np.ndarray, float]:
-        """Seconds (repeats,) of the generation, and their floor."""
-        contexts = sorted(self.decode)
-        at = prompt + np.arange(new_tokens - 1) + 0.5  # a step reads the prompt and the tokens before; samples span several
-        rows, seconds = zip(*(self.decode[context] for context in contexts), strict=True)
-        decode = [np.interp(at, contexts, repeat).sum() for repeat in np.array(seconds).T]
-        floors = np.interp(at, contexts, [row["share_of_limit"] * row["seconds"] for row in rows]).sum()
-        row, prefill = self.prefill
-        return prefill + np.array(decode), row["share_of_limit"] * row["seconds"] + floors
+def _integrated(prefill: _Timed, decode: dict[int, _Timed], prompt: int, new_tokens: int) -> _Timed:
+    """Prefill and all decode steps but the first token's, which the prefill gives; times between samples by a line."""
+    contexts = sorted(decode)
+    at = prompt + np.arange(new_tokens - 1) + 0.5  # a step reads the prompt and the tokens before it, samples span several
+    over = lambda values: np.interp(at, contexts, values).sum()  # noqa: E731
+    samples = [decode[context] for context in contexts]
+    seconds, dense = (
+        getattr(prefill, name) + np.array([over(repeat) for repeat in np.array([getattr(t, name) for t in samples]).T])
+        for name in ("seconds", "dense_seconds")
+    )
+    floor, dense_floor = (
+        getattr(prefill, name) + over([getattr(t, name) for t in samples]) for name in ("floor", "dense_floor")
+    )
+    load = {"what": "generation from samples", "context": prompt, "new_tokens": new_tokens}
+    return _Timed(samples[-1].row | load, seconds, floor, dense, dense_floor)
 
 
 def _trade(timings: pd.DataFrame, profile: Profile, quality: pd.DataFrame) -> pd.DataFrame:
@@ -325,6 +325,7 @@ def _crossover(timings: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     rows = []
     n = profile.speed.sweep_n
     swept = timings[(timings["n"] == n) & timings["what"].isin(["prefill", "decode"]) & timings["room"].isna()]
+    swept = swept[~swept["fill"]]
     for (model, backend, what, size), group in swept.groupby(["model", "backend", "what", "batch_size"], sort=False):
         group = group[group["kind"].isin(["attention", "mlp"])].drop_duplicates(["kind", "context"])
         table = group.pivot(index="context", columns="kind").dropna(subset=[("speedup", "attention"), ("speedup", "mlp")])
@@ -446,7 +447,7 @@ def _fit_rows(name: str, model: LocatedModel) -> list[dict]:
         plan = select_last(n_layers, "attention", n) if n else DENSE
         with dropped(shape, plan):
             weights = 2 * sum(p.numel() for p in shape.parameters())
-        for (gpu, memory), count in itertools.product(GPUS.items(), (1, 2, 4)):
+        for (gpu, memory), count in itertools.product(GPUS.items(), (1, 4)):
             free = max(0.0, 0.9 * memory * count - weights)
             longest = free / kv_bytes(config, plan, 1, 1, 2) if is_full_attention(config) else np.nan  # a window ends growth
             rows.append(

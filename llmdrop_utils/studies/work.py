@@ -212,7 +212,7 @@ class SpeedWork(Work):
         code = code_provenance()
         machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
         libraries = {name: code["versions"][name] for name in ("torch", "transformers")}
-        load = dataclasses.asdict(self.load) | ({"batch_size": None} if self.fill else {})
+        load = dataclasses.asdict(self.load) | ({"batch_size": None, "longest": self.longest} if self.fill else {})
         more = {"machine": machine, "libraries": libraries, "load": load, "repeats": self.repeats}
         return [self._key("speed", speed.VERSION, plan=plan_key(plan), **more) for plan in self.plans]
 
