@@ -11,6 +11,8 @@ _HOME = {
     "load_located": "models",
     "locate_model": "models",
     "locate_available": "models",
+    "locate_series": "series",
+    "train_series": "training",
     "load_tokens": "calibration",
     "load_documents": "calibration",
     "fingerprint": "calibration",

@@ -29,18 +29,32 @@ def load_tokens(corpus: str, tokenizer, n_samples: int, seq_len: int) -> torch.L
     """
     if n_samples < 1 or seq_len < 1:
         raise LLMDropError(f"Samples and their length must be 1 or more, but {n_samples} of {seq_len} tokens were asked for.")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    documents = load_documents(corpus)
-    for start in range(0, len(documents), BATCH):
-        for ids in tokenizer(documents[start : start + BATCH], add_special_tokens=False)["input_ids"]:
-            stream += ids + end
+    for ids in _token_ids(load_documents(corpus), tokenizer):
+        stream += ids
         if len(stream) >= n_samples * seq_len:
             return torch.tensor(stream[: n_samples * seq_len], dtype=torch.long).view(n_samples, seq_len)
     raise LLMDropError(
         f"The corpus {corpus!r} is too short: it holds {len(stream):,} tokens, {len(stream) // seq_len} blocks of {seq_len}, "
         f"but {n_samples} were asked for. Ask for fewer or shorter blocks, or name another corpus."
     )
+
+
+def pack(documents: list[str], tokenizer, seq_len: int) -> torch.LongTensor:
+    """All whole blocks of documents: LongTensor (n_blocks, seq_len). Raises LLMDropError if they do not fill a single one."""
+    stream = [token for ids in _token_ids(documents, tokenizer) for token in ids]
+    n_blocks = len(stream) // seq_len
+    if not n_blocks:
+        raise LLMDropError(f"{len(documents)} documents hold {len(stream)} tokens, too few for a block of {seq_len}.")
+    return torch.tensor(stream[: n_blocks * seq_len], dtype=torch.long).view(n_blocks, seq_len)
+
+
+def _token_ids(documents: list[str], tokenizer) -> Iterator[list[int]]:
+    """Token ids of one document after the other, each with the end-of-text token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(documents), BATCH):
+        for ids in tokenizer(documents[start : start + BATCH], add_special_tokens=False)["input_ids"]:
+            yield ids + end
 
 
 def fingerprint(tokens: torch.Tensor) -> str:

@@ -205,9 +205,10 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
     """A hash of all that a rendered notebook depends on: code, data files, parameters, models, libraries, dtype."""
     from importlib.metadata import version
 
-    from .models import default_dtype, locate_available
+    from .models import default_dtype
+    from .studies import models_of
 
-    located, not_run = locate_available(profile.models)
+    located, not_run = models_of(notebook.stem, profile)
     facts = [parameters, dataclasses.asdict(profile), [model.identity for model in located], sorted(not_run)]
     facts += [
         str(default_dtype()),

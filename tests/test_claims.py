@@ -221,7 +221,7 @@ def test_scorecard_lists_every_claim(tmp_path):
 def test_models_that_could_not_be_had_are_named():
     claim = {"check": "attention_most_redundant", "notebook": "01_similarity"}
     missing = pd.DataFrame({"what": ["big"], "reason": ["it is gated"]})
-    verdict, evidence = claims._judge(claim, contrast(-0.01) | {"not_run": missing})
+    verdict, evidence = claims.verdicts._judge(claim, contrast(-0.01) | {"not_run": missing})
     assert verdict == claims.REPRODUCED
     assert "m: attention 0.100" in evidence
     assert "big: not run: it is gated" in evidence

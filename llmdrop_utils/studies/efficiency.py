@@ -21,11 +21,12 @@ from ..speed import NOISY, Load
 from ..store import RESULTS, Store, code_provenance
 from ..tables import Tables, write_tables
 from ..workspace import ROOT, DiskFull, LLMDropError, NotAvailable
-from .quality import distinct, drop_curves, paper_name, paper_rows
+from .quality import drop_curves, paper_name, paper_rows
 from .work import (
     DENSE,
     SpeedWork,
     available_corpora,
+    distinct,
     identity_of,
     importance_of,
     importance_work,
@@ -53,7 +54,7 @@ def speedup(profile: Profile, force: bool = False) -> Tables:
         work += _speed_work(model, plans[model.name], profile)
     eager = [item for item in work if item.load.backend == "eager"]
     compiled = [item for item in work if item.load.backend == "compiled"]
-    measure_all(eager, store, force, profile, not_run)
+    measure_all(eager, store, force, profile.several, not_run)
     without: dict[str, str] = {}
     try:
         measure_all(compiled, store, force, profile, without)
@@ -142,7 +143,7 @@ def _plans(model: LocatedModel, profile: Profile, store: Store, not_run: dict[st
     if model.is_random:
         return {(kind, n): select_last(n_layers, kind, n) for kind, n in cells}
     (item,) = importance_work(model, available_corpora(profile, not_run)[:1], profile)
-    measure_all([item], store, False, profile, not_run)
+    measure_all([item], store, False, profile.several, not_run)
     if store.get(item.keys[0]) is None:  # one of several models, and in `not_run` by now
         return {}
     scores = importance_of(item, store).first(profile.calibration.n_samples)

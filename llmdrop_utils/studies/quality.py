@@ -27,6 +27,7 @@ from .work import (
     TextWork,
     Work,
     available_corpora,
+    distinct,
     identity_of,
     importance_of,
     importance_work,
@@ -80,28 +81,28 @@ def _measure(profile: Profile, force: bool, kinds: tuple[str, ...]) -> tuple[lis
     not_run |= missing
     scoring: list[ImportanceWork] = []
     for model in located:
-        with one_of_many(model, profile, not_run):
+        with one_of_many(model, profile.several, not_run):
             scoring += importance_work(model, [corpus], profile)
-    measure_all(scoring, store, False, profile, not_run)  # notebook 01 has them already
+    measure_all(scoring, store, False, profile.several, not_run)  # notebook 01 has them already
     iterative: list[Work] = []
     if "joint" in kinds:
         for item in (item for item in scoring if item.model.name not in not_run):
             tokens = item.tokens[: profile.iterative.n_samples]
             shared = {"tokens": tokens, "batch_size": item.batch_size, "n_drop": max(profile.iterative.n_drop)}
             iterative.append(IterativeWork(**identity_of(item.model), **shared))
-        measure_all(iterative, store, force, profile, not_run)
+        measure_all(iterative, store, force, profile.several, not_run)
     measured, work = [], []
     for item in (item for item in scoring if item.model.name not in not_run):
         scores = importance_of(item, store)
         order = next((store.get(i.keys[0])["value"]["attention"] for i in iterative if i.model == item.model), [])
         plans = _plans(scores, profile, kinds, order)
-        with one_of_many(item.model, profile, not_run):
+        with one_of_many(item.model, profile.several, not_run):
             of_model = [_text_work(item, plans, profile)]
             of_model += task_work(item.model, members, _unique(plans, _task_cells(profile, kinds, plans)), profile)
             of_run = scores.first(profile.calibration.n_samples)
             measured.append(_Measured(item.model, of_run, plans, of_model, store, profile))
             work += of_model
-    measure_all(work, store, force, profile, not_run)
+    measure_all(work, store, force, profile.several, not_run)
     measured = [m for m in measured if m.model.name not in not_run]
     if not measured:
         raise NotAvailable("Nothing could be measured:\n" + "\n".join(not_run.values()))
@@ -155,11 +156,6 @@ def _text_work(item: ImportanceWork, plans: dict[Cell, DropPlan], profile: Profi
     skip = -(-used // text.seq_len)
     tokens = load_tokens(item.corpus, load_tokenizer(item.model), skip + text.n_samples, text.seq_len)[skip:]
     return TextWork(**identity_of(item.model), corpus=item.corpus, tokens=tokens, plans=_unique(plans, list(plans)))
-
-
-def distinct(provenance: list[dict]) -> list[dict]:
-    """Values that were measured together share one entry."""
-    return list({json.dumps(entry, sort_keys=True): entry for entry in provenance}.values())
 
 
 def _collect(measured: list["_Measured"], rows_of) -> Tables:

@@ -36,9 +36,9 @@ def similarity(profile: Profile, force: bool = False) -> Tables:
     not_run |= missing
     work = []
     for model in located:
-        with one_of_many(model, profile, not_run):
+        with one_of_many(model, profile.several, not_run):
             work += importance_work(model, corpora, profile)
-    measure_all(work, store, force, profile, not_run)
+    measure_all(work, store, force, profile.several, not_run)
     work = [item for item in work if item.model.name not in not_run]
     if not work:
         raise NotAvailable("Nothing could be measured:\n" + "\n".join(not_run.values()))

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import itertools
+import json
 import resource
 import sys
 import time
@@ -34,6 +35,7 @@ from ..models import (
 )
 from ..profiles import Profile
 from ..selection import select_iteratively
+from ..series import weights_at_hand
 from ..speed import Load
 from ..store import Store, code_provenance
 from ..tables import without_paths
@@ -241,6 +243,11 @@ class SpeedWork(Work):
         return [{"dense": dense, "plan": dataclasses.asdict(each), "limits": limits} for each in found[1:]]
 
 
+def distinct(provenance: list[dict]) -> list[dict]:
+    """Values that were measured together share one entry."""
+    return list({json.dumps(entry, sort_keys=True): entry for entry in provenance}.values())
+
+
 def plan_key(plan: DropPlan) -> dict:
     """What a plan drops, whatever the order."""
     return {"attention": sorted(plan.attention), "mlp": sorted(plan.mlp)}
@@ -302,14 +309,14 @@ def task_work(model: LocatedModel, members: dict[str, list], plans: tuple[DropPl
 
 
 @contextlib.contextmanager
-def one_of_many(model: LocatedModel, profile: Profile, not_run: dict[str, str]):
+def one_of_many(model: LocatedModel, several: bool, not_run: dict[str, str]):
     """What keeps one of several models from being measured goes into `not_run`; the others are still measured."""
     try:
         yield
     except DiskFull:
         raise
     except LLMDropError as reason:
-        if len(profile.models) == 1:
+        if not several:
             raise
         not_run[model.name] = str(reason)
 
@@ -320,7 +327,7 @@ def not_run_table(not_run: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "reason"])
 
 
-def measure_all(work: list[Work], store: Store, force: bool, profile: Profile, not_run: dict[str, str]) -> None:
+def measure_all(work: list[Work], store: Store, force: bool, several: bool, not_run: dict[str, str]) -> None:
     """Measure what the store lacks (everything if `force`), one model in memory at a time, with a bar for the whole."""
     missing = []
     for item in work:
@@ -332,7 +339,7 @@ def measure_all(work: list[Work], store: Store, force: bool, profile: Profile, n
     total = sum(item.tokens_to_pass for item in missing)
     with tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=2, desc="measuring", file=sys.stderr) as bar:
         for model, items in itertools.groupby(missing, key=lambda item: item.model):
-            with one_of_many(model, profile, not_run):
+            with one_of_many(model, several, not_run):
                 _measure_model(list(items), store, bar)
 
 
@@ -342,14 +349,15 @@ def _measure_model(items: list[Work], store: Store, bar: tqdm) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     model = None
     try:
-        model, tokenizer = load_located(items[0].model, items[0].dtype)
-        for item in items:
-            bar.set_postfix_str(f"{item.model.name}, {next(iter(item.about.values()))}")
-            started = time.monotonic()
-            values = item.measure(model, tokenizer, bar.update)
-            provenance = _provenance(item, model, time.monotonic() - started)
-            for key, value in zip(item.keys, values, strict=True):
-                store.put(key, value, provenance)
+        with weights_at_hand(items[0].model):
+            model, tokenizer = load_located(items[0].model, items[0].dtype)
+            for item in items:
+                bar.set_postfix_str(f"{item.model.name}, {next(iter(item.about.values()))}")
+                started = time.monotonic()
+                values = item.measure(model, tokenizer, bar.update)
+                provenance = _provenance(item, model, time.monotonic() - started)
+                for key, value in zip(item.keys, values, strict=True):
+                    store.put(key, value, provenance)
     finally:
         del model
         gc.collect()
