@@ -175,7 +175,8 @@ def _about(results: Path, run: str) -> str:
     lines = [description_of(run)]
     for record in sorted(results.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
-        models = dict.fromkeys(f"{entry['model']} in {entry['dtype']}" for entry in entries)
+        # Stages of a series are called "<series>, <stage>": the series will do.
+        models = dict.fromkeys(f"{entry['model'].split(',')[0]} in {entry['dtype']}" for entry in entries)
         texts = [f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries if "corpus" in e]
         tasks = [f"{e['task']} ({e['num_fewshot'] or 0}-shot)" for e in entries if "task" in e]
         on = f"; on {', '.join(dict.fromkeys(texts + tasks))}" if texts + tasks else ""

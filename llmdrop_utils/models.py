@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -33,7 +34,8 @@ from .workspace import CACHE, DiskFull, LLMDropError, NotAvailable, disk_error, 
 
 CONVERSION = 1  # raise when a change to the GGUF conversion changes what comes out
 transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
-UNREADABLE = (ValueError, KeyError, IndexError, OSError, ImportError, RuntimeError, SafetensorError)  # damaged or odd files
+# What damaged or odd files raise.
+UNREADABLE = (ValueError, KeyError, IndexError, OSError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 

@@ -148,13 +148,17 @@ def load_profile(name: str, model: str | None = None) -> Profile:
     profile = build(Profile, {**content, "name": name, "model": model}, path.name)
     if model is None:
         return profile
-    return dataclasses.replace(profile, models=[model], stages=dataclasses.replace(profile.stages, series=[model]))
+    stages = dataclasses.replace(profile.stages, series=[model])
+    return dataclasses.replace(profile, models=[model], stages=stages, description=description_of(profile.run))
 
 
 def description_of(run: str) -> str:
-    """The description of the profile that a run ("<profile>" or "<profile>-<model>") belongs to."""
+    """What a run covers: its profile's description, or for a model ("<profile>-<model>") whose settings it is run with."""
     names = [path.stem for path in PROFILE_DIR.glob("*.yaml") if f"{run}-".startswith(f"{path.stem}-")]
-    return load_profile(max(names, key=len)).description
+    name = max(names, key=len)
+    if run == name:
+        return load_profile(name).description
+    return f"{run.removeprefix(f'{name}-')} with the settings of the profile {name}."
 
 
 def build(cls, values: dict, where: str):

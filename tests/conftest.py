@@ -31,6 +31,7 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def reset(self):
         self.repositories = {}  # "org/name" or "datasets/org/name" -> {commit: {file: bytes}}
+        self.branches = {}  # "org/name" -> {branch: commit}
         self.gated = set()
         self.files = {}  # path -> bytes, for plain downloads
         self.down = False  # hang up on every request
@@ -64,8 +65,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path in server.files:
             self.send(200, server.files[path], with_body, cut=server.cut_after)
             return
-        api = re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)/(revision|tree)/(\w+)/?", path)
-        resolve = re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/(\w+)/(.+)", path)
+        api = re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)/(revision|tree)/([\w.-]+)/?", path)
+        resolve = re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)
         if api:
             kind, name, what, revision = api.groups()
         elif resolve:
@@ -76,7 +77,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in server.repositories:
             return self.error(404, "RepoNotFound")
         commits = server.repositories[name]
-        commit = list(commits)[-1] if revision == "main" else revision
+        branches = {"main": list(commits)[-1]} | server.branches.get(name, {})
+        commit = branches.get(revision, revision)
         if commit not in commits:
             return self.error(404, "RevisionNotFound")
         files = commits[commit]
@@ -149,8 +151,8 @@ def tiny_model():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty download cache."""
-    from llmdrop_utils import models, sources
+    from llmdrop_utils import models, series, sources, training
 
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    for module in (sources, models, series, training):
+        monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"

@@ -128,9 +128,35 @@ def caches(counted, formula=500):
     return {"paper": frame(paper_gib=[26], **sizes), "caches": own.iloc[:0]}
 
 
+STAGE = {"stage": ["step-0", "step-1", "step-9"], "step": [0, 1, 9], "position": [0, 1, 2], "progress": [0.0, 0.5, 1.0]}
+
+
+def means(random, middle):
+    """Lower ends by which MLP and block lie above attention, at random weights and half-way."""
+    rows = {"importance": 0.1, "above_attention": 0.2, "above_high": 0.3}
+    kinds = [frame(**STAGE, **rows, kind=kind, above_low=[random, middle, 0.1]) for kind in ("attention", "mlp", "block")]
+    return {"means": pd.concat(kinds, ignore_index=True).assign(seed=0)}
+
+
+def change(mlp, attention):
+    rows = frame(kind=["attention", "mlp", "block"], change=[attention, 0.2, 0.3], low=[-0.1, mlp, 0.1], high=0.4)
+    place = {"seed": 0, "position": 1, "stage": "step-1", "progress": 0.5}
+    return means(0.1, 0.1) | {"change": rows.assign(**place)}
+
+
+def same_layers(low):
+    rows = frame(**STAGE, kind="attention", correlation=0.9, low=[-0.5, low, 1.0], high=1.0, n=2, shared=2)
+    return {"agreement": rows.assign(seed=0)}
+
+
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
+        ("redundant_from_the_start", means(-0.1, 0.1), means(-0.1, -0.01)),
+        ("redundant_at_random", means(0.01, 0.1), means(-0.01, 0.1)),
+        ("others_rise", change(0.1, -0.1), change(-0.01, -0.1)),
+        ("others_rise", change(0.1, -0.1), change(0.1, -0.25)),
+        ("same_layers_at_every_stage", same_layers(0.85), same_layers(0.75)),
         ("attention_most_redundant", contrast(-0.01), contrast(0.01)),
         ("near_zero_attention", distribution(0.05), distribution(0.2)),
         ("deeper_more_redundant", depth(-0.6, -0.1), depth(-0.2, -0.1)),
@@ -198,6 +224,24 @@ def test_joint_that_never_differs_from_attention_is_not_run():
     tables["gaps"]["same_plan"] = True
     ((_, holds, _),) = claims.CHECKS["joint_goes_furthest"](tables)
     assert holds is None
+
+
+def test_a_single_trained_checkpoint_has_no_course():
+    """Two stages, random and trained: nothing can be said of the way between them."""
+    tables = change(0.1, -0.1) | same_layers(0.9)
+    for check, table in (("others_rise", "change"), ("same_layers_at_every_stage", "agreement")):
+        ((_, holds, reason),) = claims.CHECKS[check](tables | {table: tables[table][tables[table]["position"] != 1]})
+        assert holds is None
+        assert "it has no" in reason
+
+
+def test_every_seed_must_hold():
+    good, bad = means(-0.1, 0.1)["means"], means(-0.1, -0.01)["means"].assign(seed=1)
+    ((_, holds, text),) = claims.CHECKS["redundant_from_the_start"]({"means": pd.concat([good, bad])})
+    assert holds is False
+    assert "seed 0: least at step-1" in text
+    assert "so from step-1 on" in text
+    assert "so from step-9 on" in text
 
 
 def test_no_list_is_not_run():

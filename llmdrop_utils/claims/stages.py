@@ -17,7 +17,7 @@ def redundant_from_the_start(tables: Tables) -> Iterator[Finding]:
         for seed, rows in seeds.groupby("seed", sort=False):
             others = rows[rows["kind"] != "attention"]
             late = others[others["progress"] >= FIRST_OF_PAPER]
-            worst = late.loc[late["above_low"].idxmin()]
+            worst = late.sort_values("above_low").iloc[0]
             holds.append(bool((late["above_low"] > 0).all()))
             lost = others[others["above_low"] <= 0]["position"].max()  # the last stage at which it was not so
             since = 0 if lost != lost else int(lost) + 1
@@ -55,7 +55,7 @@ def same_layers_at_every_stage(tables: Tables) -> Iterator[Finding]:
         if seen.empty:
             yield model, None, "it has no stage between the first ninth and the end of its training"
             continue
-        worst = seen.loc[seen["low"].idxmin()]
+        worst = seen.sort_values("low").iloc[0]
         text = f"lowest rank correlation with the last stage {worst['correlation']:.2f} ({span(worst)}; seed {worst['seed']}, "
         text += f"{worst['stage']}; {worst['shared']} of the {worst['n']} most droppable shared)"
         yield model, bool((seen["low"] >= 0.8).all()), text
