@@ -68,6 +68,11 @@ def locate_model(name: str) -> LocatedModel:
     source = catalogue()["models"].get(name)
     if source is not None:
         return _locate_named(name, source)
+    if name in catalogue()["series"]:
+        raise LLMDropError(
+            f"{name} is a series of checkpoints: notebook 07 follows it (NOTEBOOKS=07). For a single one of a series that was "
+            "trained here, give its folder."
+        )
     if name.startswith("random:"):
         return _located_shape(name)
     path = Path(name).expanduser()

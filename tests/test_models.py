@@ -165,6 +165,7 @@ def test_some_of_several_models(network, cache):
         ("smollm2-135", r"Unknown model 'smollm2-135'. Did you mean 'smollm2-135m'\?"),
         ("", "Unknown model ''"),
         ("./nowhere", r"Unknown model './nowhere'.*a directory with config.json"),
+        ("small-llama", r"small-llama is a series of checkpoints: notebook 07 follows it \(NOTEBOOKS=07\)"),
         ("nowhere.gguf", "There is no file nowhere.gguf"),
         ("random:llama-9", "There is no shape 'llama-9'. There are: llama-2-7b, llama-2-13b"),
     ],

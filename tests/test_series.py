@@ -239,7 +239,7 @@ def test_settled():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("map-neo-7b", "The checkpoints of map-neo-7b .* cannot be read: they are published as shards of Megatron-LM"),
+        ("map-neo-7b-stages", "The checkpoints of map-neo-7b-stages .* cannot be read: they are published as shards of Megatron-LM"),
         ("small-lama", "Unknown model 'small-lama'"),
     ],
 )
@@ -252,9 +252,9 @@ def test_of_several_series_the_others_are_followed(cache, tmp_path, monkeypatch)
     monkeypatch.setattr(studies.stages, "RESULTS", tmp_path)
     monkeypatch.setattr(studies.stages, "Store", lambda: Store(tmp_path / "records"))
     profile = load_profile("smoke")
-    profile = dataclasses.replace(profile, stages=dataclasses.replace(profile.stages, series=["map-neo-7b", "tiny-llama"]))
+    profile = dataclasses.replace(profile, stages=dataclasses.replace(profile.stages, series=["map-neo-7b-stages", "tiny-llama"]))
     tables = studies.training_stages(profile)
-    assert list(tables["not_run"]["what"]) == ["map-neo-7b"]
+    assert list(tables["not_run"]["what"]) == ["map-neo-7b-stages"]
     assert set(tables["runs"]["model"]) == {"tiny-llama"}
     assert isinstance(tables["losses"], pd.DataFrame)
     assert tables["losses"].empty

@@ -57,7 +57,7 @@ def speedup(profile: Profile, force: bool = False) -> Tables:
     measure_all(eager, store, force, profile.several, not_run)
     without: dict[str, str] = {}
     try:
-        measure_all(compiled, store, force, profile, without)
+        measure_all(compiled, store, force, profile.several, without)
     except NotAvailable as reason:
         without[located[0].name] = str(reason)
     not_run |= {f"{name}, compiled back end": reason for name, reason in without.items()}
