@@ -61,7 +61,7 @@ class Recipe:
     batch_size: int  # sequences in a step
     tokens: int  # to train on, in whole steps; text that is too short is read several times
     learning_rate: float  # at its highest: linear warm-up over a twentieth of the steps, then a cosine down to a tenth
-    stages: int  # checkpoints: at no step, and at the last, half of it, a quarter, ...
+    stages: int  # checkpoints at most: before the first step, at the last, half of it, a quarter, ...
 
     @property
     def n_steps(self) -> int:
@@ -69,8 +69,9 @@ class Recipe:
 
     @property
     def steps(self) -> list[int]:
-        """After which steps a stage is kept."""
-        return sorted({0} | {max(1, round(self.n_steps / 2**k)) for k in range(self.stages - 1)})
+        """After which steps a stage is kept; not after the first, at which warm-up has just begun, with a rate of zero."""
+        halves = {round(self.n_steps / 2**k) for k in range(self.stages - 1)}
+        return sorted({0} | {step for step in halves if step > 1})
 
 
 def load_recipe(name: str) -> Recipe:
@@ -80,9 +81,9 @@ def load_recipe(name: str) -> Recipe:
     if name not in trained:
         raise LLMDropError(f"No series {name!r} is trained here. data/sources.yaml has: {', '.join(trained)}.")
     recipe = build(Recipe, series[name]["trained"], f"data/sources.yaml, under series: {name}: trained")
-    if recipe.n_steps < 1:
+    if recipe.n_steps < 2:
         one = recipe.seq_len * recipe.batch_size
-        raise LLMDropError(f"The series {name!r} trains on {recipe.tokens} tokens, but a single step takes {one}.")
+        raise LLMDropError(f"The series {name!r} trains on {recipe.tokens} tokens, but two steps take {2 * one}.")
     return recipe
 
 

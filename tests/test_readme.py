@@ -7,7 +7,7 @@ import pandas as pd
 from llmdrop_utils.anatomy import FAMILIES
 from llmdrop_utils.workspace import ROOT
 
-NOTEBOOKS = ("01", "02", "03", "05", "06")
+NOTEBOOKS = ("01", "02", "03", "05", "06", "07")
 README = (ROOT / "README.md").read_text()
 
 
@@ -38,6 +38,9 @@ def test_examples_run():
         "[16:]": "[4:]",
         "2048": "64",
         "hellaswag": "openbookqa",
+        "small-llama": "tiny-series",
+        '"encyclopedia"': '"random-words"',
+        "n_samples=16, seq_len=128": "n_samples=4, seq_len=32",
     }
     for old, new in smaller.items():
         assert old in code

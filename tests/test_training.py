@@ -129,7 +129,7 @@ def test_unigram_entropy():
         ({"layers": 3}, "Unknown key 'layers' in data/sources.yaml, under series: tiny-series: trained"),
         ({"learning_rate": "fast"}, "'learning_rate' .* must be a positive number, but is 'fast'"),
         ({"config": 3}, "'config' .* must be a mapping, but is 3"),
-        ({"tokens": 100}, "trains on 100 tokens, but a single step takes 128"),
+        ({"tokens": 200}, "trains on 200 tokens, but two steps take 256"),
     ],
 )
 def test_wrong_recipes(change, message, monkeypatch):

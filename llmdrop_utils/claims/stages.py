@@ -13,20 +13,17 @@ FIRST_OF_PAPER = 1 / 9  # of the training: the paper's first checkpoint, untrain
 @check
 def redundant_from_the_start(tables: Tables) -> Iterator[Finding]:
     for model, seeds in _by_model(tables["means"]):
-        holds, text = [], []
-        for seed, rows in seeds.groupby("seed", sort=False):
-            others = rows[rows["kind"] != "attention"]
-            late = others[others["progress"] >= FIRST_OF_PAPER]
-            worst = late.sort_values("above_low").iloc[0]
-            holds.append(bool((late["above_low"] > 0).all()))
-            lost = others[others["above_low"] <= 0]["position"].max()  # the last stage at which it was not so
-            since = 0 if lost != lost else int(lost) + 1
-            text.append(
-                f"seed {seed}: least at {worst['stage']}, where {worst['kind']} lies {worst['above_attention']:+.4f} "
-                f"({worst['above_low']:+.4f} to {worst['above_high']:+.4f}) above attention; "
-                + (f"so from {_stage(rows, since)} on" if since <= others["position"].max() else "not so at the last stage")
+        others = seeds[seeds["kind"] != "attention"]
+        late = others[others["progress"] >= FIRST_OF_PAPER]
+        text = []
+        for layers, rows in late.groupby("layers", sort=False):
+            worst = rows.sort_values("above_low").iloc[0]
+            found = f"{layers} layers: least at {worst['stage']} of seed {worst['seed']}, where {worst['kind']} lies "
+            found += (
+                f"{worst['above_attention']:+.4f} ({worst['above_low']:+.4f} to {worst['above_high']:+.4f}) above attention"
             )
-        yield model, all(holds), "; ".join(text)
+            text.append(f"{found}, {_since(others[others['layers'] == layers])}")
+        yield model, bool((late["above_low"] > 0).all()), "; ".join(text)
 
 
 @check
@@ -37,15 +34,16 @@ def others_rise(tables: Tables) -> Iterator[Finding]:
         if rows.empty:
             yield model, None, "it has no two stages after the first ninth of its training"
             continue
+        rows = rows[rows["position"] == rows["position"].min()]
         holds, text = [], []
-        for seed, seen in rows.groupby("seed", sort=False):
-            first = seen[seen["position"] == seen["position"].min()].set_index("kind")
-            others = first.drop(index="attention")
-            flat = abs(first.loc["attention", "change"]) < others["change"].abs().min()
+        for (layers, seed), found in rows.groupby(["layers", "seed"], sort=False):
+            by_kind = found.set_index("kind")
+            others = by_kind.drop(index="attention")
+            flat = abs(by_kind.loc["attention", "change"]) < others["change"].abs().min()
             holds.append(bool((others["low"] > 0).all() and flat))
-            found = ", ".join(f"{kind} {row['change']:+.4f} ({span(row, digits=4)})" for kind, row in first.iterrows())
-            text.append(f"seed {seed}, from {first['stage'].iloc[0]} to the last stage: {found}")
-        yield model, all(holds), "; ".join(text)
+            changes = ", ".join(f"{kind} {row['change']:+.4f}" for kind, row in by_kind.iterrows())
+            text.append(f"{layers} layers, seed {seed}: {changes}")
+        yield model, all(holds), f"from {rows['stage'].iloc[0]} to the last stage, {'; '.join(text)}"
 
 
 @check
@@ -63,23 +61,27 @@ def same_layers_at_every_stage(tables: Tables) -> Iterator[Finding]:
 
 @check
 def redundant_at_random(tables: Tables) -> Iterator[Finding]:
-    for model, seeds in _by_model(tables["means"].query("kind != 'attention'")):
+    for model, seeds in _by_model(tables["means"]):
         rows = seeds[seeds["step"] == 0]
         if rows.empty:
             yield model, None, "its untrained weights could not be had"
             continue
-        attention = tables["means"].query("model == @model and kind == 'attention' and step == 0")["importance"].mean()
-        text = [
-            f"{kind} lies {found['above_attention'].mean():+.5f} (lowest end {found['above_low'].min():+.5f}) above attention"
-            for kind, found in rows.groupby("kind", sort=False)
-        ]
-        text = f"{rows['seed'].nunique()} seeds, attention {attention:.5f}; {'; '.join(text)}"
-        yield model, bool((rows["above_low"] > 0).all()), text
+        text = []
+        for layers, found in rows.groupby("layers", sort=False):
+            mean = found.groupby("kind", sort=False)["importance"].mean()
+            text.append(f"{layers} layers: " + ", ".join(f"{kind} {value:.4f}" for kind, value in mean.items()))
+        others = rows[rows["kind"] != "attention"]
+        yield model, bool((others["above_low"] > 0).all()), f"{rows['seed'].nunique()} seeds, {'; '.join(text)}"
 
 
 def _by_model(rows: pd.DataFrame):
     return rows.groupby("model", sort=False)
 
 
-def _stage(rows: pd.DataFrame, position: int) -> str:
-    return rows[rows["position"] == position]["stage"].iloc[0]
+def _since(others: pd.DataFrame) -> str:
+    """From which stage on MLP and block lie above attention for every seed, and stay there."""
+    lost = others[others["above_low"] <= 0]["position"].max()  # the last stage at which one does not; NaN: none
+    after = others[others["position"] > lost] if lost == lost else others
+    if after.empty:
+        return "and it is not so at the last stage"
+    return f"and it is so from {after.sort_values('position')['stage'].iloc[0]} on"

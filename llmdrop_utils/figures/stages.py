@@ -88,19 +88,23 @@ def fig07_training_stages(tables: Tables):
 
 @figure("07_training_stages")
 def figS13_stage_means(tables: Tables):
-    """Mean importance of each kind over training, and the loss below it."""
+    """Mean importance of each kind over training, over all layers and without the first; and the loss below it."""
     models = list(tables["means"]["model"].unique())
-    fig, axes = plt.subplots(2, len(models), figsize=(WIDTH, 4.0), squeeze=False, sharex="col", height_ratios=(3, 2))
-    for (top, bottom), model in zip(axes.T, models, strict=True):
+    fig, axes = plt.subplots(3, len(models), figsize=(WIDTH, 5.6), squeeze=False, sharex="col")
+    for column, model in zip(axes.T, models, strict=True):
         own = {name: tables[name][tables[name]["model"] == model] for name in ("means", "stages", "losses", "runs")}
-        over_training(top, own["means"], "importance")
-        top.set_yscale("log")
-        top.set_title(model)
-        loss_curve(bottom, own["stages"], own["losses"], own["runs"])
-        name_stages(bottom, own["stages"])
-    axes[0, 0].set_ylabel("Mean importance over layers")
-    axes[1, 0].set_ylabel("Loss, nats a token")
-    axes[0, 0].legend(loc="best")
+        for ax, left, layers in zip(column, axes[:, 0], ("all", "but the first"), strict=False):
+            over_training(ax, own["means"][own["means"]["layers"] == layers], "importance")
+            ax.set_yscale("log")
+            if ax is not left:
+                ax.sharey(left)
+        column[0].set_title(model)
+        loss_curve(column[2], own["stages"], own["losses"], own["runs"])
+        name_stages(column[2], own["stages"])
+    labels = ("Mean importance,\nall layers", "Mean importance,\nall but the first", "Loss,\nnats a token")
+    for ax, label in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label)
+    axes[0, 0].legend(loc="best", fontsize=7)
     return fig, tables["means"]
 
 

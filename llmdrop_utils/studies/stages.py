@@ -1,6 +1,7 @@
 """Notebook 07: importance, and what dropping costs, at each stage of training."""
 
 import dataclasses
+import itertools
 import sys
 
 import numpy as np
@@ -35,10 +36,11 @@ from .work import (
 )
 
 SHARES = {"quarter": 0.25, "half": 0.5}  # of the layers of a kind that are dropped
+LAYERS = {"all": 0, "but the first": 1}  # the paper shows the first layer apart, since it is far more important
 LOSS_POINTS = 150  # of a training's losses, in the table
 MAYBE_EMPTY = {  # columns of the tables that can be without rows
     "losses": ["model", "seed", "step", "tokens", "loss"],
-    "change": ["model", "seed", "position", "stage", "progress", "kind", "change", "low", "high"],
+    "change": ["model", "seed", "position", "stage", "progress", "kind", "layers", "change", "low", "high"],
 }
 
 
@@ -216,25 +218,28 @@ class _Followed:
     def _mean_rows(self) -> list[dict]:
         """Mean over layers, and by how much MLP and block lie above attention, paired by sample."""
         rows = []
-        for where, scores, draws in zip(self.where, self.scores, self.draws, strict=True):
-            for kind in KINDS:
-                mean = {k: scores.importance[k].mean() for k in KINDS}
-                low, high = stats.interval(draws[kind].mean(1))
-                above_low, above_high = stats.interval((draws[kind] - draws["attention"]).mean(1))
-                rows.append(where | {"kind": kind, "importance": mean[kind], "low": low, "high": high,
-                                     "above_attention": mean[kind] - mean["attention"], "above_low": above_low,
-                                     "above_high": above_high})  # fmt: skip
+        for i, (kind, (layers, first)) in itertools.product(range(len(self.scores)), itertools.product(KINDS, LAYERS.items())):
+            mean, draws = self._mean(i, kind, first)
+            attention, attention_draws = self._mean(i, "attention", first)
+            (low, high), (above_low, above_high) = stats.interval(draws), stats.interval(draws - attention_draws)
+            rows.append(self.where[i] | {"kind": kind, "layers": layers, "importance": mean, "low": low, "high": high,
+                                         "above_attention": mean - attention, "above_low": above_low,
+                                         "above_high": above_high})  # fmt: skip
         return rows
 
     def _change_rows(self) -> list[dict]:
         """How mean importance changes from each stage to the last, paired by sample."""
         rows = []
-        for where, scores, draws in zip(self.where[:-1], self.scores[:-1], self.draws[:-1], strict=True):
-            for kind in KINDS:
-                change = self.scores[-1].importance[kind].mean() - scores.importance[kind].mean()
-                low, high = stats.interval((self.draws[-1][kind] - draws[kind]).mean(1))
-                rows.append(where | {"kind": kind, "change": change, "low": low, "high": high})
+        earlier = range(len(self.scores) - 1)
+        for i, (kind, (layers, first)) in itertools.product(earlier, itertools.product(KINDS, LAYERS.items())):
+            (mean, draws), (last, last_draws) = self._mean(i, kind, first), self._mean(-1, kind, first)
+            low, high = stats.interval(last_draws - draws)
+            rows.append(self.where[i] | {"kind": kind, "layers": layers, "change": last - mean, "low": low, "high": high})
         return rows
+
+    def _mean(self, i: int, kind: str, first: int) -> tuple[float, np.ndarray]:
+        """Mean importance over the layers from `first` on at a stage, and its draws."""
+        return self.scores[i].importance[kind][first:].mean(), self.draws[i][kind][:, first:].mean(1)
 
     def _agreement_rows(self) -> list[dict]:
         """Does a stage rank the layers as the last one does? Rank correlation, and how many of a quarter both would drop."""
