@@ -261,7 +261,7 @@ def check_folder(located: LocatedModel) -> LocatedModel:
     """Raise LLMDropError unless the folder holds a configuration and weights that may be read; returns the model."""
     if not (located.folder / "config.json").exists():
         raise LLMDropError(f"{located.name} is no model: {located.folder} has no config.json.")
-    if not any(located.folder.glob("pytorch_model*.bin" if located.pickled else "*.safetensors")):
+    if not any(located.folder.glob("*.safetensors")):
         raise LLMDropError(
             f"{located.name} has no *.safetensors in {located.folder}. Only safetensors and GGUF are read; pickled weights "
             "(*.bin, *.pt) can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .models import LocatedModel, check_folder, locate_folder, locate_model
+from .models import LocatedModel, locate_folder, locate_model
 from .profiles import short_name
 from .sources import catalogue, fetch_hub, forget
 from .training import Recipe, load_recipe, train_seeds
@@ -118,7 +118,11 @@ def weights_at_hand(model: LocatedModel) -> Iterator[None]:
         write_text(passing, repository)
     try:
         fetch_hub(repository, commit, patterns=[*SMALL_FILES, *wanted])
-        check_folder(model)
+        if not here():
+            kinds = " or ".join(wanted)
+            raise NotAvailable(
+                f"The hub gave no {kinds} for {model.name}: it has none there, or could not be reached just now."
+            )
         yield
     finally:
         forget(here() - before)

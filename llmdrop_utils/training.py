@@ -9,6 +9,7 @@ transformers' Trainer. A killed run goes on from its last checkpoint with the lo
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +44,7 @@ from .models import building, default_dtype
 from .profiles import build
 from .sources import catalogue
 from .store import code_provenance
-from .workspace import CACHE, LLMDropError, locked, write_text
+from .workspace import CACHE, LLMDropError, disk_error, locked, write_text
 
 VERSION = 1  # raise when a change alters what comes out of a recipe: older series are then not used
 RESUME_POINTS = 20  # how often in a run the optimizer's state is kept, to go on from after a kill
@@ -156,7 +158,8 @@ def train_series(name: str, seed: int) -> Path:
             callbacks=[_Stages(recipe, folder, seed, tokenizer)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(resume))
+        with _full_disk_is_one_error(folder):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(resume))
         log = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
         losses = pd.DataFrame(log, columns=["step", "loss"])
         losses.insert(1, "tokens", losses["step"] * recipe.seq_len * recipe.batch_size)
@@ -253,6 +256,17 @@ def _last_checkpoint(folder: Path) -> str | None:
             return str(path)
         shutil.rmtree(path)
     return None
+
+
+@contextlib.contextmanager
+def _full_disk_is_one_error(folder: Path):
+    """The Trainer's writers raise errors of many kinds when the disk is full; the last whole checkpoint is kept."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free < 1 << 20:
+            raise disk_error(OSError(errno.ENOSPC, str(error)), folder) from error
+        raise
 
 
 class _Stages(TrainerCallback):

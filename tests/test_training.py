@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -88,6 +89,18 @@ def test_a_training_that_fails_says_why(cache, monkeypatch):
     (series_folder(NAME) / "seed-0").write_text("in the way")
     with pytest.raises(LLMDropError, match=f"Training {NAME} with seed 0 failed: NotADirectoryError"):
         train_seeds(NAME, [0])
+
+
+def test_full_disk(cache, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(training.Trainer, "train", full)
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        train_series(NAME, 0)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda _: mock.Mock(free=1000))
+    with pytest.raises(LLMDropError, match="The disk is full: could not write"):
+        train_series(NAME, 0)
 
 
 def test_held_out_text_is_not_trained_on():

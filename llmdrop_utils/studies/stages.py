@@ -85,7 +85,13 @@ def training_stages(profile: Profile, force: bool = False) -> Tables:
     tables = {name: pd.DataFrame(r) if r else pd.DataFrame(columns=MAYBE_EMPTY[name]) for name, r in rows.items()}
     tables["not_run"] = not_run_table(not_run)
     provenance = [store.get(key)["provenance"] for item in done for key in item.keys]
+    provenance += [_training_provenance(series) for series, *_ in followed if series.recipe is not None]
     return write_tables(tables, RESULTS / profile.run / "07_training_stages", distinct(provenance))
+
+
+def _training_provenance(series: Series) -> dict:
+    """What was recorded when a series was trained here."""
+    return series.run | {"model": series.name, "dtype": "bfloat16" if series.run["bf16"] else "float32"}
 
 
 # ---- what to measure ------------------------------------------------------------------------------------------------
