@@ -135,7 +135,7 @@ def weights_at_hand(model: LocatedModel) -> Iterator[None]:
 def _trained_series(name: str, seed: int, folder: Path) -> Series:
     recipe = load_recipe(name)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    stages = _stages_in(folder, f"{name}, seed {seed}", recipe.seq_len * recipe.batch_size)
+    stages = _stages_in(folder, f"{name}, seed {seed}", recipe.tokens_per_step)
     return Series(name, seed, stages, recipe, run, pd.read_csv(folder / "losses.csv"))
 
 

@@ -66,8 +66,12 @@ class Recipe:
     stages: int  # checkpoints at most: before the first step, at the last, half of it, a quarter, ...
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.batch_size
+
+    @property
     def n_steps(self) -> int:
-        return self.tokens // (self.seq_len * self.batch_size)
+        return self.tokens // self.tokens_per_step
 
     @property
     def steps(self) -> list[int]:
@@ -84,8 +88,8 @@ def load_recipe(name: str) -> Recipe:
         raise LLMDropError(f"No series {name!r} is trained here. data/sources.yaml has: {', '.join(trained)}.")
     recipe = build(Recipe, series[name]["trained"], f"data/sources.yaml, under series: {name}: trained")
     if recipe.n_steps < 2:
-        one = recipe.seq_len * recipe.batch_size
-        raise LLMDropError(f"The series {name!r} trains on {recipe.tokens} tokens, but two steps take {2 * one}.")
+        needed = 2 * recipe.tokens_per_step
+        raise LLMDropError(f"The series {name!r} trains on {recipe.tokens} tokens, but two steps take {needed}.")
     return recipe
 
 
@@ -99,14 +103,15 @@ def series_folder(name: str) -> Path:
 def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = lambda n: None) -> list[Path]:
     """Train a series for each seed, or find it trained; returns their folders.
 
-    On a CPU, seeds are trained side by side, each on its share of the cores: small models gain little from more threads.
+    On a CPU, seeds are trained side by side, each on its share of the threads: small models gain little from more. The share
+    does not depend on what is trained already, so that a run that was stopped goes on with the same sums.
     on_tokens: called with the number of tokens newly done. Raises LLMDropError with the reason if a training fails.
     """
     make_tokenizer(name)  # once, before several processes want it
     missing = [seed for seed in seeds if not (series_folder(name) / f"seed-{seed}" / "run.json").exists()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    side_by_side = 1 if torch.cuda.is_available() else max(1, min(len(missing), cores))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // side_by_side))}
+    threads = torch.get_num_threads()
+    side_by_side = 1 if torch.cuda.is_available() else min(len(seeds), threads)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads // side_by_side)}
     report = threading.Lock()
 
     def train(seed: int) -> None:
@@ -162,23 +167,22 @@ def train_series(name: str, seed: int) -> Path:
             trainer.train(resume_from_checkpoint=_last_checkpoint(resume))
         log = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
         losses = pd.DataFrame(log, columns=["step", "loss"])
-        losses.insert(1, "tokens", losses["step"] * recipe.seq_len * recipe.batch_size)
+        losses.insert(1, "tokens", losses["step"] * recipe.tokens_per_step)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "losses.csv", losses.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-        shutil.rmtree(resume)
-        tokens_per_step = recipe.seq_len * recipe.batch_size
         about = {
             "recipe": dataclasses.asdict(recipe),
             "seed": seed,
             "bf16": trainer.args.bf16,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_per_step": tokens_per_step,
-            "tokens": recipe.n_steps * tokens_per_step,
+            "tokens_per_step": recipe.tokens_per_step,
+            "tokens": recipe.n_steps * recipe.tokens_per_step,
             "text_tokens": blocks.numel(),
             "unigram_entropy": unigram_entropy(blocks),
             "seconds_of_last_process": round(time.monotonic() - started, 1),
         } | code_provenance()
-        write_text(folder / "run.json", json.dumps(about, indent=1, sort_keys=True) + "\n")  # last: now it is complete
+        write_text(folder / "run.json", json.dumps(about, indent=1, sort_keys=True) + "\n")  # now it is complete
+        shutil.rmtree(resume)
     return folder
 
 
@@ -284,7 +288,7 @@ class _Stages(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         step, all_steps = state.global_step, self.recipe.n_steps
         if "loss" in (logs or {}) and (step % max(1, all_steps // 100) == 0 or step == all_steps):
-            one = self.recipe.seq_len * self.recipe.batch_size
+            one = self.recipe.tokens_per_step
             print(f"seed {self.seed}: {step * one:,} of {all_steps * one:,} tokens, loss {logs['loss']:.3f}", flush=True)
 
     def _keep(self, step: int, model) -> None:
