@@ -6,6 +6,7 @@ a model that is none of these, from itself and random weights of its shape.
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -168,7 +169,12 @@ def _local_series(name: str, n_seeds: int) -> list[Series]:
         stages = _stages_in(path, short_name(name), run.get("tokens_per_step"))
         if len(stages) > 1:
             return [Series(short_name(name), run.get("seed", 0), stages, run=run)]
-    model = locate_model(name)
+    try:
+        model = locate_model(name)
+    except LLMDropError as error:
+        if close := difflib.get_close_matches(name, catalogue()["series"], n=1):
+            raise LLMDropError(f"{error} Or did you mean the series {close[0]!r}?") from error
+        raise
     final = Stage("as given", None, None, model)
     return [Series(model.name, seed, (_random_stage(model, model.name, seed), final)) for seed in range(n_seeds)]
 

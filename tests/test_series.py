@@ -240,7 +240,7 @@ def test_settled():
     ("name", "message"),
     [
         ("map-neo-7b-stages", "The checkpoints of map-neo-7b-stages .* cannot be read: .* shards of Megatron-LM"),
-        ("small-lama", "Unknown model 'small-lama'"),
+        ("small-lama", "Unknown model 'small-lama'.* Or did you mean the series 'small-llama'"),
     ],
 )
 def test_series_that_cannot_be_had(name, message):
