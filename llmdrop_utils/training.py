@@ -100,6 +100,11 @@ def series_folder(name: str) -> Path:
     return CACHE / "series" / f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
+def untrained(name: str, seeds: list[int]) -> list[int]:
+    """The seeds under which a series is not trained to its end yet."""
+    return [seed for seed in seeds if not (series_folder(name) / f"seed-{seed}" / "run.json").exists()]
+
+
 def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = lambda n: None) -> list[Path]:
     """Train a series for each seed, or find it trained; returns their folders.
 
@@ -108,7 +113,6 @@ def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = 
     on_tokens: called with the number of tokens newly done. Raises LLMDropError with the reason if a training fails.
     """
     make_tokenizer(name)  # once, before several processes want it
-    missing = [seed for seed in seeds if not (series_folder(name) / f"seed-{seed}" / "run.json").exists()]
     threads = torch.get_num_threads()
     side_by_side = 1 if torch.cuda.is_available() else min(len(seeds), threads)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads // side_by_side)}
@@ -133,7 +137,7 @@ def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = 
             raise LLMDropError(f"Training {name} with seed {seed} failed: {reason.removeprefix('error: ')}")
 
     with ThreadPoolExecutor(side_by_side) as pool:
-        list(pool.map(train, missing))
+        list(pool.map(train, untrained(name, seeds)))
     return [series_folder(name) / f"seed-{seed}" for seed in seeds]
 
 

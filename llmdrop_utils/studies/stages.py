@@ -20,7 +20,7 @@ from ..series import Series, locate_series
 from ..sources import catalogue
 from ..store import RESULTS, Store
 from ..tables import Tables, write_tables
-from ..training import load_recipe
+from ..training import load_recipe, untrained
 from ..workspace import DiskFull, LLMDropError, NotAvailable
 from .work import (
     DENSE,
@@ -102,7 +102,8 @@ def _locate(profile: Profile, not_run: dict[str, str]) -> list[Series]:
     names, found = profile.stages.series, []
     for name in names:
         source = catalogue()["series"].get(name, {})
-        total = load_recipe(name).tokens * profile.stages.seeds if "trained" in source else 0
+        left = untrained(name, list(range(profile.stages.seeds))) if "trained" in source else []
+        total = load_recipe(name).tokens * len(left) if left else 0
         try:
             with tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=2, desc=f"training {name}", file=sys.stderr,
                       disable=not total, leave=False) as bar:  # fmt: skip
