@@ -82,6 +82,14 @@ def test_seeds_side_by_side(cache, whole, monkeypatch):
     assert sum(done) == 2 * 4096, "nothing is trained twice"
 
 
+def test_killed_parent(cache, whole, monkeypatch):
+    """Kill what started the training, not the training itself: that ends too, and the next run goes on from there."""
+    monkeypatch.setenv("LLMDROP_CACHE", str(cache))
+    die = "import os; from llmdrop_utils.training import train_seeds; train_seeds({!r}, [0], lambda _: os.kill(os.getpid(), 9))"
+    assert subprocess.run([sys.executable, "-c", die.format(NAME)], check=False).returncode == -9
+    assert content(train_seeds(NAME, [0])[0]) == whole
+
+
 def test_a_training_that_fails_says_why(cache, monkeypatch):
     monkeypatch.setenv("LLMDROP_CACHE", str(cache))
     monkeypatch.setenv("LLMDROP_OUTPUT", str(cache))
