@@ -1,6 +1,7 @@
 """A name, a path or a hub id -> model and tokenizer.
 
-Weights come from safetensors or GGUF, never from a pickle, and no code that comes with a model is run.
+Weights come from safetensors or GGUF, and no code that comes with a model is run. Pickles are read for sources that are known
+to have nothing else (`pickled` in data/sources.yaml), by torch's restricted unpickler.
 """
 
 import contextlib

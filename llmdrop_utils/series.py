@@ -19,7 +19,7 @@ from .models import LocatedModel, locate_folder, locate_model
 from .profiles import short_name
 from .sources import catalogue, fetch_hub, forget
 from .training import Recipe, load_recipe, train_seeds
-from .workspace import CACHE, LLMDropError, NotAvailable, write_text
+from .workspace import CACHE, DiskFull, LLMDropError, NotAvailable, write_text
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]  # all of a model but its weights
 WEIGHTS = ["*.safetensors"]
@@ -56,12 +56,13 @@ def locate_series(
 
     name: a series in data/sources.yaml, a directory of checkpoints, or whatever `locate_model` takes. A series that is
     trained here is trained first, which takes its time; `on_tokens` then tells how far it is. Of a series on the hub only
-    the small files are fetched (see `weights_at_hand`); it has one seed, its own. Raises LLMDropError for an unknown name,
+    the small files are fetched (see `weights_at_hand`); it has one seed, its own, and if it lacks its untrained weights,
+    others are drawn in their place (stage "random"). Raises LLMDropError for an unknown name,
     NotAvailable if nothing of it can be had.
     """
     source = catalogue()["series"].get(name)
     if source is None:
-        return _local_series(name, n_seeds), {}
+        return _local_series(name, n_seeds)
     if "trained" in source:
         folders = train_seeds(name, list(range(n_seeds)), on_tokens)
         return [_trained_series(name, seed, folder) for seed, folder in enumerate(folders)], {}
@@ -81,6 +82,8 @@ def known_models(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
             continue
         try:
             found, without = locate_series(name)
+        except DiskFull:
+            raise
         except LLMDropError as reason:
             if len(names) == 1:
                 raise
@@ -136,7 +139,7 @@ def weights_at_hand(model: LocatedModel) -> Iterator[None]:
 def _trained_series(name: str, seed: int, folder: Path) -> Series:
     recipe = load_recipe(name)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    stages = _stages_in(folder, f"{name}, seed {seed}", recipe.tokens_per_step)
+    stages, _ = _stages_in(folder, f"{name}, seed {seed}", recipe.tokens_per_step)
     return Series(name, seed, stages, recipe, run, pd.read_csv(folder / "losses.csv"))
 
 
@@ -161,14 +164,14 @@ def _hub_series(name: str, source: dict) -> tuple[list[Series], dict[str, str]]:
     return [Series(name, 0, tuple(stages))], missing
 
 
-def _local_series(name: str, n_seeds: int) -> list[Series]:
+def _local_series(name: str, n_seeds: int) -> tuple[list[Series], dict[str, str]]:
     path = Path(name).expanduser()
     if name and path.is_dir():
         about = path / "run.json"
         run = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-        stages = _stages_in(path, short_name(name), run.get("tokens_per_step"))
+        stages, missing = _stages_in(path, short_name(name), run.get("tokens_per_step"))
         if len(stages) > 1:
-            return [Series(short_name(name), run.get("seed", 0), stages, run=run)]
+            return [Series(short_name(name), run.get("seed", 0), stages, run=run)], missing
     try:
         model = locate_model(name)
     except LLMDropError as error:
@@ -176,17 +179,21 @@ def _local_series(name: str, n_seeds: int) -> list[Series]:
             raise LLMDropError(f"{error} Or did you mean the series {close[0]!r}?") from error
         raise
     final = Stage("as given", None, None, model)
-    return [Series(model.name, seed, (_random_stage(model, model.name, seed), final)) for seed in range(n_seeds)]
+    return [Series(model.name, seed, (_random_stage(model, model.name, seed), final)) for seed in range(n_seeds)], {}
 
 
-def _stages_in(folder: Path, name: str, tokens_per_step: int | None) -> tuple[Stage, ...]:
-    """The models in a folder whose names tell a step, in that order."""
-    found = []
+def _stages_in(folder: Path, name: str, tokens_per_step: int | None) -> tuple[tuple[Stage, ...], dict[str, str]]:
+    """The models in a folder whose names tell a step, in that order; and those that cannot be used (name -> reason)."""
+    found, missing = [], {}
     for path in folder.iterdir():
         step, tokens = parse_stage(path.name, tokens_per_step)
-        if step is not None and (path / "config.json").exists():
+        if step is None or path.name.startswith(".") or not (path / "config.json").exists():
+            continue
+        try:
             found.append(Stage(path.name, step, tokens, locate_folder(f"{name}, {path.name}", path)))
-    return tuple(sorted(found, key=lambda stage: stage.step))
+        except LLMDropError as reason:
+            missing[f"{name}, {path.name}"] = str(reason)
+    return tuple(sorted(found, key=lambda stage: stage.step)), missing
 
 
 def _random_stage(model: LocatedModel, name: str, seed: int) -> Stage:

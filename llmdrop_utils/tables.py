@@ -55,7 +55,7 @@ def keep_as_reference(run: str) -> Path:
         if not all(commit and not commit.endswith("+changes") for commit in commits):
             raise LLMDropError(
                 f"The results of the run {run!r} come from code that is not committed ({', '.join(map(str, commits))}). "
-                "Commit first, then measure again: make reproduce FORCE=1."
+                "Commit first, then measure again: make reproduce FORCE=1 (and delete what was trained in data/cache/series)."
             )
     shutil.rmtree(target, ignore_errors=True)
     return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.done")))
@@ -65,6 +65,7 @@ COMPARED = [  # notebook, table, what makes a row, the value
     ("01_similarity", "importance", ["model", "kind", "corpus", "layer"], "importance"),
     ("02_drop_curves", "text", ["model", "kind", "corpus", "n"], "perplexity"),
     ("02_drop_curves", "tasks", ["model", "kind", "task", "n"], "value"),
+    ("07_training_stages", "importance", ["model", "seed", "kind", "position", "layer"], "importance"),
 ]
 
 

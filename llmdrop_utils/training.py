@@ -44,7 +44,7 @@ from .models import building, default_dtype
 from .profiles import build
 from .sources import catalogue
 from .store import code_provenance
-from .workspace import CACHE, LLMDropError, disk_error, locked, write_text
+from .workspace import CACHE, DiskFull, LLMDropError, disk_error, locked, write_text
 
 VERSION = 1  # raise when a change alters what comes out of a recipe: older series are then not used
 RESUME_POINTS = 20  # how often in a run the optimizer's state is kept, to go on from after a kill
@@ -87,6 +87,8 @@ def load_recipe(name: str) -> Recipe:
     if name not in trained:
         raise LLMDropError(f"No series {name!r} is trained here. data/sources.yaml has: {', '.join(trained)}.")
     recipe = build(Recipe, series[name]["trained"], f"data/sources.yaml, under series: {name}: trained")
+    if recipe.stages < 2:
+        raise LLMDropError(f"The series {name!r} needs two stages or more: before the first step, and after the last.")
     if recipe.n_steps < 2:
         needed = 2 * recipe.tokens_per_step
         raise LLMDropError(f"The series {name!r} trains on {recipe.tokens} tokens, but two steps take {needed}.")
@@ -134,7 +136,10 @@ def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = 
             listener.join()
         if process.returncode:
             reason = next((line for line in reversed(errors) if line.strip()), "it said nothing").strip()
-            raise LLMDropError(f"Training {name} with seed {seed} failed: {reason.removeprefix('error: ')}")
+            if process.returncode < 0:
+                reason = f"it was stopped by signal {-process.returncode} (9: perhaps for want of memory)"
+            kind = DiskFull if "The disk is full" in reason else LLMDropError
+            raise kind(f"Training {name} with seed {seed} failed: {reason.removeprefix('error: ')}")
 
     with ThreadPoolExecutor(side_by_side) as pool:
         list(pool.map(train, untrained(name, seeds)))
@@ -144,12 +149,15 @@ def train_seeds(name: str, seeds: list[int], on_tokens: Callable[[int], None] = 
 def train_series(name: str, seed: int) -> Path:
     """Train one series in this process, or go on with it; returns its folder. Prints a line for each hundredth of the way.
 
-    Deterministic on a CPU with a given number of threads; in bfloat16 (weights in float32) where `default_dtype` is that.
+    Deterministic on a CPU with a given number of threads; products in bfloat16 where `default_dtype` is that, weights in
+    float32. The last batch of each pass over the text may be short.
     """
     recipe, folder = load_recipe(name), series_folder(name) / f"seed-{seed}"
     tokenizer = make_tokenizer(name)
     with locked(folder):
+        resume = folder / "resume"
         if (folder / "run.json").exists():
+            shutil.rmtree(resume, ignore_errors=True)  # left by a process that was killed at the very end
             return folder
         started = time.monotonic()
         blocks = training_blocks(recipe, tokenizer)
@@ -158,7 +166,6 @@ def train_series(name: str, seed: int) -> Path:
                     "pad_token_id": None, "max_position_embeddings": recipe.seq_len} | recipe.config  # fmt: skip
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        resume = folder / "resume"
         trainer = Trainer(
             model,
             _arguments(recipe, resume, seed),
@@ -232,7 +239,7 @@ def make_tokenizer(name: str):
 
 
 def _arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.n_steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -253,10 +260,12 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
+    return arguments
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (the Trainer writes its state last); others are removed."""
+    """The newest checkpoint that was written to its end (the Trainer writes its state last); half-written ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for path in found:
         with contextlib.suppress(OSError, ValueError):

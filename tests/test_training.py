@@ -178,7 +178,9 @@ def test_committed_series_learned_something():
     assert {folder.parent.name for folder in found} >= {"cpu", "cpu-medium-llama"}
     for folder in found:
         content = tables.read_tables(folder)
-        for run in content["runs"].itertuples():
+        trained = content["runs"].dropna(subset=["unigram_entropy"])  # the others were not trained here
+        assert len(trained) >= 2
+        for run in trained.itertuples():
             stages = content["stages"].query("model == @run.model and seed == @run.seed")
             assert len(stages) >= 8
             assert stages["nll"].iloc[-1] < run.unigram_entropy < stages["nll"].iloc[0]

@@ -15,6 +15,9 @@ def redundant_from_the_start(tables: Tables) -> Iterator[Finding]:
     for model, seeds in _by_model(tables["means"]):
         others = seeds[seeds["kind"] != "attention"]
         late = others[others["progress"] >= FIRST_OF_PAPER]
+        if late["position"].nunique() < 2:
+            yield model, None, "it has no two stages after the first ninth of its training"
+            continue
         text = []
         for layers, rows in late.groupby("layers", sort=False):
             worst = rows.sort_values("above_low").iloc[0]

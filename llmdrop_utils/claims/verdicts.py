@@ -51,7 +51,7 @@ def judge(results: Path, notebook: str | None = None) -> list[Verdict]:
 
 def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
     if "check" not in claim:
-        return NOT_RUN, f"notebook {claim['notebook']} is not part of the series yet"
+        return NOT_RUN, f"notebook {claim['notebook']} is not written yet"
     if not tables:
         return NOT_RUN, f"notebook {claim['notebook']} has not been run: `make reproduce NOTEBOOKS={claim['notebook'][:2]}`"
     findings = list(CHECKS[claim["check"]](tables))

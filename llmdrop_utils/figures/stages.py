@@ -25,7 +25,10 @@ def name_stages(ax: Axes, stages: pd.DataFrame) -> None:
     """Stages stand at equal distances; ticks say how much training each has seen."""
     labels = stage_labels(stages)
     ax.set_xticks(
-        range(len(labels)), labels, rotation=45 if len(labels) > 4 else 0, ha="right" if len(labels) > 4 else "center"
+        sorted(stages["position"].unique()),
+        labels,
+        rotation=45 if len(labels) > 4 else 0,
+        ha="right" if len(labels) > 4 else "center",
     )
     ax.set_xlabel("Tokens seen" if stages["tokens"].notna().all() else "Stage")
 

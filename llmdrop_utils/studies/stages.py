@@ -32,6 +32,7 @@ from .work import (
     importance_of,
     measure_all,
     not_run_table,
+    one_of_many,
     plan_key,
 )
 
@@ -53,19 +54,22 @@ def training_stages(profile: Profile, force: bool = False) -> Tables:
     """
     store, not_run = Store(), {}
     found = _locate(profile, not_run)
-    tokens = {id(series): _tokens(series, profile) for series in found}
-    last = [_importance_work(series, -1, tokens[id(series)][0], profile) for series in found]
-    measure_all(last, store, force, True, not_run)  # first: it says which layers would go
+    last, held_out = [], []
+    for series in found:
+        with one_of_many(series.stages[-1].model, len(found) > 1, not_run):
+            for_scores, for_text = _tokens(series, profile)
+            last.append((series, _importance_work(series, -1, for_scores, profile)))
+            held_out.append((for_scores, for_text))
+    measure_all([item for _, item in last], store, force, True, not_run)  # first: it says which layers would go
     followed, work = [], []
-    for series, item in zip(found, last, strict=True):
-        if item.model.name in not_run:
-            not_run[series.name] = f"its last stage, which says what to drop, is missing: {not_run[item.model.name]}"
+    for (series, item), (for_scores, for_text) in zip(last, held_out, strict=True):
+        if item.model.name in not_run:  # which says why
             continue
         plans = _plans(importance_of(item, store))
         pairs = []
         for i, stage in enumerate(series.stages):
-            score = _importance_work(series, i, tokens[id(series)][0], profile)
-            text = TextWork(**identity_of(stage.model), corpus=profile.stages.corpus, tokens=tokens[id(series)][1],
+            score = _importance_work(series, i, for_scores, profile)
+            text = TextWork(**identity_of(stage.model), corpus=profile.stages.corpus, tokens=for_text,
                             plans=(DENSE, *plans.values()))  # fmt: skip
             pairs.append((score, text))
         followed.append((series, plans, pairs))
@@ -74,10 +78,9 @@ def training_stages(profile: Profile, force: bool = False) -> Tables:
     rows: dict[str, list[dict]] = {}
     done: list[Work] = []
     for series, plans, pairs in followed:
-        had = [i for i, (score, _) in enumerate(pairs) if score.model.name not in not_run]
-        series = dataclasses.replace(series, stages=tuple(series.stages[i] for i in had))
-        pairs = [pairs[i] for i in had]
-        for table, more in _Followed(series, plans, pairs, store).rows().items():
+        had = {i: pair for i, pair in enumerate(pairs) if pair[0].model.name not in not_run}
+        pairs = list(had.values())
+        for table, more in _Followed(series, plans, had, store).rows().items():
             rows.setdefault(table, []).extend({"model": series.name, "seed": series.seed} | row for row in more)
         done += [item for pair in pairs for item in pair]
     if not done:
@@ -161,18 +164,19 @@ def _count(n_layers: int, share: str) -> int:
 
 
 class _Followed:
-    """One series with the values of its stages."""
+    """One series with the values of those of its stages that could be had (position -> work)."""
 
-    def __init__(self, series: Series, plans: dict, pairs: list[tuple[ImportanceWork, TextWork]], store: Store):
+    def __init__(self, series: Series, plans: dict, had: dict[int, tuple[ImportanceWork, TextWork]], store: Store):
         self.series, self.plans = series, plans
-        self.scores = [importance_of(score, store) for score, _ in pairs]
-        self.text = [{str(key["plan"]): store.get(key)["value"] for key in text.keys} for _, text in pairs]
+        self.scores = [importance_of(score, store) for score, _ in had.values()]
+        self.text = [{str(key["plan"]): store.get(key)["value"] for key in text.keys} for _, text in had.values()]
         # The same draws at every stage: stages share their samples, so what is compared between them stays paired.
         self.draws = [{kind: stats.bootstrap_means(s.per_sample[kind], s.weights, 0) for kind in KINDS} for s in self.scores]
         self.n_layers = self.scores[-1].importance["block"].size
         self.where = [
             {"position": i, "stage": stage.name, "step": stage.step, "tokens": stage.tokens, "progress": self._progress(i)}
             for i, stage in enumerate(series.stages)
+            if i in had
         ]
 
     def rows(self) -> dict[str, list[dict]]:
@@ -209,7 +213,7 @@ class _Followed:
         nll = np.array(self.text[i][str(plan_key(DENSE))]["nll"])
         low, high = stats.interval(stats.bootstrap_means(nll, np.ones(len(nll)), 1))
         twins = [k for k in range(i) if self.scores[k].fingerprint == self.scores[i].fingerprint]
-        same_as = self.series.stages[twins[0]].name if twins else None
+        same_as = self.where[twins[0]]["stage"] if twins else None
         return self.where[i] | {"nll": nll.mean(), "low": low, "high": high, "same_as": same_as}
 
     def _importance_rows(self) -> list[dict]:

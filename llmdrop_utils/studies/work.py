@@ -329,9 +329,11 @@ def not_run_table(not_run: dict[str, str]) -> pd.DataFrame:
 
 def measure_all(work: list[Work], store: Store, force: bool, several: bool, not_run: dict[str, str]) -> None:
     """Measure what the store lacks (everything if `force`), one model in memory at a time, with a bar for the whole."""
-    missing = []
+    missing, queued = [], set()
     for item in work:
-        lacking = [i for i, key in enumerate(item.keys) if force or store.get(key) is None]
+        paths = [store.path(key) for key in item.keys]
+        lacking = [i for i, key in enumerate(item.keys) if paths[i] not in queued and (force or store.get(key) is None)]
+        queued.update(paths)  # two items may want the same value
         if lacking:
             missing.append(item.only(lacking))
     if not missing:
