@@ -1,7 +1,7 @@
 # What Matters in Transformers? Not All Attention is Needed: reference artifact. `make` lists the targets.
 
-PROFILE ?= auto#  smoke, cpu, gpu (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
-MODEL ?=#         one model instead of the profile's: name, hub id, directory or .gguf file
+PROFILE ?= auto#  smoke, cpu, gpu, h200 (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
+MODEL ?=#         one model instead of the profile's: name, hub id, directory or .gguf file; for 07 also a series
 NOTEBOOKS ?=#     some notebooks, by number: NOTEBOOKS="01 02"
 FORCE ?=#         FORCE=1 measures again what is stored
 PYTHON ?= python3#  Python 3.11 or newer, to make .venv with
@@ -51,5 +51,5 @@ clean: ## remove what runs made, but keep downloads and .venv
 	rm -rf data/results figures/smoke notebooks/rendered/smoke .pytest_cache .ruff_cache
 	find notebooks -name '*.partial.ipynb' -delete -o -name '*.failed.ipynb' -delete
 
-distclean: clean ## also remove downloads, converted models and .venv
+distclean: clean ## also remove downloads, converted and trained models, and .venv
 	rm -rf data/cache .venv *.egg-info

@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     redo.add_argument("--run", default=None, help="only this run (default: all that are committed)")
     keep = commands.add_parser("reference", help="keep the tables of a run as reference results, to be committed")
     for command in (run, keep):
-        command.add_argument("--profile", default="auto", help="smoke, cpu, gpu, or auto (default)")
+        command.add_argument("--profile", default="auto", help="smoke, cpu, gpu, h200, or auto (default)")
         command.add_argument("--model", default=None, help="only this model: a name, hub id, directory or .gguf file")
     options = parser.parse_args(arguments)
     try:
