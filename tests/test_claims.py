@@ -133,14 +133,14 @@ STAGE = {"stage": ["step-0", "step-1", "step-9"], "step": [0, 1, 9], "position":
 
 def means(random, middle):
     """Lower ends by which MLP and block lie above attention, at random weights and half-way."""
-    rows = {"importance": 0.1, "above_attention": 0.2, "above_high": 0.3, "layers": "all"}
+    rows = {"importance": 0.1, "above_attention": 0.2, "above_high": 0.3, "layers": "all layers"}
     kinds = [frame(**STAGE, **rows, kind=kind, above_low=[random, middle, 0.1]) for kind in ("attention", "mlp", "block")]
     return {"means": pd.concat(kinds, ignore_index=True).assign(seed=0)}
 
 
 def change(mlp, attention):
     rows = frame(kind=["attention", "mlp", "block"], change=[attention, 0.2, 0.3], low=[-0.1, mlp, 0.1], high=0.4)
-    place = {"seed": 0, "position": 1, "stage": "step-1", "progress": 0.5, "layers": "all"}
+    place = {"seed": 0, "position": 1, "stage": "step-1", "progress": 0.5, "layers": "all layers"}
     return means(0.1, 0.1) | {"change": rows.assign(**place)}
 
 
@@ -253,7 +253,7 @@ def test_every_seed_must_hold():
 
 def test_without_the_first_layer_too():
     """What holds for all layers only because of the first does not hold."""
-    both = pd.concat([means(0.1, 0.1)["means"], means(0.1, -0.01)["means"].assign(layers="but the first")])
+    both = pd.concat([means(0.1, 0.1)["means"], means(0.1, -0.01)["means"].assign(layers="all but the first")])
     ((_, holds, _),) = claims.CHECKS["redundant_from_the_start"]({"means": both})
     assert holds is False
 

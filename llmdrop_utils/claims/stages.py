@@ -21,7 +21,7 @@ def redundant_from_the_start(tables: Tables) -> Iterator[Finding]:
         text = []
         for layers, rows in late.groupby("layers", sort=False):
             worst = rows.sort_values("above_low").iloc[0]
-            found = f"{layers} layers: least at {worst['stage']} of seed {worst['seed']}, where {worst['kind']} lies "
+            found = f"{layers}: least at {worst['stage']} of seed {worst['seed']}, where {worst['kind']} lies "
             found += (
                 f"{worst['above_attention']:+.4f} ({worst['above_low']:+.4f} to {worst['above_high']:+.4f}) above attention"
             )
@@ -45,7 +45,7 @@ def others_rise(tables: Tables) -> Iterator[Finding]:
             flat = abs(by_kind.loc["attention", "change"]) < others["change"].abs().min()
             holds.append(bool((others["low"] > 0).all() and flat))
             changes = ", ".join(f"{kind} {row['change']:+.4f}" for kind, row in by_kind.iterrows())
-            text.append(f"{layers} layers, seed {seed}: {changes}")
+            text.append(f"{layers}, seed {seed}: {changes}")
         yield model, all(holds), f"from {rows['stage'].iloc[0]} to the last stage, {'; '.join(text)}"
 
 
@@ -72,7 +72,7 @@ def redundant_at_random(tables: Tables) -> Iterator[Finding]:
         text = []
         for layers, found in rows.groupby("layers", sort=False):
             mean = found.groupby("kind", sort=False)["importance"].mean()
-            text.append(f"{layers} layers: " + ", ".join(f"{kind} {value:.4f}" for kind, value in mean.items()))
+            text.append(f"{layers}: " + ", ".join(f"{kind} {value:.4f}" for kind, value in mean.items()))
         others = rows[rows["kind"] != "attention"]
         yield model, bool((others["above_low"] > 0).all()), f"{rows['seed'].nunique()} seeds, {'; '.join(text)}"
 

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from ..tables import Tables
 from .style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, figure
@@ -22,6 +23,7 @@ def heatmap(ax: Axes, data: pd.DataFrame, rows: str, title: str):
     grid = data.pivot(index=rows, columns="layer", values="importance").loc[labels]
     image = ax.imshow(grid, aspect="auto", interpolation="nearest", **HEATMAP)
     ax.set_yticks(range(len(labels)), labels)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("Layer")
     ax.set_title(title)
     ax.spines[:].set_visible(False)

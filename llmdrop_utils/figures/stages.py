@@ -96,7 +96,7 @@ def figS13_stage_means(tables: Tables):
     fig, axes = plt.subplots(3, len(models), figsize=(WIDTH, 5.6), squeeze=False, sharex="col")
     for column, model in zip(axes.T, models, strict=True):
         own = {name: tables[name][tables[name]["model"] == model] for name in ("means", "stages", "losses", "runs")}
-        for ax, left, layers in zip(column, axes[:, 0], ("all", "but the first"), strict=False):
+        for ax, left, layers in zip(column, axes[:, 0], ("all layers", "all but the first"), strict=False):
             over_training(ax, own["means"][own["means"]["layers"] == layers], "importance")
             ax.set_yscale("log")
             if ax is not left:

@@ -37,7 +37,7 @@ from .work import (
 )
 
 SHARES = {"quarter": 0.25, "half": 0.5}  # of the layers of a kind that are dropped
-LAYERS = {"all": 0, "but the first": 1}  # the paper shows the first layer apart, since it is far more important
+LAYERS = {"all layers": 0, "all but the first": 1}  # the paper shows the first layer apart, since it is far more important
 LOSS_POINTS = 150  # of a training's losses, in the table
 MAYBE_EMPTY = {  # columns of the tables that can be without rows
     "losses": ["model", "seed", "step", "tokens", "loss"],
@@ -104,10 +104,10 @@ def _locate(profile: Profile, not_run: dict[str, str]) -> list[Series]:
     """The profile's series under each seed; training shows a bar with the time left."""
     names, found = profile.stages.series, []
     for name in names:
-        source = catalogue()["series"].get(name, {})
-        left = untrained(name, list(range(profile.stages.seeds))) if "trained" in source else []
-        total = load_recipe(name).tokens * len(left) if left else 0
+        is_trained = "trained" in catalogue()["series"].get(name, {})
         try:
+            left = untrained(name, list(range(profile.stages.seeds))) if is_trained else []
+            total = load_recipe(name).tokens * len(left) if left else 0
             with tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=2, desc=f"training {name}", file=sys.stderr,
                       disable=not total, leave=False) as bar:  # fmt: skip
                 series, missing = locate_series(name, profile.stages.seeds, bar.update)
