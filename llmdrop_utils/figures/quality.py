@@ -167,5 +167,5 @@ def _text_curves(data: pd.DataFrame):
             if column == "retained":
                 ax.axhline(0.9, color="0.5", linewidth=0.8, linestyle=":")
                 ax.set_ylim(bottom=0)
-    axes.flat[0].legend(loc="upper left", fontsize=7)
+    axes.flat[2].legend(loc="lower right", fontsize=7)  # where curves of divergence never are
     return fig, data
