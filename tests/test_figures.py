@@ -34,6 +34,9 @@ def test_many_models_share_a_figure():
     """One row of panels for each model."""
     for name, spec in figures.FIGURES.items():
         one = ALL[spec.notebook]
+        if "runs" in one:  # the reference follows two models already
+            first = one["runs"]["model"].iloc[0]
+            one = {table: t[t["model"] == first] if "model" in t else t for table, t in one.items()}
         two = {table: pd.concat([t, t.assign(model="other-model")]) if "model" in t else t for table, t in one.items()}
         one_row, two_rows = (spec.draw(content)[0] for content in (one, two))
         panels = len(one_row.axes)
