@@ -77,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in server.repositories:
             return self.error(404, "RepoNotFound")
         commits = server.repositories[name]
-        branches = {"main": list(commits)[-1]} | server.branches.get(name, {})
+        branches = {"main": next(reversed(commits), None)} | server.branches.get(name, {})
         commit = branches.get(revision, revision)
         if commit not in commits:
             return self.error(404, "RevisionNotFound")
