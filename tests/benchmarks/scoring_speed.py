@@ -1,12 +1,12 @@
 """How much faster scoring is than stock lm-eval, and a drop curve than its plans one by one: paired, on this machine.
 
-    .venv/bin/python tests/benchmarks/scoring_speed.py [model]
+    .venv/bin/python tests/benchmarks/scoring_speed.py [model] [--dtype float32]
 
 Prints ratios of times, and how far both are from log-likelihoods in float64.
 """
 
+import argparse
 import copy
-import sys
 import time
 
 import numpy as np
@@ -71,7 +71,12 @@ def curve(model, tokenizer) -> float:
 
 
 def main() -> None:
-    model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what this machine is fast in")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model, tokenizer = load_model(options.model, dtype)
     print(f"{model.dtype}, {model.device}, {torch.get_num_threads()} threads")
     found = {
         "hellaswag": against_lm_eval(model, tokenizer, "hellaswag", 0, 100),
