@@ -243,31 +243,30 @@ def _located_shape(name: str) -> LocatedModel:
 
 def _located_hub(name: str, repository: str, revision: str | None) -> LocatedModel:
     folder = fetch_hub(repository, revision)
+    _check_folder(name, folder)
     # A model of the paper that is asked for by its hub id is still that model.
     known = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>
-    return check_folder(LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer")))
+    return LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer"))
 
 
 def locate_folder(name: str, folder: Path) -> LocatedModel:
     """A local folder, identified by its content: a hash over config and weights."""
-    check_folder(LocatedModel(name, folder, ""))
+    _check_folder(name, folder)
     content = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         content.update(f"{file.name} {remembered_sha256(file)}\n".encode())
     return LocatedModel(name, folder, f"sha256:{content.hexdigest()}")
 
 
-def check_folder(located: LocatedModel) -> LocatedModel:
-    """Raise LLMDropError unless the folder holds a configuration and weights that may be read; returns the model."""
-    if not (located.folder / "config.json").exists():
-        raise LLMDropError(f"{located.name} is no model: {located.folder} has no config.json.")
-    if not any(located.folder.glob("*.safetensors")):
+def _check_folder(name: str, folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise LLMDropError(f"{name} is no model: {folder} has no config.json.")
+    if not any(folder.glob("*.safetensors")):
         raise LLMDropError(
-            f"{located.name} has no *.safetensors in {located.folder}. Only safetensors and GGUF are read; pickled weights "
-            "(*.bin, *.pt) can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
+            f"{name} has no *.safetensors in {folder}. Only safetensors and GGUF are read; pickled weights (*.bin, *.pt) "
+            "can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
         )
-    return located
 
 
 def _converted_gguf(parts: list[Path], name: str) -> Path:
