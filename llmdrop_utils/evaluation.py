@@ -97,6 +97,7 @@ class FastLM(HFLM):
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        self.tok_encode = functools.lru_cache(maxsize=16)(self.tok_encode)  # the choices of a question share its text
         self.plans = plans
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None

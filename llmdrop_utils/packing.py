@@ -12,11 +12,10 @@ import torch
 
 Request = tuple[list[int], list[int]]  # token ids of context (one at least) and of continuation
 
-# Tokens in a row: longer rows waste attention on what is masked, shorter ones leave gaps. A tree with a longer beginning may
-# grow to twice its length.
-ROW = 256
+ROW = 144  # tokens in a row: longer rows waste attention on what is masked, shorter ones leave gaps; a tree may be longer
+ALIGN = 16  # attention is fast, and takes a mask as it is, over a multiple of so many keys
 PREFIX = 128  # a common beginning is kept apart from this length on; below it, computing it with each row costs less
-BRANCH = 8  # requests that share fewer tokens than this (and less than half of theirs) go into different trees
+TOKEN = 1024  # what a token costs besides attention, in tokens that it could see instead
 
 
 @dataclasses.dataclass
@@ -48,14 +47,11 @@ class Batch:
     """Rows that go through the model together, padded on the right to (B, T)."""
 
     rows: list[Row]
-
-    @property
-    def width(self) -> int:
-        return max(map(len, self.rows))
+    width: int  # T
 
     def halves(self) -> tuple["Batch", "Batch"]:
         middle = len(self.rows) // 2
-        return Batch(self.rows[:middle]), Batch(self.rows[middle:])
+        return Batch(self.rows[:middle], self.width), Batch(self.rows[middle:], self.width)
 
     def tokens(self) -> torch.LongTensor:
         """Token ids (B, T)."""
@@ -125,14 +121,15 @@ def pack(requests: list[Request], max_length: int, batch_tokens: int, share: boo
         n_prefix = min(n_prefix, *(len(inputs[i]) - sequences[i][1] for i in members))  # what predicts stays in the rows
         trees = _trees(members, inputs, sequences, n_prefix)
         if n_prefix >= PREFIX and sum(map(len, trees)) > n_prefix:
-            groups.append(Group(inputs[members[0]][:n_prefix], _batches(_side_by_side(trees), batch_tokens)))
+            rows = _side_by_side(trees, n_prefix)
+            groups.append(Group(inputs[members[0]][:n_prefix], _batches(rows, batch_tokens, n_prefix)))
         else:
             loose += members
     if not share:
         rows = _trees(order, inputs, sequences, 0, branch=False)
     else:
-        rows = _side_by_side(_trees(loose, inputs, sequences, 0))
-    return groups + ([Group([], _batches(rows, batch_tokens))] if rows else [])
+        rows = _side_by_side(_trees(loose, inputs, sequences, 0), 0)
+    return groups + ([Group([], _batches(rows, batch_tokens, 0))] if rows else [])
 
 
 def _shared_beginnings(order: list[int], inputs: list[list[int]], sequences: list) -> list[list[int]]:
@@ -155,8 +152,10 @@ def _trees(members: list[int], inputs: list[list[int]], sequences: list, n_prefi
         tokens = inputs[i][n_prefix:]
         shared = _common(before, tokens)
         same = shared == len(before) == len(tokens)
-        fits = trees and len(trees[-1]) + len(tokens) - shared <= max(ROW, 2 * shared)
-        if not trees or not (same or (branch and fits and shared >= min(BRANCH, len(tokens) // 2))):
+        new = len(tokens) - shared
+        # In one tree, what is shared is computed once, but all the rest of the tree is there to be masked.
+        worth = branch and trees and shared * TOKEN > 2 * new * len(trees[-1])
+        if not (same or worth):
             trees.append(Row([], [], []))
             shared, path = 0, []
         tree = trees[-1]
@@ -172,30 +171,46 @@ def _trees(members: list[int], inputs: list[list[int]], sequences: list, n_prefi
     return trees
 
 
-def _side_by_side(trees: list[Row]) -> list[Row]:
+def _aligned(length: int, n_prefix: int) -> int:
+    return length + -(n_prefix + length) % ALIGN
+
+
+def _side_by_side(trees: list[Row], n_prefix: int) -> list[Row]:
     """First fit, longest first: rows of ROW tokens, or of one tree that is longer."""
+    limit = _aligned(ROW, n_prefix)
     rows: list[Row] = []
     open_rows: list[Row] = []
     for tree in sorted(trees, key=len, reverse=True):
-        row = next((row for row in open_rows if len(row) + len(tree) <= ROW), None)
+        row = next((row for row in open_rows if len(row) + len(tree) <= limit), None)
         if row is None:
             rows.append(tree)
             open_rows.append(tree)
         else:
             row.absorb(tree)
-        open_rows = [row for row in open_rows if len(row) < ROW - 4]
+        open_rows = [row for row in open_rows if len(row) < limit - 4]
     return rows
 
 
-def _batches(rows: list[Row], batch_tokens: int) -> list[Batch]:
-    """Rows of similar length together, the longest first, so that memory runs out at once if it does."""
+def _batches(rows: list[Row], batch_tokens: int, n_prefix: int) -> list[Batch]:
+    """Rows of similar length together, the longest first, so that memory runs out at once if it does.
+
+    Cut where it costs least: a batch costs its area, padding included, and a sixteenth of a full one besides.
+    """
+    rows = sorted(rows, key=len, reverse=True)
+    widths = [_aligned(len(row), n_prefix) for row in rows]
+    cost, cut = [0.0] + [float("inf")] * len(rows), [0] * (len(rows) + 1)  # of the first n rows; where their last batch starts
+    for start, width in enumerate(widths):
+        most = max(1, batch_tokens // width)
+        for end in range(start + 1, min(start + most, len(rows)) + 1):
+            total = cost[start] + (end - start) * width + batch_tokens / 16
+            if total < cost[end]:
+                cost[end], cut[end] = total, start
     batches: list[Batch] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if batches and (len(batches[-1].rows) + 1) * batches[-1].width <= batch_tokens:
-            batches[-1].rows.append(row)
-        else:
-            batches.append(Batch([row]))
-    return batches
+    end = len(rows)
+    while end:
+        batches.append(Batch(rows[cut[end] : end], widths[cut[end]]))
+        end = cut[end]
+    return batches[::-1]
 
 
 def _common(a: list[int], b: list[int], at_most: int | None = None) -> int:

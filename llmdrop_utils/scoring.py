@@ -18,8 +18,9 @@ from .dropping import DropPlan, attention_left, check_plan, skipping
 from .packing import Batch, Group, Request, pack
 from .workspace import LLMDropError
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a forward pass: keeps a device busy, and intermediate results small
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens in a forward pass: keeps a device busy, and intermediate results small
 HEAD_ROWS = {"cpu": 1024, "cuda": 4096}  # positions whose logits are held at a time
+SOFTMAX_ROWS = {"cpu": 32, "cuda": 4096}  # and those that become log-probabilities at a time: small enough for a CPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,29 +141,29 @@ class _Run:
         self.model, self.anatomy, self.steps, self.device = model, anatomy, steps, device
         self.blocks = [layer.block for layer in anatomy.layers]
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        with _hooked(self.blocks[0].register_forward_hook(self._see_output)):
-            self._decode(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), None, None)
 
     def can_share(self, longest: int) -> bool:
         """Can this model read several sequences in one row?
 
         Not beyond a sliding window, which the masks here do not know, and not if the model computes positions or masks
-        of its own (ALiBi): then a small tree gives another result than its sequences alone.
+        of its own (ALiBi): then a small tree gives another result than its sequences in rows of their own.
         """
         config = self.anatomy.decoder.config
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         if any(window and longest > window for window in windows):
             return False
         requests = [([1, 2, 3, 4, 5], [6]), ([1, 2, 3, 4, 7, 8], [1]), ([3, 5, 7], [6]), ([3, 5, 7, 9], [2])]
+        (tree,), (alone,) = (pack(requests, 16, 64, share=share)[0].batches for share in (True, False))
+        both = Batch(tree.rows + alone.rows, tree.width)
         try:
-            (tree,), (chain,) = (pack(requests, 16, 64, share=share) for share in (True, False))
-            self.start(tree)
-            together = self._ends(tree.batches[0])
-            alone = self._ends(chain.batches[0])
+            self.start(Group([], [both]))
+            states = next(self.states(both)).float()
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):  # a mask of this form is not understood
             return False
-        tolerance = 64 * torch.finfo(self.dtype).eps * float(alone.abs().max())
-        return bool((together - alone).abs().max() <= tolerance)
+        unique, request, which, _ = both.scored()
+        ends = states[torch.from_numpy(unique[which[np.argsort(request, kind="stable")]]).to(states.device)].view(4, 2, -1)
+        tolerance = 64 * torch.finfo(self.dtype).eps * float(ends.abs().max())
+        return bool((ends[:, 0] - ends[:, 1]).abs().max() <= tolerance)
 
     def start(self, group: Group) -> None:
         """Pass the prefix of a group through every plan, and hold its keys and values."""
@@ -183,13 +184,18 @@ class _Run:
         for states in self._plans(batch.tokens(), positions, mask, self.prefix):
             yield states.flatten(0, 1)
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The model's own head, with whatever it does to logits: (n, d) -> float32 (n, vocabulary)."""
+    def log_probabilities(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The next-token distributions of (n, d) states, some at a time: float32 (at most SOFTMAX_ROWS, vocabulary)."""
+        for part in states.split(HEAD_ROWS[self.device.type]):
+            for logits in self._head(part).split(SOFTMAX_ROWS[self.device.type]):
+                logits = logits.float()
+                yield logits.sub_(logits.logsumexp(-1, keepdim=True))  # ten times as exact as log_softmax on a CPU
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's own head, with whatever it does to logits: (n, d) -> (n, vocabulary)."""
         given = self.output_type(last_hidden_state=states[None])
         with _replaced(self.anatomy.decoder, lambda *_, **__: given):
-            return (
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits[0].float()
-            )
+            return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits[0]
 
     def _plans(self, tokens, positions, mask, caches) -> Iterator[torch.Tensor]:
         kept: dict[tuple[int, int], torch.Tensor] = {}  # step, layer -> its input; the last layer's output is under n
@@ -200,7 +206,9 @@ class _Run:
                 continue
             with contextlib.ExitStack() as stack:
                 stack.enter_context(skipping(self.model, step.plan))
-                if step.source is not None:
+                if step.source is None:
+                    stack.enter_context(_hooked(self.blocks[0].register_forward_hook(self._see_output)))
+                else:
                     self._go_on_from(kept[step.source, step.start], step.start, stack)
                 for layer in step.keep - {len(self.blocks)}:
                     stack.enter_context(_hooked(self._keep_input(layer, kept, i)))
@@ -239,12 +247,6 @@ class _Run:
 
     def _see_output(self, module, args, output) -> None:
         self.gives_tuple = isinstance(output, tuple)
-
-    def _ends(self, batch: Batch) -> torch.Tensor:
-        """States that predict, in the order of requests, under the first plan."""
-        unique, request, which, _ = batch.scored()
-        states = next(iter(self.states(batch)))[torch.from_numpy(unique).to(self.device)].float()
-        return states[torch.from_numpy(which[np.argsort(request)]).to(self.device)]
 
 
 class _SharedLayer(DynamicLayer):
@@ -293,27 +295,24 @@ def _replaced(module: torch.nn.Module, forward: Callable):
 def _score_batch(run: _Run, batch: Batch, result: Scores, kl: bool) -> None:
     """Add what a batch says to `result`, once all plans are through."""
     unique, request, which, target = batch.scored()
-    rows = HEAD_ROWS[run.device.type]
     logprob = np.zeros((len(run.steps), len(target)))
     hits = np.zeros((len(run.steps), len(target)), dtype=bool)
     divergence = np.zeros((len(run.steps), len(target)))
     first: list[torch.Tensor] = []  # log-probabilities of the first plan
     for i, states in enumerate(run.states(batch)):
-        for piece, start in enumerate(range(0, len(unique), rows)):
-            chosen = torch.from_numpy(unique[start : start + rows]).to(states.device)
-            here = (which >= start) & (which < start + rows)
-            logits = run.logits(states[chosen])
-            index, token = (torch.from_numpy(x[here]).to(logits.device) for x in (which - start, target))
-            best, total = logits.argmax(-1), logits.logsumexp(-1)
-            logprob[i, here] = (logits[index, token] - total[index]).cpu().numpy()
-            hits[i, here] = (best[index] == token).cpu().numpy()
-            if kl:
-                logits -= total[:, None]  # now log-probabilities
+        chosen = states[torch.from_numpy(unique).to(states.device)]
+        start = 0
+        for piece, logprobs in enumerate(run.log_probabilities(chosen)):
+            here = (which >= start) & (which < start + len(logprobs))
+            index, token = (torch.from_numpy(x[here]).to(logprobs.device) for x in (which - start, target))
+            logprob[i, here] = logprobs[index, token].cpu().numpy()
+            hits[i, here] = (logprobs.argmax(-1)[index] == token).cpu().numpy()
             if kl and i == 0:
-                first.append(logits)
+                first.append(logprobs)
             elif kl:
-                difference = torch.nn.functional.kl_div(logits, first[piece], log_target=True, reduction="none").sum(-1)
+                difference = torch.nn.functional.kl_div(logprobs, first[piece], log_target=True, reduction="none").sum(-1)
                 divergence[i, here] = difference[index].cpu().numpy()
+            start += len(logprobs)
     for i in range(len(run.steps)):
         np.add.at(result.logprob[i], request, logprob[i])
         np.add.at(result.hits[i], request, hits[i])

@@ -75,7 +75,7 @@ def random_requests(seed: int) -> list[Request]:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("max_length", [100, 15, 4])  # 15, 4: many lose their beginning, some a part of their continuation
-@pytest.mark.parametrize("sizes", [{}, {"PREFIX": 6, "ROW": 24, "BRANCH": 3}, {"PREFIX": 1, "ROW": 1, "BRANCH": 1}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"PREFIX": 6, "ROW": 24, "TOKEN": 10}, {"PREFIX": 1, "ROW": 1, "TOKEN": 10**6}], ids=str)
 def test_every_request_reads_its_own_sequence(monkeypatch, sizes, max_length, share):
     for name, size in sizes.items():
         monkeypatch.setattr(packing, name, size)
@@ -132,8 +132,13 @@ def test_without_sharing_each_sequence_is_a_row():
 def test_masks_show_ancestors_alone(monkeypatch, n_prefix):
     monkeypatch.setattr(packing, "ROW", 40)
     (group,) = pack(random_requests(3), 100, 200)
+    assert any(batch.mask(0, torch.bfloat16) is not None for batch in group.batches)
     for batch in group.batches:
         mask, positions = batch.mask(n_prefix, torch.bfloat16), batch.positions(n_prefix)
+        if mask is None:
+            assert n_prefix == 0
+            assert all(row.is_chain for row in batch.rows)
+            continue
         expected = np.zeros((len(batch.rows), batch.width, n_prefix + batch.width), dtype=bool)
         expected[:, :, :n_prefix] = True
         for b, row in enumerate(batch.rows):
@@ -156,6 +161,34 @@ def test_batches_keep_to_their_size():
     assert all(len(batch.rows) * batch.width <= 1024 for batch in group.batches)
     first, second = group.batches[0].halves()
     assert first.rows + second.rows == group.batches[0].rows
+
+
+def test_batches_are_cut_where_it_costs_least():
+    for seed in range(30):
+        rng = random.Random(seed)
+        rows = [packing.Row([1] * length, [], []) for length in rng.choices(range(1, 150), k=8)]
+        n_prefix = rng.choice([0, 5, 130])
+        found = packing._batches(list(rows), 640, n_prefix)
+        ordered = sorted(rows, key=len, reverse=True)
+        assert [row for batch in found for row in batch.rows] == ordered
+        assert all((batch.width + n_prefix) % 16 == 0 for batch in found)
+        assert all(0 <= batch.width - max(map(len, batch.rows)) < 16 for batch in found)
+        every = []
+        for cuts in range(2**7):  # a bit for each gap between rows
+            ends = [i + 1 for i in range(7) if cuts >> i & 1] + [8]
+            sizes = [(end - start, len(ordered[start])) for start, end in zip([0, *ends], ends, strict=False)]
+            areas = [n * (length + -(length + n_prefix) % 16) for n, length in sizes]
+            if all(area <= 640 for area in areas):
+                every.append(sum(area + 40 for area in areas))
+        assert sum(len(batch.rows) * batch.width + 40 for batch in found) == min(every)
+
+
+def test_what_is_shared_must_be_worth_its_mask():
+    """A token costs as much as attention to TOKEN others: two long questions that begin alike are better kept apart."""
+    short = [(words(1, 20) + words(k, 20), [7]) for k in (2, 3)]
+    long = [(words(1, 20) + words(k, 200), [7]) for k in (2, 3)]
+    assert computed(pack(short, 2048, 1024)) == distinct(short) == 20 + 2 * 20
+    assert computed(pack(long, 2048, 1024)) == 2 * 220
 
 
 def test_no_requests():

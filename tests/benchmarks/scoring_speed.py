@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/scoring_speed.py [model] [--dtype float32]
 
-Prints ratios of times, and how far both are from log-likelihoods in float64.
+Prints ratios of times (medians of pairs), and how far both are from log-likelihoods in float64.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from llmdrop_utils import DropPlan, load_model, load_tokens, measure_importance,
 from llmdrop_utils.evaluation import FEWSHOT_SEED, FastLM, load_task, score_text
 
 BOUNDS = {"hellaswag": 4.0, "mmlu_anatomy": 5.0, "curve": 1.5}
+PAIRS = 5
 
 
 def instances(name: str, num_fewshot: int, limit: int) -> list:
@@ -40,7 +41,7 @@ def against_lm_eval(model, tokenizer, name: str, num_fewshot: int, limit: int) -
     fast = FastLM(model, tokenizer)
     fast.loglikelihood(requests[:40], disable_tqdm=True)  # warm-up
     ratios: dict[int, list[float]] = {1: [], 8: []}
-    for _ in range(2):
+    for _ in range(PAIRS):
         fast_s, ours = seconds(lambda: fast.loglikelihood(requests, disable_tqdm=True))
         for size, lm in stock.items():
             stock_s, theirs = seconds(lambda lm=lm: lm.loglikelihood(requests, disable_tqdm=True))
@@ -60,7 +61,7 @@ def curve(model, tokenizer) -> float:
     scores = measure_importance(model, tokens[:8], batch_size=4)
     plans = [DropPlan()] + [select(scores, kind, n) for kind in ("attention", "mlp", "block") for n in range(1, 9)]
     ratios = []
-    for _ in range(2):
+    for _ in range(PAIRS):
         together_s, together = seconds(lambda: score_text(model, tokens[8:], plans))
         alone_s, alone = seconds(lambda: [score_text(model, tokens[8:], [plan]).nll[0] for plan in plans])
         ratios.append(alone_s / together_s)
