@@ -97,10 +97,16 @@ class FastLM(HFLM):
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        self.tok_encode = functools.lru_cache(maxsize=16)(self.tok_encode)  # the choices of a question share its text
         self.plans = plans
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.tok_encode = functools.lru_cache(maxsize=16)(super().tok_encode)  # the choices of a question share its text
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            del self.tok_encode  # it refers to self: left there, it would keep the model in memory
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         pairs = [(context, continuation) for _, context, continuation in requests]

@@ -1,6 +1,8 @@
 """Tasks and text against what lm-eval and transformers themselves say about the same model."""
 
+import gc
 import math
+import weakref
 from unittest import mock
 
 import families
@@ -160,6 +162,23 @@ def test_few_shot_contexts_are_read_once(small_model):
     assert len(pairs) == 12
     computed = sum(len(row) for group in pack(pairs, 4096, 1024) for batch in group.batches for row in batch.rows)
     assert computed < 0.4 * sum(len(context) + len(continuation) for context, continuation in pairs)
+
+
+def test_texts_are_tokenized_once_and_nothing_is_kept(small_model):
+    model, tokenizer = small_model
+    requests = instances("hellaswag", 0, limit=3)
+    with mock.patch.object(type(tokenizer), "encode", autospec=True, side_effect=type(tokenizer).encode) as encoded:
+        fast = FastLM(model, tokenizer)
+        fast.loglikelihood(requests, disable_tqdm=True)
+    texts = [call.args[1] for call in encoded.call_args_list]
+    assert len(texts) == len(set(texts)) == 3 + 12  # contexts, and contexts with their choices
+    gc.disable()  # no cycle of references keeps the model in memory
+    try:
+        gone = weakref.ref(fast)
+        del fast
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_answers_reach_the_cache_of_lm_eval(small_model):
