@@ -10,7 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .anatomy import find_anatomy
-from .dropping import DropPlan, attention_left
+from .dropping import DropPlan, left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -
     width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
     kept = _kept_by_layers(config)
     multiplied = _numbers_multiplied(config)
-    for layer in attention_left(anatomy):
+    for layer in left(anatomy, "attention"):
         per_token, window = kept[layer]
         seen = context + n_new if window is None else min(context + n_new, window)
         each = context + (n_new + 1) / 2 if window is None else min(context + (n_new + 1) / 2, window)

@@ -112,7 +112,11 @@ def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
 
 
 def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
-    """Drop the sub-layers of the plan for good, in place, which frees their memory; returns the model."""
+    """Drop the sub-layers of the plan for good, in place, which frees their memory; returns the model.
+
+    To keep the result, save the plan. `save_pretrained` would write weights that lack what the config still promises, which
+    transformers fills with random numbers (`load_model` refuses to).
+    """
     anatomy = check_plan(model, plan)
     swaps, gone = _stand_ins(anatomy, plan)
     for block, name, _, stand_in in swaps:
@@ -162,9 +166,10 @@ def _move(tensor: torch.Tensor, device: torch.device) -> None:
     tensor.data = tensor.data.to(device)
 
 
-def attention_left(anatomy: Anatomy) -> list[int]:
-    """Indices of the layers that have their attention now."""
-    name = family_of(anatomy.decoder.config).attention_unit[0]
+def left(anatomy: Anatomy, kind: str) -> list[int]:
+    """Indices of the layers that have their "attention", or their "mlp", now."""
+    family = family_of(anatomy.decoder.config)
+    name = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind][0]
     blocks = enumerate(layer.block for layer in anatomy.layers)
     return [index for index, block in blocks if not isinstance(block.get_submodule(name), Dropped)]
 

@@ -91,13 +91,13 @@ class TaskScores:
 class FastLM(HFLM):
     """lm-eval's `hf` model with faster `loglikelihood` (scoring.py); everything else is lm-eval's.
 
-    Use it as any lm-eval model: `lm_eval.simple_evaluate(model=FastLM(model, tokenizer), tasks=["hellaswag"])`.
-    With several plans, `scores` holds the last call's results for all of them, and the first plan's are returned.
+    Use it as any lm-eval model: `lm_eval.simple_evaluate(model=FastLM(model, tokenizer), tasks=load_task("hellaswag", 0))`.
+    What it returns is said under the first plan; of log-likelihoods, `scores` holds the last call's under all plans.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        self.plans = plans
+        self.plans = list(plans)
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None
 
@@ -107,6 +107,10 @@ class FastLM(HFLM):
             return super().loglikelihood(requests, disable_tqdm)
         finally:
             del self.tok_encode  # it refers to self: left there, it would keep the model in memory
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        with skipping(self.model, self.plans[0]):
+            return super().generate_until(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         pairs = [(context, continuation) for _, context, continuation in requests]
@@ -121,7 +125,7 @@ class FastLM(HFLM):
 def run_tasks(
     model: torch.nn.Module,
     tokenizer,
-    names: Sequence[str],
+    names: Sequence[str] | str,
     limit: int | None = None,
     num_fewshot: int | None = None,
     source: str = "package",
@@ -131,6 +135,8 @@ def run_tasks(
     limit: documents of a task (of each subject of a group); None: all. num_fewshot: None takes the paper's number.
     source: "package" (data/tasks.yaml) or "hub" (any task of lm-eval). Raises what `load_task` raises.
     """
+    if isinstance(names, str):
+        names = [names]
     tasks = {name: load_task(name, num_fewshot, source) for name in names}  # whatever is wrong shows before work starts
     return {name: score_task(model, tokenizer, members, limit=limit).summary() for name, members in tasks.items()}
 
@@ -182,10 +188,12 @@ def _answers(lm: FastLM, instances: list) -> list[list]:
         lm.loglikelihood(instances, disable_tqdm=True)
         return [lm.scores.answers(i) for i in range(len(lm.plans))]
     answers = []
-    for plan in lm.plans:
-        with skipping(lm.model, plan), _silent():
+    plans = lm.plans
+    for plan in plans:
+        lm.plans = [plan]
+        with _silent():
             answers.append(getattr(lm, kind)(instances))
-        lm.on_batch(1 / len(lm.plans))
+        lm.on_batch(1 / len(plans))
     return answers
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .anatomy import Anatomy, find_anatomy
+from .dropping import left
 from .workspace import LLMDropError
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
@@ -35,12 +36,14 @@ class Importance:
     weights: int64 (n_samples,), tokens counted in each sample
     histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
     model: identity of the model, where `load_model` loaded it
+    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked already, which cannot be dropped again
     """
 
     per_sample: dict[str, np.ndarray]
     weights: np.ndarray
     histogram: dict[str, np.ndarray]
     model: str | None = None
+    gone: frozenset[tuple[str, int]] = frozenset()
 
     def __repr__(self) -> str:
         n_samples, n_layers = self.per_sample["block"].shape
@@ -65,8 +68,8 @@ class Importance:
         return content.hexdigest()
 
     def order(self, kind: str) -> tuple[int, ...]:
-        """Layer indices, most droppable (least important) first; ties by lower index."""
-        return drop_order(self.importance[kind])
+        """Layer indices, most droppable (least important) first; ties by lower index. What is gone already is left out."""
+        return tuple(layer for layer in drop_order(self.importance[kind]) if (kind, layer) not in self.gone)
 
     def quantiles(self, kind: str, q: list[float]) -> np.ndarray:
         """Quantiles of importance over tokens, float64 (n_layers, len(q)), interpolated within bins (12 % wide)."""
@@ -76,7 +79,8 @@ class Importance:
 
     def first(self, n: int) -> "Importance":
         """The same, from the first n samples (without the histogram, which is kept for all samples only)."""
-        return Importance({kind: rows[:n] for kind, rows in self.per_sample.items()}, self.weights[:n], {}, self.model)
+        fewer = {kind: rows[:n] for kind, rows in self.per_sample.items()}
+        return dataclasses.replace(self, per_sample=fewer, weights=self.weights[:n], histogram={})
 
     def to_json(self) -> dict:
         """Plain lists, for the store."""
@@ -95,7 +99,7 @@ class Importance:
 
 
 def drop_order(importance: np.ndarray) -> tuple[int, ...]:
-    """Indices of a (n_layers,) array, least important first; ties by lower index."""
+    """Indices of a (n,) array, least important first; ties by lower index."""
     return tuple(int(i) for i in np.argsort(importance, kind="stable"))
 
 
@@ -121,7 +125,8 @@ def measure_importance(
     metric: "cosine", 1 - cosine(X, Y); or the baseline "relative magnitude", |Y - X| / |Y| (paper, Table 7).
 
     Whatever the dtype of the model, products are formed in float32, cosines and means in float64: bfloat16 has only four
-    values in [0.99, 1]. Raises LLMDropError for wrong input and if the model produces infinities.
+    values in [0.99, 1]. What is gone from a dropped model adds nothing and has importance zero. Raises LLMDropError for wrong
+    input and if the model produces infinities.
     """
     anatomy = find_anatomy(model)
     _check(anatomy, tokens, attention_mask, batch_size)
@@ -153,8 +158,11 @@ def measure_importance(
             histogram += counts
             start += len(tokens[rows])
             on_batch(tokens[rows].numel())
+    there = {kind: left(anatomy, kind) for kind in ("attention", "mlp")}
+    there["block"] = sorted({*there["attention"], *there["mlp"]})
+    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
     by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
-    return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None))
+    return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
 
 
 class _Probe:

@@ -142,7 +142,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             )
             model.llmdrop_identity = located.identity
             return model, None
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             located.folder,
             dtype=dtype or default_dtype(),
             device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
@@ -151,7 +151,13 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             trust_remote_code=False,
             local_files_only=True,
             offload_folder=str(CACHE / "offload"),
+            output_loading_info=True,
         )
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+            raise LLMDropError(
+                f"{located.name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. "
+                "Of a dropped model, keep the drop plan, and load the dense model."
+            )
         model.llmdrop_identity = located.identity  # drop plans remember which model they were made for
         return model.eval(), load_tokenizer(located)
     except torch.OutOfMemoryError as error:

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .anatomy import Anatomy, find_anatomy
-from .dropping import DropPlan, attention_left, check_plan, skipping
+from .dropping import DropPlan, check_plan, left, skipping
 from .packing import Batch, Group, Request, pack
 from .workspace import LLMDropError
 
@@ -219,7 +219,7 @@ class _Run:
 
     def _has_attention(self, plan: DropPlan) -> bool:
         """Is any attention left? Without, there is nothing to hold."""
-        return not set(attention_left(self.anatomy)) <= set(plan.attention)
+        return not set(left(self.anatomy, "attention")) <= set(plan.attention)
 
     def _decode(self, tokens, positions, mask, cache) -> torch.Tensor:
         given = {} if cache is None else {"past_key_values": cache}

@@ -8,24 +8,24 @@ import torch
 
 from .anatomy import find_anatomy
 from .dropping import DropPlan, skipping
-from .importance import KINDS, Importance, measure_importance
+from .importance import KINDS, Importance, drop_order, measure_importance
 from .workspace import LLMDropError
 
 SELECTIONS = (*KINDS, "joint")
 
 
 def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
-    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first.
+    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first, but those that
+    the measured model lacked.
 
     Joint: attention and MLP in one ranking, without rescaling (paper, Sec. 7). Ties go to the lower layer, and in the
     joint ranking to attention.
     """
     _check_kind(kind, SELECTIONS)
     kinds = ("attention", "mlp") if kind == "joint" else (kind,)
-    ranked = [(value, k) for k in kinds for value in scores.importance[k]]
+    importance = np.concatenate([scores.importance[k] for k in kinds])
     names = [(k, layer) for k in kinds for layer in range(scores.importance[k].size)]
-    order = np.argsort([value for value, _ in ranked], kind="stable")
-    return [names[i] for i in order]
+    return [names[i] for i in drop_order(importance) if names[i] not in scores.gone]
 
 
 def select(scores: Importance, kind: str, n_drop: int) -> DropPlan:
@@ -83,7 +83,9 @@ def select_iteratively(
         with skipping(model, plan or DropPlan()):
             scores = measure_importance(model, tokens, batch_size)
         first = first or scores
-        chosen.append(next(item for item in drop_sequence(scores, kind) if item not in chosen))
+        sequence = drop_sequence(scores, kind)
+        check_count(n_drop, len(chosen) + len(sequence), kind)  # the model may have lacked some before
+        chosen.append(sequence[0])
         plan = plan_of(chosen, first)
         on_step(len(chosen))
     return plan or DropPlan(n_layers=n_layers)

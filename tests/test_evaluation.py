@@ -209,6 +209,22 @@ def test_generation_is_that_of_lm_eval(small_model):
     assert len({text for texts in found for text in texts}) > 1
 
 
+def test_the_first_plan_generates(small_model):
+    model, tokenizer = small_model
+    requests = instances("gsm8k", 1, limit=1)
+    requests[0].args[1]["max_gen_toks"] = 12
+    plan = DropPlan((0, 1), (1, 2))
+    with dropped(model, plan):
+        expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2).generate_until(requests, disable_tqdm=True)
+    said = [FastLM(model, tokenizer, plans).generate_until(requests, disable_tqdm=True) for plans in ([plan], [DENSE, plan])]
+    assert said[0] == expected != said[1]
+
+
+def test_a_name_is_a_list_of_one(small_model):
+    alone = run_tasks(*small_model, "openbookqa", limit=2, num_fewshot=0)
+    assert alone == run_tasks(*small_model, ["openbookqa"], limit=2, num_fewshot=0)
+
+
 def test_gsm8k_from_end_to_end(small_model):
     """Real generation gives no right answer here, dense or dropped."""
     scores = score_task(*small_model, load("gsm8k", 0), PLANS, limit=1)

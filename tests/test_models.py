@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmdrop_utils import LLMDropError, load_model, models
+from llmdrop_utils import DropPlan, LLMDropError, drop, load_model, models
 from llmdrop_utils.models import byte_tokenizer, load_located, locate_model
 
 
@@ -215,6 +215,17 @@ def test_damaged_files(folder, cache, tmp_path):
     with pytest.raises(LLMDropError, match="bad is not a GGUF file that transformers can read"):
         locate_model(str(tmp_path / "bad.gguf"))
     assert not list((cache / "models").glob("bad*")), "a failed conversion leaves nothing behind"
+
+
+def test_missing_weights_are_not_made_up(folder, cache, tmp_path):
+    """transformers fills them with random numbers: what was saved without some sub-layers would load as a whole model."""
+    model, tokenizer = load_model(str(folder), torch.float32)
+    drop(model, DropPlan((1,), (0,))).save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    with pytest.raises(
+        LLMDropError, match="saved lacks [0-9]+ of the weights that its config.json promises, such as model.layers.0"
+    ):
+        load_model(str(tmp_path / "saved"))
 
 
 def test_full_disk_while_converting(tmp_path, cache, llama, monkeypatch):

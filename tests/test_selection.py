@@ -15,7 +15,7 @@ from torch import nn
 from llmdrop_utils import LLMDropError, measure_importance
 from llmdrop_utils.anatomy import find_anatomy
 from llmdrop_utils.dropping import DropPlan, skipping
-from llmdrop_utils.importance import KINDS, Importance
+from llmdrop_utils.importance import KINDS, Importance, drop_order
 from llmdrop_utils.selection import (
     SELECTIONS,
     drop_sequence,
@@ -91,6 +91,29 @@ def test_one_shot_by_hand():
     ]
     joint = select(SCORES, "joint", 5)
     assert (joint.attention, joint.mlp) == ((1, 3, 0), (2, 1))
+
+
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_what_is_gone_is_not_selected_again(kind):
+    model = model_of("llama")
+    gone = DropPlan((0, 3), (3, 5))
+    left = {"attention": {1, 2, 4, 5}, "mlp": {0, 1, 2, 4}, "block": {0, 1, 2, 4, 5}}
+    there = {("joint", k, layer) for k in ("attention", "mlp") for layer in left[k]} | {
+        (k, k, i) for k in KINDS for i in left[k]
+    }
+    expected = {(k, layer) for selection, k, layer in there if selection == kind}
+    with skipping(model, gone):
+        scores = measure_importance(model, TOKENS)
+        iterative = select_iteratively(model, TOKENS, kind, 3)
+        with pytest.raises(LLMDropError, match=f"this model has {len(expected)} to drop"):
+            select_iteratively(model, TOKENS, kind, len(expected) + 1)
+    assert len(drop_sequence(scores, kind)) == len(expected)
+    assert set(drop_sequence(scores, kind)) == set(drop_sequence(scores.first(1), kind)) == expected
+    if kind != "joint":
+        assert set(scores.order(kind)) == left[kind]
+        assert len({*iterative.attention, *iterative.mlp} & left[kind]) == 3
+    with pytest.raises(LLMDropError, match=f"this model has {len(expected)} to drop"):
+        select(scores, kind, len(expected) + 1)
 
 
 @pytest.mark.parametrize("kind", SELECTIONS)
@@ -283,7 +306,7 @@ def test_metrics_rank_differently_and_what_is_gone_has_none():
         found = {metric: measure_importance(model, TOKENS, metric=metric) for metric in ("cosine", "relative magnitude")}
     for scores in found.values():
         assert scores.importance["attention"][2] == scores.importance["mlp"][4] == 0
-        assert scores.order("attention")[0] == 2
+        assert scores.order("attention") == tuple(i for i in drop_order(scores.importance["attention"]) if i != 2)
     assert found["cosine"].importance["mlp"][0] != pytest.approx(found["relative magnitude"].importance["mlp"][0], rel=0.1)
     with pytest.raises(LLMDropError, match="Unknown metric 'angle'. The metrics are: cosine, relative magnitude."):
         measure_importance(model, TOKENS, metric="angle")

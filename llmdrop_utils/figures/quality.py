@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MultipleLocator
 
 from ..tables import Tables
 from .style import COLORS, LINES, MARKERS, NAMES, WIDTH, figure
@@ -52,7 +53,7 @@ def fig05_drop_curves(tables: Tables):
 @figure("02_drop_curves")
 def figS4_text_curves(tables: Tables):
     """Perplexity, next-token accuracy and divergence on held-out text against the number dropped."""
-    return _text_curves(tables["text"])
+    return _text_curves(tables["text"], "a block counts as one")
 
 
 @figure("02_drop_curves")
@@ -75,7 +76,7 @@ def figS5_average(tables: Tables):
 @figure("03_joint_drop")
 def fig08_joint_drop(tables: Tables):
     """Paper, Fig. 8: joint against single kinds at equal n. Joint runs on attention's line until the first MLP goes."""
-    return _text_curves(tables["text"])
+    return _text_curves(tables["text"], "a block counts as one; joint lies on attention until the first MLP goes")
 
 
 @figure("03_joint_drop")
@@ -141,10 +142,10 @@ def _task_grid(tables: Tables):
     return fig, data
 
 
-def _text_curves(data: pd.DataFrame):
+def _text_curves(data: pd.DataFrame, note: str):
     """A row of panels for each model: perplexity, what is retained, divergence."""
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.4 + 2.2 * len(models)), squeeze=False)
+    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.6 + 2.2 * len(models)), squeeze=False)
     for row, model in zip(axes, models, strict=True):
         rows = data[data["model"] == model]
         for ax, (column, (label, logarithmic)) in zip(row, TEXT_PANELS.items(), strict=True):
@@ -162,10 +163,13 @@ def _text_curves(data: pd.DataFrame):
             ax.set_ylabel(label)
             if logarithmic:
                 ax.set_yscale("log")
+            ax.xaxis.set_minor_locator(MultipleLocator(1 if rows["n"].max() < 50 else 5))
             if column == "perplexity":  # what lies above says nothing more
                 ax.set_ylim(rows[column].min() / 1.5, min(1e6, 1.5 * rows[column].max()))
             if column == "retained":
                 ax.axhline(0.9, color="0.5", linewidth=0.8, linestyle=":")
+                ax.text(rows["n"].max(), 0.9, "90 %", fontsize=6.5, color="0.35", ha="right", va="bottom")
                 ax.set_ylim(bottom=0)
     axes.flat[2].legend(loc="lower right", fontsize=7)  # where curves of divergence never are
+    fig.supxlabel(f"dashed: dense model; bars: 95 % intervals over samples\nperplexity is cut at a million; {note}", fontsize=7)
     return fig, data
