@@ -15,7 +15,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 .PHONY: help env reproduce figures reference test lint clean distclean
 
 RUN := .venv/bin/python
-DRIVER := $(RUN) -m llmdrop_utils.driver
+DRIVER := $(RUN) -m llmdrop_utils
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20

@@ -151,8 +151,7 @@ def tiny_model():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty download cache."""
-    from llmdrop_utils import models, series, sources, training
+    from llmdrop_utils.base import files
 
-    for module in (sources, models, series, training):
-        monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"

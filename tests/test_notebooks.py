@@ -7,9 +7,8 @@ import nbformat
 import papermill
 import pytest
 
+from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.studies import STUDIES
-from llmdrop_utils.tables import REFERENCE
-from llmdrop_utils.workspace import ROOT
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FORBIDDEN = re.compile(

@@ -4,8 +4,8 @@ import re
 
 import pandas as pd
 
-from llmdrop_utils.anatomy import FAMILIES
-from llmdrop_utils.workspace import ROOT
+from llmdrop_utils.base.files import ROOT
+from llmdrop_utils.models.families import FAMILIES
 
 NOTEBOOKS = ("01", "02", "03", "05", "06", "07")
 README = (ROOT / "README.md").read_text()

@@ -6,14 +6,28 @@ yet (with progress and time left), and condenses the records into small tables. 
 
 from collections.abc import Callable
 
-from ..models import LocatedModel, locate_available
-from ..profiles import Profile
-from ..series import known_models
-from ..tables import Tables
-from .efficiency import kv_cache, speedup
-from .quality import drop_curves, joint_drop
-from .redundancy import similarity
-from .stages import training_stages
+from ..models.locate import LocatedModel, locate_available
+from ..models.series import known_models
+from ..report.tables import Tables
+from .drop_curves import figures as _f2  # noqa: F401
+from .drop_curves import verdicts as _v2  # noqa: F401
+from .drop_curves.study import drop_curves
+from .joint_drop import figures as _f3  # noqa: F401
+from .joint_drop import verdicts as _v3  # noqa: F401
+from .joint_drop.study import joint_drop
+from .kv_cache import figures as _f6  # noqa: F401
+from .kv_cache import verdicts as _v6  # noqa: F401
+from .kv_cache.study import kv_cache
+from .profile import Profile
+from .similarity import figures as _f1  # noqa: F401
+from .similarity import verdicts as _v1  # noqa: F401
+from .similarity.study import similarity
+from .speedup import figures as _f5  # noqa: F401
+from .speedup import verdicts as _v5  # noqa: F401
+from .speedup.study import speedup
+from .training_stages import figures as _f7  # noqa: F401
+from .training_stages import verdicts as _v7  # noqa: F401
+from .training_stages.study import training_stages
 
 STUDIES: dict[str, Callable[[Profile, bool], Tables]] = {  # notebook -> its study
     "01_similarity": similarity,

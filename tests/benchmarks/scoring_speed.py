@@ -14,7 +14,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from llmdrop_utils import DropPlan, load_model, load_tokens, measure_importance, select
-from llmdrop_utils.evaluation import FEWSHOT_SEED, FastLM, load_task, score_text
+from llmdrop_utils.measure.tasks import FastLM
+from llmdrop_utils.measure.text import score_text
+from llmdrop_utils.sources.task_data import FEWSHOT_SEED, load_task
 
 BOUNDS = {"hellaswag": 4.0, "mmlu_anatomy": 5.0, "curve": 1.5}
 PAIRS = 5

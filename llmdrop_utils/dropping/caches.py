@@ -1,0 +1,83 @@
+"""Key-value caches of a model that lacks attention layers: no room for what was dropped."""
+
+import functools
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import cache_utils
+
+from ..base.errors import LLMDropError
+from ..models.families import Anatomy
+
+
+class NoCache(getattr(cache_utils, "DummyLayer", object)):  # transformers 5.17 has none; later ones look for it
+    """Stands for the cache of an attention that was dropped; a cache takes its length from the layers that are left."""
+
+    # Masks are made for the first layer that is True (sliding) or False (full); this is neither.
+    is_sliding = "neither"
+    is_compileable = is_croppable = is_initialized = True
+    supports_early_init = False
+    keys = values = None
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __repr__(self) -> str:
+        return "NoCache"
+
+    def update(self, *args, **kwargs):
+        raise LLMDropError(
+            f"This cache was used while the attention of layer {self.index} was dropped, so it holds nothing for it. "
+            "Start with a new cache."
+        )
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _nothing(self, *args, **kwargs) -> None:
+        pass
+
+    offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+
+def watch_caches(anatomy: Anatomy, gone: frozenset[int]) -> list:
+    """Hooks by which every cache that the decoder takes or makes has no room for the attention that is gone."""
+    if not gone:
+        return []
+    n_layers = len(anatomy)
+    return [
+        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, gone, n_layers), with_kwargs=True),
+        anatomy.decoder.register_forward_hook(functools.partial(_fit_returned, gone, n_layers)),
+    ]
+
+
+def _fit_given(gone: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, kwargs: dict):
+    cache = _find_cache((*args, *kwargs.values()))
+    if len(gone) < n_layers:
+        _fit(cache, gone, n_layers)
+        return None
+    if cache is not None:  # no layer would know how many tokens the cache has seen
+        raise LLMDropError(
+            f"The attention of all {n_layers} layers is dropped, so nothing is left to cache. Pass use_cache=False (to "
+            "generate() as well) and no past_key_values."
+        )
+    return args, {**kwargs, "use_cache": False}
+
+
+def _fit_returned(gone: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, output) -> None:
+    _fit(_find_cache(output.values() if isinstance(output, dict) else output), gone, n_layers)
+
+
+def _find_cache(values: Iterable) -> cache_utils.Cache | None:
+    return next((value for value in values if isinstance(value, cache_utils.Cache)), None)
+
+
+def _fit(cache: cache_utils.Cache | None, gone: frozenset[int], n_layers: int) -> None:
+    """Put `NoCache` where attention is gone."""
+    if cache is None:
+        return
+    if cache.layer_class_to_replicate is not None:  # it grows as layers come by; those that are gone would not come
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(len(cache.layers), n_layers)]
+    for index in gone:
+        if not isinstance(cache.layers[index], NoCache):
+            cache.layers[index] = NoCache(index)

@@ -1,0 +1,80 @@
+"""What a forward pass must hold, move and compute, counted from a model's shape: no part of a pass can be faster.
+
+Key-value bytes follow the paper's Table 4: 2 x layers x key-value heads x head size x tokens x bytes per number. A floor of
+time follows from bytes and operations of each part, and from what the device can move and multiply (`speed.Limits`).
+"""
+
+import dataclasses
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..drop.plan import DropPlan
+from ..drop.units import left
+from ..models.families import cache_geometry, find_anatomy, numbers_multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a forward pass."""
+
+    bytes: float  # read and written at least: weights once, keys and values of the context; activations are not counted
+    operations: float  # multiplications and additions
+
+
+def kv_bytes(config, plan: DropPlan, batch_size: int, length: int, bytes_per_number: int) -> int:
+    """Bytes of keys and values of `length` tokens in a dynamic cache: the formula behind the paper's Table 4.
+
+    Full attention keeps every token, a sliding window of w the last w - 1 (what the next token still sees beside itself),
+    latent attention (DeepSeek) one compressed vector and one rotary key a token. Layers in `plan.attention` hold nothing.
+    """
+    config = config.get_text_config()
+    numbers = sum(
+        per_token * (length if window is None else min(length, window - 1))
+        for layer, (per_token, window) in enumerate(cache_geometry(config))
+        if layer not in plan.attention
+    )
+    return numbers * batch_size * bytes_per_number
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of keys and values in a live cache, counted from its tensors."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -> list[Part]:
+    """The parts of a pass over `n_new` tokens a sequence, `context` more being in the cache; logits of the last token only.
+
+    Weights are those that the model has now: inside `dropped`, what is gone costs nothing. Of experts, as many are read as
+    tokens can choose at most.
+    """
+    anatomy = find_anatomy(model)
+    config, tokens = anatomy.decoder.config, batch_size * n_new
+    head = model.get_output_embeddings()
+    parts = []
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if weight.ndim < 2 or isinstance(module, nn.Embedding):
+                continue
+            rows = batch_size if module is head else tokens
+            read, used = weight.numel(), weight.numel()
+            if weight.ndim == 3:  # experts
+                chosen = config.num_experts_per_tok
+                read = read * min(1, rows * chosen / len(weight))
+                used = used * chosen / len(weight)
+            parts.append(Part(read * weight.element_size(), 2.0 * rows * used))
+    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    kept = cache_geometry(config)
+    multiplied = numbers_multiplied(config)
+    for layer in left(anatomy, "attention"):
+        per_token, window = kept[layer]
+        seen = context + n_new if window is None else min(context + n_new, window)
+        each = context + (n_new + 1) / 2 if window is None else min(context + (n_new + 1) / 2, window)
+        parts.append(Part(batch_size * seen * per_token * width, 2.0 * tokens * each * multiplied))
+    return parts
+
+
+def floor_seconds(parts: list[Part], bandwidth: float, rate: float) -> float:
+    """The least time of a pass: each part takes its bytes at `bandwidth` (bytes/s) or its operations at `rate` (1/s)."""
+    return sum(max(part.bytes / bandwidth, part.operations / rate) for part in parts)

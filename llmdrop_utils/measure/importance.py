@@ -1,0 +1,196 @@
+"""Importance of each sub-layer: how much it changes the residual stream (paper, eq. 1-6).
+
+    importance = 1 - cosine(X, Y),  Y = X + what the sub-layer adds
+
+X is the stream that the sub-layer reads, before its norm; norm and sub-layer are one unit. For a block, X and Y are the
+layer's raw input and output. One forward pass without LM head gives all three kinds.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..base.errors import LLMDropError
+from ..drop.units import left
+from ..models.families import Anatomy, find_anatomy
+from .metrics import BIN_EDGES, KINDS, METRICS
+from .probe import Probe
+
+VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Importance:
+    """Importance of every attention, MLP and block of a model on one set of tokens.
+
+    per_sample: kind -> float64 (n_samples, n_layers), mean importance over the tokens of each sample
+    weights: int64 (n_samples,), tokens counted in each sample
+    histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
+    model: identity of the model, where `load_model` loaded it
+    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked already, which cannot be dropped again
+    """
+
+    per_sample: dict[str, np.ndarray]
+    weights: np.ndarray
+    histogram: dict[str, np.ndarray]
+    model: str | None = None
+    gone: frozenset[tuple[str, int]] = frozenset()
+
+    def __repr__(self) -> str:
+        n_samples, n_layers = self.per_sample["block"].shape
+        return f"Importance({', '.join(self.per_sample)}: {n_layers} layers, {n_samples} samples, {self.weights.sum()} tokens)"
+
+    @property
+    def importance(self) -> dict[str, np.ndarray]:
+        """kind -> float64 (n_layers,): mean of 1 - cosine(X, Y) over all tokens."""
+        return {kind: np.average(rows, axis=0, weights=self.weights) for kind, rows in self.per_sample.items()}
+
+    @property
+    def similarity(self) -> dict[str, np.ndarray]:
+        """kind -> float64 (n_layers,): mean of cosine(X, Y) over all tokens."""
+        return {kind: 1.0 - values for kind, values in self.importance.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the scores, in hex: what a drop plan records about where it came from."""
+        content = hashlib.sha256()
+        for kind in sorted(self.per_sample):
+            content.update(kind.encode() + np.ascontiguousarray(self.per_sample[kind], dtype=np.float64).tobytes())
+        return content.hexdigest()
+
+    def order(self, kind: str) -> tuple[int, ...]:
+        """Layer indices, most droppable (least important) first; ties by lower index. What is gone already is left out."""
+        return tuple(layer for layer in drop_order(self.importance[kind]) if (kind, layer) not in self.gone)
+
+    def quantiles(self, kind: str, q: list[float]) -> np.ndarray:
+        """Quantiles of importance over tokens, float64 (n_layers, len(q)), interpolated within bins (12 % wide)."""
+        counts = np.cumsum(self.histogram[kind], axis=1)
+        share = np.pad(counts / counts[:, -1:], ((0, 0), (1, 0)))
+        return 10.0 ** np.stack([np.interp(q, layer, BIN_EDGES) for layer in share])
+
+    def first(self, n: int) -> "Importance":
+        """The same, from the first n samples (without the histogram, which is kept for all samples only)."""
+        fewer = {kind: rows[:n] for kind, rows in self.per_sample.items()}
+        return dataclasses.replace(self, per_sample=fewer, weights=self.weights[:n], histogram={})
+
+    def to_json(self) -> dict:
+        """Plain lists, for the store."""
+        arrays = lambda values: {kind: array.tolist() for kind, array in values.items()}  # noqa: E731
+        return {
+            "per_sample": arrays(self.per_sample),
+            "weights": self.weights.tolist(),
+            "histogram": arrays(self.histogram),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict, model: str | None = None) -> "Importance":
+        """The inverse of `to_json`; a record's key says which model it was."""
+        arrays = lambda values: {kind: np.array(rows) for kind, rows in values.items()}  # noqa: E731
+        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]), model)
+
+
+def drop_order(importance: np.ndarray) -> tuple[int, ...]:
+    """Indices of a (n,) array, least important first; ties by lower index."""
+    return tuple(int(i) for i in np.argsort(importance, kind="stable"))
+
+
+def measure_importance(
+    model: torch.nn.Module,
+    tokens: torch.LongTensor,
+    batch_size: int = 4,
+    attention_mask: torch.Tensor | None = None,
+    on_batch: Callable[[int], None] = lambda n_tokens: None,
+    metric: str = "cosine",
+) -> Importance:
+    """Importance of every attention, MLP and block, in one forward pass without LM head (paper, eq. 1-6).
+
+    Parameters
+    ----------
+    model: a transformers causal language model of a family in `anatomy.FAMILIES`, of any dtype, on any device or
+        several, offloaded or not. It is left as it was.
+    tokens: LongTensor (n_samples, seq_len).
+    batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
+    attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
+        positions are counted from the first token that counts.
+    on_batch: called after each batch with the number of tokens done, for a progress bar.
+    metric: "cosine", 1 - cosine(X, Y); or the baseline "relative magnitude", |Y - X| / |Y| (paper, Table 7).
+
+    Whatever the dtype of the model, products are formed in float32, cosines and means in float64: bfloat16 has only four
+    values in [0.99, 1]. What is gone from a dropped model adds nothing and has importance zero. Raises LLMDropError for wrong
+    input and if the model produces infinities.
+    """
+    anatomy = find_anatomy(model)
+    _check(anatomy, tokens, attention_mask, batch_size)
+    if metric not in METRICS:
+        raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
+    if attention_mask is not None:
+        attention_mask = attention_mask.to("cpu", torch.long)
+    n_samples, n_bins = len(tokens), len(BIN_EDGES) - 1
+    means = np.zeros((len(KINDS), n_samples, len(anatomy)))
+    weights = np.zeros(n_samples, dtype=np.int64)
+    histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
+    device = model.get_input_embeddings().weight.device
+    device = device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
+    start = 0
+    with torch.inference_mode(), _evaluating(model), Probe(anatomy, metric) as probe:
+        while start < n_samples:
+            rows = slice(start, start + batch_size)
+            mask = None if attention_mask is None else attention_mask[rows]
+            if not probe.run(tokens[rows], mask, device):
+                if batch_size == 1:
+                    raise LLMDropError(
+                        f"Out of GPU memory with a single sample of {tokens.shape[1]} tokens. Use shorter samples."
+                    )
+                batch_size //= 2
+                torch.cuda.empty_cache()
+                print(f"out of GPU memory: going on with a batch of {batch_size}", file=sys.stderr)
+                continue
+            means[:, rows], weights[rows], counts = probe.finish(mask)
+            histogram += counts
+            start += len(tokens[rows])
+            on_batch(tokens[rows].numel())
+    there = {kind: left(anatomy, kind) for kind in ("attention", "mlp")}
+    there["block"] = sorted({*there["attention"], *there["mlp"]})
+    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
+    by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
+    return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module):
+    """Without dropout while measuring; the mode is put back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _check(anatomy: Anatomy, tokens: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
+    if batch_size < 1:
+        raise LLMDropError(f"The batch size must be 1 or more, but is {batch_size}.")
+    if tokens.ndim != 2 or not len(tokens) or tokens.is_floating_point():
+        raise LLMDropError(f"Expected token ids (n_samples, seq_len), found {tokens.dtype} {tuple(tokens.shape)}.")
+    config = anatomy.decoder.config
+    longest = getattr(config, "max_position_embeddings", None)  # GPT-2 calls it n_positions, and transformers maps it
+    if longest is not None and tokens.shape[1] > longest:
+        raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
+    vocabulary = config.vocab_size
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise LLMDropError(
+            f"Token ids run from {low} to {high}, but this model knows 0 to {vocabulary - 1}: were they made with "
+            "another model's tokenizer?"
+        )
+    if mask is not None and (mask.shape != tokens.shape or not bool(mask.bool().any(1).all())):
+        raise LLMDropError(
+            f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "
+            f"in each sample; found {tuple(mask.shape)}."
+        )

@@ -1,0 +1,149 @@
+"""Hooks that reduce each sub-layer's input and output to one number per token, as the forward pass goes by."""
+
+import numpy as np
+import torch
+
+from ..base.errors import LLMDropError
+from ..models.families import Anatomy
+from .metrics import BIN_EDGES, KINDS, METRICS, dots
+
+
+class Probe:
+    """Hooks that reduce each sub-layer's input and output to one number per token, as the forward pass goes by.
+
+    Holds no more of the hidden states than the layer at hand. All hooks go when the block is left, errors included.
+    """
+
+    def __init__(self, anatomy: Anatomy, metric: str):
+        self.anatomy = anatomy
+        self.metric = METRICS[metric]
+        self.handles: list = []
+        self.checked = False  # the sum of parts is compared with the whole in the first batch
+        self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # kind -> a few rows of x and of what is added
+
+    def __enter__(self):
+        for index, layer in enumerate(self.anatomy.layers):
+            self.handles += [
+                layer.block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+                layer.attention.register_forward_hook(self._after_attention(index, layer.scale)),
+                layer.mlp.register_forward_hook(self._after_mlp(index, layer.scale)),
+                layer.block.register_forward_hook(self._leave_block(index)),
+            ]
+            if layer.mlp_input is not None:
+                self.handles.append(layer.mlp_input.register_forward_pre_hook(self._enter_mlp, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+        self.block_input = self.mlp_input = None
+
+    def run(self, tokens: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> bool:
+        """Pass a batch of tokens (B, T) through the decoder; False if a GPU's memory did not suffice."""
+        self.shape = tokens.shape
+        self.values: dict[tuple[str, int], torch.Tensor] = {}
+        padding = {}
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            padding = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
+        try:
+            self.anatomy.decoder(input_ids=tokens.to(device), use_cache=False, **padding)
+        except torch.OutOfMemoryError:
+            self.values.clear()
+            self.block_input = self.mlp_input = None
+            return False
+        return True
+
+    def finish(self, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Means over tokens (kinds, B, layers), tokens per sample (B,), histograms (kinds, layers, bins) of the batch."""
+        by_kind = [[self.values[kind, layer].cpu() for layer in range(len(self.anatomy))] for kind in KINDS]
+        values = torch.stack([torch.stack(rows) for rows in by_kind]).view(len(KINDS), -1, *self.shape).double()
+        counted = torch.ones(self.shape, dtype=torch.bool) if mask is None else mask.bool()
+        bad = ~torch.isfinite(values[:, :, counted])
+        if bad.any():
+            layer, kind = (int(i) for i in bad.any(-1).T.nonzero()[0])  # the first layer that goes wrong
+            raise LLMDropError(
+                f"The {KINDS[kind]} of layer {layer} gives values that are not finite in {self.dtype}. "
+                "Load the model in bfloat16 or float32 (float16 overflows in some models)."
+            )
+        weights = counted.sum(1)
+        means = torch.where(counted, values, 0.0).sum(-1) / weights.clamp(min=1)
+        bins = torch.bucketize(values[:, :, counted].clamp(min=1e-30).log10(), torch.tensor(BIN_EDGES[1:-1]))
+        counts = torch.zeros(*values.shape[:2], len(BIN_EDGES) - 1, dtype=torch.long)
+        counts.scatter_add_(-1, bins, torch.ones_like(bins))
+        self.checked = True
+        return means.transpose(1, 2).numpy(), weights.numpy(), counts.numpy()
+
+    def _enter_block(self, module, args, kwargs) -> None:
+        self.block_input = self.mlp_input = _stream(args, kwargs)  # the MLP's stream, unless it reads its own (below)
+
+    def _enter_mlp(self, module, args, kwargs) -> None:
+        self.mlp_input = _stream(args, kwargs)
+
+    def _after_attention(self, index: int, scale: float):
+        def hook(module, args, output):
+            self._record("attention", index, self.block_input, _tensor(output), scale)
+
+        return hook
+
+    def _after_mlp(self, index: int, scale: float):
+        def hook(module, args, output):
+            self._record("mlp", index, self.mlp_input, _tensor(output), scale)
+
+        return hook
+
+    def _leave_block(self, index: int):
+        def hook(module, args, output):
+            output = _tensor(output)
+            self._record("block", index, self.block_input, output, 1.0)
+            if not self.checked:
+                self._check_sum(index, _first_rows(output))
+                self.seen.clear()
+            self.block_input = self.mlp_input = None  # not held while the next layer's input is still being made
+
+        return hook
+
+    def _record(self, kind: str, index: int, x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+        x = x.to(y.device)
+        y = y if y.ndim else y.expand_as(x)  # a sub-layer that was dropped adds a single zero
+        # Stays on its device until the batch is done: fetching it here would stall a GPU at every sub-layer.
+        self.values[kind, index] = self.metric(*dots(x, y, scale, y_is_sum=kind == "block")).float()
+        self.dtype = y.dtype
+        if not self.checked:  # a copy: some models go on to add into this tensor
+            self.seen[kind] = (_first_rows(x), _first_rows(y) * scale)
+
+    def _check_sum(self, index: int, output: torch.Tensor) -> None:
+        """x + attention + MLP must be the layer's output; otherwise `anatomy.FAMILIES` is wrong about this model.
+
+        Likewise, an MLP that comes after attention must read x + attention.
+        """
+        (x, attention), (mlp_stream, mlp) = (
+            (part.to(output.device) for part in self.seen[kind]) for kind in ("attention", "mlp")
+        )
+        tolerance = 8 * torch.finfo(self.dtype).eps * float(torch.stack([x, attention, output]).abs().max())
+        sums = [("stream + attention + MLP", x + attention + mlp, "the layer's output", output)]
+        if self.anatomy.layers[index].mlp_input is not None:
+            sums.append(("stream + attention", x + attention, "what the MLP reads", mlp_stream))
+        for name, value, whole_name, whole in sums:
+            error = float((value - whole).abs().max())
+            if np.isfinite(error) and error > tolerance:
+                raise LLMDropError(
+                    f"Layer {index} of this {self.anatomy.family} model does not add up: {name} differs from {whole_name} by "
+                    f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in FAMILIES "
+                    "(llmdrop_utils/models/families.py) is wrong for this model."
+                )
+
+
+def _first_rows(x: torch.Tensor) -> torch.Tensor:
+    """The first tokens of (..., d), copied, in float64."""
+    return x.reshape(-1, x.shape[-1])[:8].clone().double()
+
+
+def _tensor(output) -> torch.Tensor:
+    """Modules of some families return a tuple; `output[0]` on a tensor would silently be the first sample."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _stream(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The residual stream among a module's inputs: the first one, or the keyword that transformers gives it."""
+    return args[0] if args else kwargs["hidden_states"]

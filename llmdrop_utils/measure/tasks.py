@@ -1,0 +1,161 @@
+"""Quality on tasks, as lm-eval defines them, under many drop plans at once."""
+
+import dataclasses
+import functools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from lm_eval.api.metrics import mean_stderr
+from lm_eval.models.huggingface import HFLM
+
+from ..base.errors import LLMDropError
+from ..drop.plan import DropPlan, check_plan
+from ..drop.units import skipping
+from ..sources.task_data import FEWSHOT_SEED, load_task, silent
+from .scoring import Scores, score
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
+
+
+# ---- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """What came out for each document of a task."""
+
+    metrics: dict[str, np.ndarray]  # metric -> float64 (n_plans, n_documents)
+    chance: float  # what guessing gives: mean of 1 / number of choices; 0 where nothing is chosen from
+
+    def summary(self, plan: int = 0) -> dict[str, float]:
+        """metric -> mean over documents, metric_stderr -> its standard error, as in lm-eval; NaN for a single document."""
+        means = {name: float(values[plan].mean()) for name, values in self.metrics.items()}
+        error = lambda values: float(mean_stderr(values.tolist())) if len(values) > 1 else float("nan")  # noqa: E731
+        return means | {f"{name}_stderr": error(values[plan]) for name, values in self.metrics.items()}
+
+
+class FastLM(HFLM):
+    """lm-eval's `hf` model with faster `loglikelihood` (scoring.py); everything else is lm-eval's.
+
+    Use it as any lm-eval model: `lm_eval.simple_evaluate(model=FastLM(model, tokenizer), tasks=load_task("hellaswag", 0))`.
+    What it returns is said under the first plan; of log-likelihoods, `scores` holds the last call's under all plans.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        self.plans = list(plans)
+        self.on_batch: Callable[[float], None] = lambda share: None
+        self.scores: Scores | None = None
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.tok_encode = functools.lru_cache(maxsize=16)(super().tok_encode)  # the choices of a question share its text
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            del self.tok_encode  # it refers to self: left there, it would keep the model in memory
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        with skipping(self.model, self.plans[0]):
+            return super().generate_until(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        self.scores = score(self.model, pairs, self.plans, self.max_length, on_batch=self.on_batch)
+        answers = self.scores.answers(0)
+        for (text, *_), answer in zip(requests, answers, strict=True):
+            if text is not None:  # as lm-eval does, for its cache of answers
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+
+def run_tasks(
+    model: torch.nn.Module,
+    tokenizer,
+    names: Sequence[str] | str,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    source: str = "package",
+) -> dict[str, dict[str, float]]:
+    """Run tasks on the model as it is (inside `dropped`, on the dropped one): task -> metric -> mean and standard error.
+
+    limit: documents of a task (of each subject of a group); None: all. num_fewshot: None takes the paper's number.
+    source: "package" (data/tasks.yaml) or "hub" (any task of lm-eval). Raises what `load_task` raises.
+    """
+    if isinstance(names, str):
+        names = [names]
+    tasks = {name: load_task(name, num_fewshot, source) for name in names}  # whatever is wrong shows before work starts
+    return {name: score_task(model, tokenizer, members, limit=limit).summary() for name, members in tasks.items()}
+
+
+def score_task(
+    model: torch.nn.Module,
+    tokenizer,
+    members: list,
+    plans: Sequence[DropPlan] = (DropPlan(),),
+    limit: int | None = None,
+    on_batch: Callable[[float], None] = lambda share: None,
+) -> TaskScores:
+    """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side."""
+    for plan in plans:
+        check_plan(model, plan)
+    if limit is not None and limit < 1:
+        raise LLMDropError(f"The number of documents must be 1 or more, but is {limit}.")
+    lm = FastLM(model, tokenizer, plans)
+    lm.on_batch = on_batch
+    instances = []
+    for task in members:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        with silent():
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        instances += task.instances
+    answers = _answers(lm, instances)
+    by_metric: dict[str, list[list[float]]] = defaultdict(list)
+    for i in range(len(plans)):
+        for instance, answer in zip(instances, answers[i], strict=True):
+            instance.resps = [answer]
+        values: dict[str, list[float]] = defaultdict(list)
+        for task in members:
+            for metric, value in _results(task):
+                values[metric].append(value)
+        for metric, row in values.items():
+            by_metric[metric].append(row)
+    choices = Counter(
+        (i.task_name, i.doc_id) for task in members if task.OUTPUT_TYPE == "multiple_choice" for i in task.instances
+    )
+    chance = float(np.mean([1 / n for n in choices.values()])) if choices else 0.0
+    metrics = {name: np.array(rows, dtype=float) for name, rows in by_metric.items()}
+    return TaskScores(metrics, chance)
+
+
+def _answers(lm: FastLM, instances: list) -> list[list]:
+    """For each plan, the model's answer to each instance."""
+    (kind,) = {instance.request_type for instance in instances}
+    if kind == "loglikelihood":
+        lm.loglikelihood(instances, disable_tqdm=True)
+        return [lm.scores.answers(i) for i in range(len(lm.plans))]
+    answers = []
+    plans = lm.plans
+    for plan in plans:
+        lm.plans = [plan]
+        with silent():
+            answers.append(getattr(lm, kind)(instances))
+        lm.on_batch(1 / len(plans))
+    return answers
+
+
+def _results(task):
+    """(metric, value) of every document, by lm-eval's own filters and metrics; of several filters, the first."""
+    task.apply_filters()
+    by_document = defaultdict(list)
+    for instance in task.instances:
+        by_document[instance.doc_id].append(instance)
+    for group in by_document.values():
+        group.sort(key=lambda instance: instance.idx)
+        key = next(iter(group[0].filtered_resps))
+        answers = [instance.filtered_resps[key] for instance in group]
+        yield from ((m, v) for m, v in task.process_results(group[0].doc, answers).items() if np.isscalar(v))

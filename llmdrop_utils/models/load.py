@@ -1,0 +1,125 @@
+"""Files of a model -> the model and its tokenizer.
+
+Weights come from safetensors, and no code that comes with a model is run. Pickles are read for sources that are known
+to have nothing else (`pickled` in data/sources.yaml), by torch's restricted unpickler.
+"""
+
+import contextlib
+import ctypes
+
+import torch
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..base import files
+from ..base.errors import LLMDropError
+from .convert import UNREADABLE, first_line
+from .locate import LocatedModel, locate_model
+
+transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
+
+
+def load_model(name: str, dtype: torch.dtype | None = None, device: str | None = None):
+    """Load a causal language model for inference.
+
+    Parameters
+    ----------
+    name: whatever `locate_model` takes.
+    dtype: None takes `default_dtype()`.
+    device: None takes all GPUs, spilling over to CPU memory and disk, or the CPU where there is no GPU.
+
+    Returns (model in eval mode, tokenizer; None for random weights). Raises what `locate_model` raises.
+    """
+    return load_located(locate_model(name), dtype, device)
+
+
+def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device: str | None = None):
+    """`load_model` for files that are here already."""
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
+    try:
+        if located.is_random:
+            model = model_of_shape(
+                located, dtype or default_dtype(), device or ("cuda" if torch.cuda.is_available() else "cpu")
+            )
+            model.llmdrop_identity = located.identity
+            return model, None
+        model, found = AutoModelForCausalLM.from_pretrained(
+            located.folder,
+            dtype=dtype or default_dtype(),
+            device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
+            attn_implementation=attention_implementation(located),
+            use_safetensors=not located.pickled,
+            trust_remote_code=False,
+            local_files_only=True,
+            offload_folder=str(files.CACHE / "offload"),
+            output_loading_info=True,
+        )
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+            raise LLMDropError(
+                f"{located.name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. "
+                "Of a dropped model, keep the drop plan, and load the dense model."
+            )
+        model.llmdrop_identity = located.identity  # drop plans remember which model they were made for
+        return model.eval(), load_tokenizer(located)
+    except torch.OutOfMemoryError as error:
+        raise LLMDropError(
+            f"{located.name} does not fit into the memory of {torch.cuda.get_device_name()}. "
+            "Use a smaller model, more GPUs, or device='cpu'."
+        ) from error
+    except UNREADABLE as error:
+        raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
+
+
+def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A model of this shape with random weights. On the device "meta" it has no weights at all, and takes no memory."""
+    config, attention = load_config(located), attention_implementation(located)
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(located.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor, instead of handing it back and having new pages zeroed: every
+    operation of a forward pass on a CPU makes a tensor, and passes take about a sixth less time."""
+    keep = 1 << 30  # bytes
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(option, keep)
+
+
+def load_tokenizer(located: LocatedModel):
+    """The tokenizer alone: enough to make token blocks without loading weights."""
+    if located.is_random:
+        raise LLMDropError(f"{located.name} has no tokenizer: random weights are for notebooks 05 and 06 alone.")
+    try:
+        kind = AutoTokenizer if located.tokenizer is None else getattr(transformers, located.tokenizer)
+        return kind.from_pretrained(located.folder, trust_remote_code=False, local_files_only=True)
+    except UNREADABLE as error:
+        raise LLMDropError(f"The tokenizer of {located.name} could not be loaded: {first_line(error)}") from error
+
+
+def load_config(located: LocatedModel):
+    """The configuration alone, to know a model's family without loading weights."""
+    try:
+        return AutoConfig.from_pretrained(located.folder, trust_remote_code=False, local_files_only=True)
+    except UNREADABLE as error:
+        raise LLMDropError(f"The configuration of {located.name} could not be read: {first_line(error)}") from error
+
+
+def attention_implementation(located: LocatedModel) -> str:
+    """How attention is computed: "sdpa" where the family allows it, otherwise "eager" (Gemma 2); part of a result's key."""
+    config = load_config(located)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "sdpa" if known and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a GPU, and on a processor that multiplies in it (AMX or AVX512_BF16: 2 to 4 x faster); otherwise float32.
+
+    Without such instructions bfloat16 is about six times slower than float32 on a CPU.
+    """
+    on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = torch.cuda.is_available() or on_cpu
+    return torch.bfloat16 if fast_bf16 else torch.float32

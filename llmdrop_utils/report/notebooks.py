@@ -1,0 +1,103 @@
+"""Execute notebooks with papermill and keep rendered copies without anything that changes from run to run."""
+
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+from ..base import files
+from ..base.errors import LLMDropError
+from ..base.files import disk_error, short_name, write_text
+
+
+def choose_notebooks(numbers: str | None) -> list[Path]:
+    """Notebook sources in order. Raises LLMDropError for a number that no notebook has."""
+    available = {path.name[:2]: path for path in sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    wanted = re.split(r"[\s,]+", numbers.strip()) if numbers and numbers.strip() else list(available)
+    wanted = [number.zfill(2) for number in wanted]
+    for number in wanted:
+        if number not in available:
+            have = ", ".join(path.stem for path in available.values())
+            raise LLMDropError(f"There is no notebook {number!r}. There are: {have}. Give numbers, such as NOTEBOOKS=01.")
+    return [available[number] for number in dict.fromkeys(wanted)]
+
+
+def check_parameters(notebook: Path, parameters: dict) -> None:
+    """Raise LLMDropError if a notebook does not declare one of the parameters (papermill itself only warns)."""
+    import papermill
+
+    declared = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        if name not in declared:
+            raise LLMDropError(f"The notebook {notebook.name} has no parameter {name!r}. It declares: {', '.join(declared)}.")
+
+
+def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
+    """Execute a notebook and put the executed copy at `rendered`, without anything that changes from run to run.
+
+    Raises LLMDropError if a cell fails; what was executed is then kept beside `rendered` as *.failed.ipynb.
+    """
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    check_parameters(source, parameters)
+    failed = rendered.with_suffix(".failed.ipynb")
+    partial = rendered.with_suffix(".partial.ipynb")
+    rendered.parent.mkdir(parents=True, exist_ok=True)
+    for path in (rendered, failed):  # no older copy may pass for this run's
+        path.unlink(missing_ok=True)
+    # The kernel talks over local sockets; ipykernel's and the debugger's notes about that are not for the reader.
+    environment = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONWARNINGS": "ignore", "TQDM_MININTERVAL": "10"}
+    os.environ |= environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(files.ROOT),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            )
+        except papermill.PapermillExecutionError as error:
+            partial.replace(failed)
+            raise LLMDropError(
+                f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+                f"What was executed is kept in {shown(failed)}."
+            ) from None
+        except (DeadKernelError, OSError) as error:
+            if partial.exists():
+                partial.replace(failed)
+            if isinstance(error, OSError):
+                raise disk_error(error, partial) from error
+            raise LLMDropError(
+                f"The kernel of {source.name} died; the system may have stopped it for want of memory. "
+                f"What was executed is kept in {shown(failed)}."
+            ) from error
+    page = nbformat.read(partial, as_version=4)
+    _strip(page, parameters)
+    write_text(rendered, nbformat.writes(page) + "\n")
+    partial.unlink()
+
+
+def _strip(page, parameters: dict) -> None:
+    """Remove what differs from run to run and from machine to machine: times, papermill's notes, paths."""
+    page.metadata = {"kernelspec": page.metadata["kernelspec"], "language_info": {"name": "python"}}
+    for cell in page.cells:
+        tags = [tag for tag in cell.metadata.get("tags", []) if tag in ("parameters", "injected-parameters")]
+        cell.metadata = {"tags": tags} if tags else {}
+        if "injected-parameters" in tags:
+            cell.id = "injected-parameters"
+            model = str(parameters.get("MODEL", ""))
+            if model and Path(model).exists():
+                cell.source = cell.source.replace(model, short_name(model))
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,94 @@
+"""Style, the registry of figures, and files that are the same to the byte from run to run.
+
+`draw("fig02_block_importance", tables, folder)` draws a figure and writes it as SVG, PDF and PNG beside the CSV it is
+drawn from. Names carry the paper's figure numbers; `figS...` are additions that the paper does not have.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..base.files import replacing
+from .tables import Tables
+
+WIDTH = 6.9  # inches: the text width of a two-column page
+
+KIND_NAMES = {"attention": "Attention", "mlp": "MLP", "block": "Block"}
+
+NAMES = KIND_NAMES | {"joint": "Joint", "dense": "Dense"}
+
+# Okabe-Ito colours, with markers and line styles that also tell the kinds apart in grey print.
+COLORS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "joint": "#CC79A7", "dense": "#000000"}
+
+MARKERS = {"attention": "o", "mlp": "s", "block": "^", "joint": "D", "dense": "x"}
+
+LINES = {"attention": "-", "mlp": "--", "block": "-.", "joint": ":", "dense": "-"}
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 144,
+    "figure.dpi": 144,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "llmdrop",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureSpec:
+    """How a figure comes about: from which notebook's tables, and by which function."""
+
+    notebook: str
+    draw: Callable[[Tables], tuple[Figure, pd.DataFrame]]
+
+
+FIGURES: dict[str, FigureSpec] = {}
+
+
+def figure(notebook: str):
+    """Register a function tables -> (figure, the data it shows) under its name."""
+
+    def register(function):
+        FIGURES[function.__name__] = FigureSpec(notebook, function)
+        return function
+
+    return register
+
+
+def draw(name: str, tables: Tables, folder: Path) -> Figure:
+    """Draw one figure and save it under `folder`. Returns the figure, for display."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(STYLE)
+        fig, data = FIGURES[name].draw(tables)
+        save_figure(fig, folder / name, data)
+    plt.close(fig)
+    return fig
+
+
+def save_figure(fig: Figure, path: Path, data: pd.DataFrame) -> None:
+    """Write path.svg, .pdf, .png without dates or random ids, and the data they show as path.csv."""
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # the layout stands; finding it again for each format would take most of the time
+    for suffix, metadata in ((".svg", {"Date": None}), (".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+        with replacing(path.with_name(path.name + suffix)) as temporary:
+            fig.savefig(temporary, format=suffix[1:], metadata=metadata)
+    with replacing(path.with_name(path.name + ".csv")) as temporary:
+        data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

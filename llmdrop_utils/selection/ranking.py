@@ -1,0 +1,56 @@
+"""Importance scores -> drop plans, ranked once on the dense model (paper, Sec. 3 and 7)."""
+
+import numpy as np
+
+from ..base.errors import LLMDropError
+from ..drop.plan import DropPlan
+from ..measure.importance import KINDS, Importance, drop_order
+
+SELECTIONS = (*KINDS, "joint")
+
+
+def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
+    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first, but those that
+    the measured model lacked.
+
+    Joint: attention and MLP in one ranking, without rescaling (paper, Sec. 7). Ties go to the lower layer, and in the
+    joint ranking to attention.
+    """
+    check_kind(kind, SELECTIONS)
+    kinds = ("attention", "mlp") if kind == "joint" else (kind,)
+    importance = np.concatenate([scores.importance[k] for k in kinds])
+    names = [(k, layer) for k in kinds for layer in range(scores.importance[k].size)]
+    return [names[i] for i in drop_order(importance) if names[i] not in scores.gone]
+
+
+def select(scores: Importance, kind: str, n_drop: int) -> DropPlan:
+    """The n most droppable of a kind ("attention", "mlp", "block", "joint"), ranked once on the dense model.
+
+    The plan of n is the beginning of the plan of n + 1. A block counts as one, though attention and MLP both go. Raises
+    LLMDropError if there are not so many.
+    """
+    sequence = drop_sequence(scores, kind)
+    check_count(n_drop, len(sequence), kind)
+    return plan_of(sequence[:n_drop], scores)
+
+
+def plan_of(chosen: list[tuple[str, int]], scores: Importance) -> DropPlan:
+    """The plan that drops ("attention" | "mlp" | "block", layer) in this order."""
+    return DropPlan(
+        attention=tuple(layer for kind, layer in chosen if kind in ("attention", "block")),
+        mlp=tuple(layer for kind, layer in chosen if kind in ("mlp", "block")),
+        n_layers=scores.importance["block"].size,
+        model=scores.model,
+        scores=scores.fingerprint,
+    )
+
+
+def check_count(n_drop: int, available: int, kind: str) -> None:
+    """Raise LLMDropError unless 0 <= n_drop <= available."""
+    if not 0 <= n_drop <= available:
+        raise LLMDropError(f"Cannot drop {n_drop} {kind} layers: this model has {available} to drop.")
+
+
+def check_kind(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise LLMDropError(f"Unknown kind {kind!r}. The kinds are: {', '.join(kinds)}.")

@@ -1,0 +1,132 @@
+"""The paper's tasks, as lm-eval defines them, with data from a package or from the hub."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ..base import files
+from ..base.errors import LLMDropError, NotAvailable
+from .catalogue import catalogue
+from .fetch import fetch_package_files
+
+FEWSHOT_SEED = 1234  # lm-eval's own
+
+
+# ---- where tasks and their data come from -----------------------------------------------------------------------------
+
+
+@functools.cache
+def known_tasks() -> dict[str, dict]:
+    """data/tasks.yaml."""
+    return yaml.safe_load((files.ROOT / "data" / "tasks.yaml").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _task_manager():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def load_task(name: str, num_fewshot: int | None = None, source: str = "package") -> list:
+    """An lm-eval task with its data, as a list of its members (one, unless it is a group such as MMLU).
+
+    Raises LLMDropError for an unknown task or one without data in a package, NotAvailable if data cannot be fetched.
+    """
+    if source not in ("package", "hub"):
+        raise LLMDropError(f"Data of tasks come from 'package' or 'hub', not from {source!r}.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise LLMDropError(f"The number of few-shot examples must be 0 or more, but is {num_fewshot}.")
+    here = known_tasks().get(name)
+    if source == "package" and here is None:
+        raise LLMDropError(f"No package holds data for the task {name!r}. data/tasks.yaml has: {', '.join(known_tasks())}.")
+    if num_fewshot is None and here is not None:
+        num_fewshot = here["num_fewshot"]
+    members = _from_package(name, here) if source == "package" else _from_hub(name)
+    if num_fewshot is not None:  # the paper has no number for other tasks: they keep lm-eval's
+        for task in members:
+            task.set_config("num_fewshot", num_fewshot)
+    return members
+
+
+def _from_package(name: str, here: dict) -> list:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    files = fetch_package_files(catalogue()["task_packages"][here["package"]]["packages"])
+    members = {name: ""}
+    if "subjects" in here:
+        subjects = sorted({path.parts[-3] for path in files if f"/{here['subjects']}/" in path.as_posix()})
+        members = {f"{name}_{subject}": f"{here['subjects']}/{subject}/" for subject in subjects}
+    tasks = []
+    for member, folder in members.items():
+        paths = {split: _one(files, folder + part) for split, part in here["files"].items()}
+        config = load_yaml(_task_manager().task_index[member].yaml_path)
+        splits = {key: config.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")}
+        config |= {key: split if split in paths else None for key, split in splits.items()}
+        config["custom_dataset"] = functools.partial(_read_splits, paths, here)
+        with silent():
+            tasks.append(ConfigurableTask(config=config))
+    return tasks
+
+
+def _one(files: list[Path], part: str) -> Path:
+    (path,) = [path for path in files if f"/{part}" in path.as_posix()]
+    return path
+
+
+def _read_splits(paths: dict[str, Path], here: dict, **_) -> dict:
+    """What lm-eval calls for a task's data: split -> data set. `here`: the task's entry in data/tasks.yaml."""
+    import datasets
+
+    splits = {}
+    for split, path in paths.items():
+        if path.suffix == ".arrow":
+            rows = datasets.Dataset.from_file(str(path))
+        else:
+            rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        if column := here.get("shortest_first"):
+            rows = rows.select(np.argsort([len(text) for text in rows[column]], kind="stable"))
+        for new, old in here.get("columns", {}).items():
+            rows = rows.add_column(new, [int(value) for value in rows[old]])
+        splits[split] = rows
+    return splits
+
+
+def _from_hub(name: str) -> list:
+    try:
+        with silent():
+            return list(_task_manager().load([name])["tasks"].values())
+    except KeyError as error:
+        raise LLMDropError(f"lm-eval has no task {name!r}.") from error
+    except Exception as error:  # whatever the hub's libraries raise; the task itself is known to lm-eval
+        raise NotAvailable(
+            f"The data of the task {name!r} could not be fetched from the hub ({type(error).__name__}). Check the network "
+            f"and HF_ENDPOINT, or take them from the package index (data: package in the profile): {', '.join(known_tasks())}."
+        ) from error
+
+
+def fingerprint_task(members: list, limit: int | None) -> str:
+    """sha256 over what a task asks (its documents with few-shot examples) and how answers are judged, in hex."""
+    content = hashlib.sha256()
+    for task in members:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        with silent():
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        content.update(f"{task.task_name} {task.VERSION} {task.OUTPUT_TYPE}".encode())
+        for instance in task.instances:
+            content.update(repr((instance.doc_id, instance.arguments)).encode())
+    return content.hexdigest()
+
+
+@contextlib.contextmanager
+def silent():
+    """Without lm-eval's own progress bars and notes: a study shows one bar for the whole."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
