@@ -1,6 +1,6 @@
 # What Matters in Transformers? Not All Attention is Needed: reference artifact. `make` lists the targets.
 
-PROFILE ?= auto#  smoke, cpu, gpu, h200 (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
+PROFILE ?= auto#  smoke, cpu, gpu, gpu-shapes (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
 MODEL ?=#         one model instead of the profile's: name, hub id, directory or .gguf file; for 07 also a series
 NOTEBOOKS ?=#     some notebooks, by number: NOTEBOOKS="01 02"
 FORCE ?=#         FORCE=1 measures again what is stored
@@ -12,44 +12,56 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce figures reference test lint clean distclean
+.PHONY: help env plan reproduce figures pages reference test test-fast coverage lint clean distclean
 
 RUN := .venv/bin/python
-DRIVER := $(RUN) -m llmdrop_utils
+LLMDROP := $(RUN) -m llmdrop_utils
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo; echo "Variables (make reproduce PROFILE=cpu):"
 	@sed -nE 's/^([A-Z]+) \?=[^#]*#? *(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: .venv/installed ## make .venv with the locked packages; every other target does this first
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: set PYTHON=python3.12"'
 	$(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-reproduce: env ## measure, run the notebooks, write figures and scorecard (resumes; instant when nothing changed)
-	$(DRIVER) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" $(if $(FORCE),--force)
+plan: env ## say what a run would download, need and take, without doing any of it
+	$(LLMDROP) plan --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)"
 
-figures: env ## redraw all figures from the committed results: no model, no measurement
-	$(DRIVER) figures
+reproduce: env ## measure, run the notebooks; all goes to data/results/<run> (resumes; instant when nothing changed)
+	$(LLMDROP) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" $(if $(filter-out 0 no false,$(FORCE)),--force)
 
-reference: env ## keep the tables of a run as reference results, to be committed
-	$(DRIVER) reference --profile "$(PROFILE)" --model "$(MODEL)"
+figures: env ## redraw the committed figures from the committed tables: no model, no measurement
+	$(LLMDROP) figures
+
+pages: env ## render the committed notebooks anew from the committed tables (their live examples need the model)
+	$(LLMDROP) figures --pages
+
+reference: env ## keep tables, figures and pages of a run as the reference, to be committed
+	$(LLMDROP) reference --profile "$(PROFILE)" --model "$(MODEL)"
 
 test: env ## run the tests (downloads the embedded model once)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-lint: env ## check style, format and notebooks
+test-fast: env ## run the tests that need no real model, no training and no notebook: under a minute
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not real"
+
+coverage: env ## run the tests and report how much of the package they reach
+	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+lint: env ## check style, format, notebooks and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 clean: ## remove what runs made, but keep downloads and .venv
-	rm -rf data/results figures/smoke notebooks/rendered/smoke .pytest_cache .ruff_cache
-	find notebooks -name '*.partial.ipynb' -delete -o -name '*.failed.ipynb' -delete
+	rm -rf data/results .pytest_cache .ruff_cache .mypy_cache .coverage*
 
 distclean: clean ## also remove downloads, converted and trained models, and .venv
-	rm -rf data/cache .venv *.egg-info
+	rm -rf data/cache .venv build *.egg-info

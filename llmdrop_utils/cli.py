@@ -1,14 +1,97 @@
-"""The command line: llmdrop {reproduce,figures,reference}, or python -m llmdrop_utils."""
+"""The command line: llmdrop {reproduce,plan,figures,reference,train}, or python -m llmdrop_utils.
+
+Every command imports what it needs when it runs, so that the help costs nothing.
+"""
 
 import argparse
 import json
 import sys
 
 from .base.errors import LLMDropError
-from .report.notebooks import shown
-from .report.tables import keep_as_reference
-from .reproduce import redraw, reproduce
-from .studies.profile import load_profile
+from .base.files import shown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; every LLMDropError is one message and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.action(options)
+        return 0
+    except LLMDropError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured is stored, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmdrop", description="Find, drop and study redundant layers of transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, *, of_profile: bool = False, of_notebooks: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(action=run)
+        if of_profile:
+            sub.add_argument("--profile", default="auto", help="a file in data/profiles, or auto (default): gpu or cpu")
+            sub.add_argument("--model", default=None, help="only this model: a name, hub id, directory or .gguf file")
+        if of_notebooks:
+            sub.add_argument("--notebooks", default=None, help="only these, by number: '01' or '01 02'")
+        return sub
+
+    run = command("reproduce", _reproduce, "measure, run the notebooks, write figures and scorecard",
+                  of_profile=True, of_notebooks=True)  # fmt: skip
+    run.add_argument("--force", action="store_true", help="measure again even if results are stored")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook parameter")
+    command("plan", _plan, "say what a run would download, need and take, without doing any of it",
+            of_profile=True, of_notebooks=True)  # fmt: skip
+    figures = command("figures", _figures, "redraw from the committed results, without a model")
+    figures.add_argument("--run", default=None, help="only this run (default: all that are committed)")
+    figures.add_argument("--pages", action="store_true", help="also render the committed notebooks anew (needs the model)")
+    command("reference", _reference, "keep tables, figures and pages of a run as the reference, to be committed",
+            of_profile=True)  # fmt: skip
+    train = command("train", _train, "train a small series of checkpoints by its recipe in data/sources.yaml")
+    train.add_argument("name", help="a trained series of data/sources.yaml")
+    train.add_argument("--seed", type=int, default=0, help="of weights and order of text (default 0)")
+    return parser
+
+
+def _profile(options: argparse.Namespace):
+    from .studies.profile import load_profile
+
+    return load_profile(choose_profile(options.profile), options.model or None)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from .reproduce import reproduce
+
+    parameters = {name: _literal(value) for name, value in options.p}
+    reproduce(_profile(options), options.notebooks, options.force, parameters)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .forecast import forecast
+
+    print(forecast(_profile(options), options.notebooks))
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from .reproduce import redraw
+
+    redraw(options.run, options.pages)
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from .reproduce import keep_as_reference
+
+    kept = keep_as_reference(_profile(options).run)
+    print("kept in " + ", ".join(shown(folder) for folder in (kept.tables, kept.figures, kept.pages)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .models.training import train_series
+
+    print(f"kept in {train_series(options.name, options.seed)}")
 
 
 def choose_profile(name: str) -> str:
@@ -24,47 +107,9 @@ def choose_profile(name: str) -> str:
     return "cpu"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; every LLMDropError is one message and exit code 1."""
-    parser = argparse.ArgumentParser(prog="llmdrop", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("reproduce", help="measure, run the notebooks, write figures and scorecard")
-    run.add_argument("--notebooks", default=None, help="only these, by number: '01' or '01 02'")
-    run.add_argument("--force", action="store_true", help="measure again even if results are stored")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook parameter")
-    redo = commands.add_parser("figures", help="redraw from the committed reference results, without a model")
-    redo.add_argument("--run", default=None, help="only this run (default: all that are committed)")
-    keep = commands.add_parser("reference", help="keep the tables of a run as reference results, to be committed")
-    for command in (run, keep):
-        command.add_argument("--profile", default="auto", help="smoke, cpu, gpu, h200, or auto (default)")
-        command.add_argument("--model", default=None, help="only this model: a name, hub id, directory or .gguf file")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "figures":
-            redraw(options.run)
-            return 0
-        profile = load_profile(choose_profile(options.profile), options.model or None)
-        if options.command == "reference":
-            print(f"kept in {shown(keep_as_reference(profile.run))}")
-        else:
-            parameters = {name: _literal(value) for name, value in options.p}
-            reproduce(profile, options.notebooks, options.force, parameters)
-    except LLMDropError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; what was measured is stored, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
-
-
 def _literal(value: str):
     """A number or true/false given on the command line as such, anything else as text."""
     try:
         return json.loads(value)
     except ValueError:
         return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,80 +4,146 @@ A notebook that fails leaves `*.failed.ipynb` and no fresh rendered copy, and is
 not change is not run again.
 """
 
-import dataclasses
 import hashlib
 import json
+import os
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 from .base import files
-from .base.errors import LLMDropError
-from .base.files import write_text
-from .report.notebooks import check_parameters, choose_notebooks, run_notebook, shown
+from .base.errors import LLMDropError, NotAvailable
+from .base.files import RunFolders, shown, write_text
+from .base.imports import made_of
+from .models.load import default_dtype
+from .report.notebooks import check_parameters, choose_notebooks, run_notebook
+from .report.style import FIGURES, draw
 from .report.tables import distance_from_reference, read_tables
-from .studies.profile import Profile, description_of
+from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
+from .studies.page import TABLES
+from .studies.profile import Profile, description_of, profile_names
+from .studies.run import STUDIES
 
 
 def reproduce(profile: Profile, notebooks: str | None = None, force: bool = False, parameters: dict | None = None) -> None:
     """Run the notebooks (all, or those whose numbers `notebooks` lists: "01 02") and write figures and scorecard.
 
-    parameters: further parameters for the notebooks, by name; each must be declared by every notebook that is run.
-    Raises LLMDropError, naming the first notebook that failed and where it is kept.
+    Everything goes to data/results/<run>; what is committed stays as it is. parameters: further parameters for the
+    notebooks, by name; each must be declared by every notebook that is run. A notebook whose section the profile lacks is
+    not run. Raises LLMDropError, naming the first notebook that failed and where it is kept.
     """
-    from .studies import STUDIES
-
-    chosen = choose_notebooks(notebooks)
+    files.need_checkout("Running the notebooks")
     parameters = {"PROFILE": profile.name, "MODEL": profile.model or ""} | (parameters or {})
-    for notebook in chosen:
-        check_parameters(notebook, parameters)
-    for notebook in chosen:
-        name, rendered = notebook.stem, files.RENDERED / profile.run / notebook.name
-        done = files.RESULTS / profile.run / f"{name}.done"
-        inputs = _inputs(notebook, parameters, profile)
-        if not force and done.exists() and done.read_text() == _state(inputs, rendered, profile):
+    folders = files.local(profile.run)
+    chosen = choose_notebooks(notebooks)
+    for source in chosen:
+        check_parameters(source, parameters)
+    for source in chosen:
+        name, rendered = source.stem, folders.pages / source.name
+        if reason := _lacking(name, profile):
+            print(f"{name}: not run. {reason}")
+            continue
+        done = folders.tables / f"{name}.done"
+        inputs = _inputs(source, parameters, profile)
+        if not force and done.exists() and done.read_text() == _state(inputs, name, folders):
             print(f"{name}: up to date ({shown(rendered)})")
             continue
         print(f"{name}: measuring and rendering")
         done.unlink(missing_ok=True)
         tables = STUDIES[name](profile, force) if name in STUDIES else {}
-        run_notebook(notebook, rendered, parameters)
+        run_notebook(source, rendered, parameters)
         if not len(tables.get("not_run", ())):  # what could not be run is tried again the next time
-            write_text(done, _state(inputs, rendered, profile))
+            write_text(done, _state(inputs, name, folders))
         print(f"{name}: done ({shown(rendered)})")
-    _report(profile)
+    _report(profile, folders)
 
 
-def redraw(run: str | None = None) -> None:
-    """Redraw every figure and scorecard from the committed reference results: no model, no measurement.
+def _lacking(notebook: str, profile: Profile) -> str | None:
+    """Why a profile does not run a notebook at all: it has no section for it."""
+    try:
+        for section in STUDIES[notebook].needs if notebook in STUDIES else ():
+            profile.section(section)
+    except NotAvailable as reason:
+        return str(reason)
+    return None
 
-    Raises LLMDropError if there are no reference results of that run.
+
+def redraw(run: str | None = None, pages: bool = False) -> None:
+    """Redraw every figure and scorecard of what is committed: no measurement, and no model.
+
+    pages: also render the committed notebooks anew, from the committed tables; their live examples need the model. Raises
+    LLMDropError if there are no reference results of that run.
     """
-    from .report.style import FIGURES, draw
-
+    files.need_checkout("Redrawing what is committed")
     runs = [run] if run else sorted(path.name for path in files.REFERENCE.glob("*") if path.is_dir())
     if not runs or not all((files.REFERENCE / r).is_dir() for r in runs):
         have = ", ".join(sorted(path.name for path in files.REFERENCE.glob("*"))) or "none"
         raise LLMDropError(f"There are no reference results of {run or 'any run'} in data/reference (there: {have}).")
     for name in runs:
+        folders = files.committed(name)
         for figure, spec in FIGURES.items():
-            if tables := read_tables(files.REFERENCE / name / spec.notebook):
-                draw(figure, tables, files.FIGURE_DIR / name)
-        _judge(files.REFERENCE / name, name)
-        print(f"{name}: figures and scorecard redrawn from data/reference/{name} ({shown(files.FIGURE_DIR / name)})")
+            if tables := read_tables(folders.tables / spec.notebook):
+                draw(figure, tables, folders.figures)
+        _judge(name, folders)
+        print(f"{name}: figures and scorecard redrawn from data/reference/{name} ({shown(folders.figures)})")
+        if pages:
+            _render_committed(name, folders)
 
 
-def _judge(results: Path, run: str) -> list:
-    """Write the scorecard of the tables under `results`; returns the verdicts."""
-    from .report.verdicts import judge, write_scorecard
+def _render_committed(run: str, folders: RunFolders, notebooks: str | None = None) -> None:
+    """Render the notebooks of a run from the tables in `folders`."""
+    profile = max((name for name in profile_names() if f"{run}-".startswith(f"{name}-")), key=len)
+    model = run.removeprefix(profile).removeprefix("-")  # of a committed run a name in data/sources.yaml
+    os.environ[TABLES] = str(folders.tables)
+    try:
+        for source in choose_notebooks(notebooks):
+            if (folders.tables / source.stem).is_dir():
+                run_notebook(source, folders.pages / source.name, {"PROFILE": profile, "MODEL": model})
+                print(f"{run}: {source.stem} rendered ({shown(folders.pages / source.name)})")
+    finally:
+        del os.environ[TABLES]
 
-    verdicts = judge(results)
-    write_scorecard(verdicts, files.FIGURE_DIR / run, run, _about(results, run))
+
+def keep_as_reference(run: str) -> RunFolders:
+    """Copy tables, figures and pages of a run to where they are committed; returns these folders.
+
+    Raises LLMDropError if there are none, or if they were not all measured by committed code.
+    """
+    files.need_checkout("Keeping a reference")
+    source, target = files.local(run), files.committed(run)
+    records = sorted(source.tables.glob("*/provenance.json"))
+    if not records:
+        raise LLMDropError(f"There are no results of the run {run!r} to keep: run `make reproduce` first.")
+    for record in records:
+        commits = {entry["git_commit"] for entry in json.loads(record.read_text(encoding="utf-8"))}
+        if not all(commit and not commit.endswith("+changes") for commit in commits):
+            raise LLMDropError(
+                f"The results of the run {run!r} come from code that is not committed ({', '.join(map(str, commits))}). "
+                "Commit first, then measure again: make reproduce FORCE=1 (and delete what was trained in data/cache/series)."
+            )
+    for made, kept in ((source.figures, target.figures), (source.pages, target.pages)):
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(made, kept, ignore=shutil.ignore_patterns("*.failed.ipynb"))
+    shutil.rmtree(target.tables, ignore_errors=True)
+    for record in records:
+        shutil.copytree(record.parent, target.tables / record.parent.name)
+    return target
+
+
+# ---- the scorecard ------------------------------------------------------------------------------------------------------
+
+
+def _judge(run: str, folders: RunFolders) -> list[Verdict]:
+    """Write the scorecard of a run's tables; returns the verdicts."""
+    verdicts = judge(folders.tables)
+    write_scorecard(verdicts, folders.figures, run, _about(folders.tables, run))
     return verdicts
 
 
-def _about(results: Path, run: str) -> str:
+def _about(tables: Path, run: str) -> str:
     """What a run is about: its profile's description, and what was measured."""
     lines = [description_of(run)]
-    for record in sorted(results.glob("*/provenance.json")):
+    for record in sorted(tables.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
         # Stages of a series are called "<series>, <stage>": the series will do.
         models = dict.fromkeys(f"{entry['model'].split(',')[0]} in {entry['dtype']}" for entry in entries)
@@ -88,15 +154,16 @@ def _about(results: Path, run: str) -> str:
     return "\n".join(lines)
 
 
-def _report(profile: Profile) -> None:
+def _report(profile: Profile, folders: RunFolders) -> None:
     """Scorecard and distance from the reference, at the end of a run."""
-    verdicts = _judge(files.RESULTS / profile.run, profile.run)
-    print(f"\nFigures and scorecard: {shown(files.FIGURE_DIR / profile.run)}")
+    verdicts = _judge(profile.run, folders)
+    print(f"\nYour results, apart from what is committed: {shown(folders.tables)}")
+    print("  figures/ and figures/scorecard.md, notebooks/ (rendered), and the tables of each notebook")
     print(profile.description)
     for verdict in verdicts:
-        if verdict.verdict != "not run":
+        if verdict.verdict != NOT_RUN:
             print(f"  {verdict.verdict:10}  {verdict.claim}")
-    others = [v for v in verdicts if v.verdict == "not run"]
+    others = [v for v in verdicts if v.verdict == NOT_RUN]
     print(f"  {len(others)} more claims were not run; scorecard.md says why.")
     distance = distance_from_reference(profile.run)
     if distance is None:
@@ -106,38 +173,42 @@ def _report(profile: Profile) -> None:
         print(distance.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
 
 
+# ---- what a rendered notebook depends on ----------------------------------------------------------------------------------
+
+
 def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
-    """A hash of all that a rendered notebook depends on: code, data files, parameters, models, libraries, dtype."""
-    from importlib.metadata import version
+    """A hash of all that a rendered notebook depends on, and of nothing else.
 
-    from .models.load import default_dtype
-    from .studies import models_of
-
-    located, not_run = models_of(notebook.stem, profile)
-    facts = [parameters, dataclasses.asdict(profile), [model.identity for model in located], sorted(not_run)]
-    facts += [
+    That is its source, the code of its own study and what that imports, the rules of its own claims, the catalogue of
+    models and texts, parameters, models, libraries and dtype.
+    """
+    study = STUDIES.get(notebook.stem)
+    located, not_run = study.models(profile) if study else ([], {})
+    claims = [claim for claim in load_claims() if claim["notebook"] == notebook.stem]
+    facts = [
+        parameters,
+        profile.to_json(),
+        [model.identity for model in located],
+        sorted(not_run),
+        claims,
         str(default_dtype()),
-        *(version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "lm_eval")),
     ]
+    facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
     content = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    package, data = (files.ROOT / "llmdrop_utils").rglob("*.py"), (files.ROOT / "data").glob("*.*")
+    own = sorted((files.PACKAGE / "studies" / notebook.stem[3:]).glob("*.py"))
+    code = made_of(*own, files.PACKAGE / "studies" / "page.py")
+    data = [files.DATA / "sources.yaml", files.DATA / "tasks.yaml", files.DATA / "paper_claims.json"]
     tokenizers = [file for model in located for file in sorted(model.folder.glob("*token*"))]
-    for path in [notebook, *sorted(package), *sorted(data), *tokenizers]:
+    for path in [notebook, *code, *data, *tokenizers]:
         content.update(path.read_bytes())
     return content.hexdigest()
 
 
-def _state(inputs: str, rendered: Path, profile: Profile) -> str:
+def _state(inputs: str, notebook: str, folders: RunFolders) -> str:
     """The inputs, and a hash of all that the notebook made: a product that is missing or changed is made again."""
-    from .report.style import FIGURES
-
-    figures = [
-        file
-        for name, spec in FIGURES.items()
-        if spec.notebook == rendered.stem
-        for file in sorted((files.FIGURE_DIR / profile.run).glob(f"{name}.*"))
-    ]
+    names = [name for name, spec in FIGURES.items() if spec.notebook == notebook]
+    figures = [file for name in names for file in sorted(folders.figures.glob(f"{name}.*"))]
     content = hashlib.sha256()
-    for path in [rendered, *figures, *sorted((files.RESULTS / profile.run / rendered.stem).glob("*"))]:
+    for path in [folders.pages / f"{notebook}.ipynb", *figures, *sorted((folders.tables / notebook).glob("*"))]:
         content.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
     return f"{inputs} {content.hexdigest()}\n"

@@ -32,11 +32,15 @@ class StandIn(http.server.ThreadingHTTPServer):
     def reset(self):
         self.repositories = {}  # "org/name" or "datasets/org/name" -> {commit: {file: bytes}}
         self.branches = {}  # "org/name" -> {branch: commit}
-        self.gated = set()
+        self.gated = set()  # descriptions are public, files are for those who have a token in `granted`
+        self.granted = set()
+        self.sizes = {}  # (repository, file) -> bytes that its description states, in place of the true ones
+        self.parameters = {}  # repository -> parameters that its description states
         self.files = {}  # path -> bytes, for plain downloads
         self.down = False  # hang up on every request
         self.cut_after = None  # hang up after this many bytes of a plain file
         self.requests = []  # (method, path, Range)
+        self.tokens = []  # of the same requests: the token that was sent, or None
 
     @property
     def address(self):
@@ -58,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self, with_body):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append((self.command, path, self.headers.get("Range")))
+        server.tokens.append(self.token())
         if server.down:
             self.close_connection = True
             self.connection.close()
@@ -65,10 +70,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path in server.files:
             self.send(200, server.files[path], with_body, cut=server.cut_after)
             return
-        api = re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)/(revision|tree)/([\w.-]+)/?", path)
+        api = re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+?)(?:/(revision|tree|auth-check)(?:/([\w.-]+))?)?/?", path)
         resolve = re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)
         if api:
-            kind, name, what, revision = api.groups()
+            kind, name, what, revision = api.groups(default="")
+            what, revision = what or "revision", revision or "main"
         elif resolve:
             kind, name, revision, file = resolve.groups()
         else:
@@ -83,16 +89,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.error(404, "RevisionNotFound")
         files = commits[commit]
         if api and what == "revision":
-            listing = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
-            return self.send(200, json.dumps(listing).encode(), with_body)
+            return self.send(200, json.dumps(self.description(name, commit)).encode(), with_body)
+        if api and what == "auth-check":
+            return self.error(403, "GatedRepo") if self.is_kept(name) else self.send(200, b"{}", with_body)
         if api:
             tree = [{"type": "file", "path": f, "size": len(c), "oid": "0" * 40} for f, c in files.items()]
             return self.send(200, json.dumps(tree).encode(), with_body)
-        if name in server.gated:
+        if self.is_kept(name):
             return self.error(403, "GatedRepo")
         if file not in files:
             return self.error(404, "EntryNotFound")
         self.send(200, files[file], with_body, {"X-Repo-Commit": commit, "ETag": f'"{hash(files[file])}"'})
+
+    def token(self):
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def is_kept(self, name):
+        """Is a repository gated to whoever asks?"""
+        return name in self.server.gated and self.token() not in self.server.granted
+
+    def description(self, name, commit):
+        """What the hub tells of a repository; sizes only if they are asked for, as `files_metadata` does."""
+        server, files = self.server, self.server.repositories[name][commit]
+        siblings = [{"rfilename": file} for file in files]
+        if "blobs=true" in self.path.lower():
+            for entry in siblings:
+                file = entry["rfilename"]
+                entry |= {"size": server.sizes.get((name, file), len(files[file])), "blobId": "0" * 40}
+        listing = {"id": name, "sha": commit, "siblings": siblings, "gated": "manual" if name in server.gated else False}
+        if name in server.parameters:
+            listing["safetensors"] = {"parameters": {"BF16": server.parameters[name]}, "total": server.parameters[name]}
+        return listing
 
     def error(self, status, code):
         self.send(status, b"{}", True, {"X-Error-Code": code, "X-Error-Message": code})

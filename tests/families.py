@@ -4,9 +4,12 @@ The reference finds a sub-layer's term by setting its output projection to zero,
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmdrop_utils.models.families import find_anatomy
 
 SMALL = {
     "hidden_size": 32,
@@ -42,6 +45,17 @@ GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size":
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
+# Where the modules are that compute attention and MLP, if not in "self_attn" and "mlp". OPT has no module for its MLP.
+MODULES = {
+    "gpt2": ("attn", "mlp"),
+    "gptj": ("attn", "mlp"),
+    "gpt_neox": ("attention", "mlp"),
+    "falcon": ("self_attention", "mlp"),
+    "granitemoe": ("self_attn", "block_sparse_moe"),
+    "opt": ("self_attn", None),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     model_type: str
@@ -49,6 +63,10 @@ class Case:
     attention: str = "o_proj"  # parameters whose names hold this make attention's output; zero turns it off
     mlp: str = "down_proj"
     parallel: bool = False
+
+    @property
+    def modules(self) -> dict[str, str | None]:
+        return dict(zip(("attention", "mlp"), MODULES.get(self.model_type, ("self_attn", "mlp")), strict=True))
 
 
 CASES = {
@@ -108,3 +126,18 @@ def tiny(name: str, **changes) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+@torch.no_grad()
+def silence(name: str, model: torch.nn.Module, attention: Iterable[int], mlp: Iterable[int]) -> set[str]:
+    """Set the output projections of these layers to zero, in place; returns the names of these parameters."""
+    case, names = CASES[name], {id(parameter): n for n, parameter in model.named_parameters()}
+    silenced = set()
+    for indices, projection in ((attention, case.attention), (mlp, case.mlp)):
+        for index in indices:
+            found = [p for n, p in find_anatomy(model).layers[index].block.named_parameters() if projection in n]
+            assert found
+            for parameter in found:
+                parameter.zero_()
+                silenced.add(names[id(parameter)])
+    return silenced

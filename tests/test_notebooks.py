@@ -1,6 +1,7 @@
 """Rules that every notebook source keeps."""
 
 import ast
+import itertools
 import re
 
 import nbformat
@@ -8,7 +9,8 @@ import papermill
 import pytest
 
 from llmdrop_utils.base.files import REFERENCE, ROOT
-from llmdrop_utils.studies import STUDIES
+from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.studies.run import STUDIES
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FORBIDDEN = re.compile(
@@ -23,8 +25,14 @@ def notebook(request):
 
 def test_names():
     assert SOURCES
-    assert {path.stem for path in SOURCES} >= set(STUDIES)
+    assert {path.stem for path in SOURCES} == set(STUDIES)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", path.stem) for path in SOURCES)
+
+
+def test_every_notebook_has_its_folder():
+    """Its number aside, a notebook, its study and the folder of its study have one name."""
+    for name, study in STUDIES.items():
+        assert study.measure.__module__ == f"llmdrop_utils.studies.{name[3:]}.study"
 
 
 def test_clean_source(notebook):
@@ -39,6 +47,52 @@ def test_clean_source(notebook):
             assert cell.execution_count is None
             assert len(cell.source.splitlines()) <= 25
             assert not re.search(r"(?m)^(def|class) ", cell.source), "functions belong into the package"
+
+
+def glued_markdown(source: str) -> list[str]:
+    """What builds Markdown by hand: tables and pages are made by the package (`page.table`, `page.figure`, ...)."""
+    return re.findall(r"Markdown\(|\\n|\|---|\| \{|\.join\(lines\)|lines \+=|lines\.append|for \w+ in .*itertuples", source)
+
+
+def test_no_cell_glues_markdown(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert glued_markdown(cell.source) == [], cell.source
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['display(Markdown("x"))', 'lines = ["|---|"]', 'print("\\n".join(a))', "for r in t.itertuples():\n    page.say(r.x)"],
+)
+def test_glue_is_found(source):
+    assert glued_markdown(source)
+
+
+def test_more_prose_than_code(notebook):
+    """An essay: a cell of text for each cell of code, or more; and lines of code that mostly call the package."""
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds.count("markdown") >= 0.7 * kinds.count("code")
+    assert sum(len(cell.source) for cell in notebook.cells if cell.cell_type == "markdown") > sum(
+        len(cell.source) for cell in notebook.cells if cell.cell_type == "code"
+    )
+
+
+def test_sections(notebook):
+    """A live example before the study, advice before the verdicts, every figure of the notebook."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "## What to do with your model" in text
+    assert code.index("page.figure(") < code.index("page.advice()") < code.index("page.verdicts()")
+    assert "$$" in text, "the core formula"
+    name = re.search(r'Page\(\s*"(\w+)"', code)[1]
+    assert {n for n, s in FIGURES.items() if s.notebook == name} == set(re.findall(r'page\.figure\("(\w+)"\)', code))
+
+
+def test_links_to_the_neighbours():
+    for before, after in itertools.pairwise(SOURCES):
+        first = [nbformat.read(path, as_version=4).cells[0].source for path in (before, after)]
+        assert f"({after.name})" in first[0], before.name
+        assert f"({before.name})" in first[1], after.name
 
 
 def test_first_cell_tells_the_reader(notebook):
@@ -65,8 +119,6 @@ def test_parameters_are_typed_and_explained(path):
 
 def test_committed_pages_are_clean():
     for path in [p for run in REFERENCE.iterdir() for p in (ROOT / "notebooks" / "rendered" / run.name).glob("*.ipynb")]:
-        if ".failed" in path.name or ".partial" in path.name:  # a user's own, not committed
-            continue
         page = nbformat.read(path, as_version=4)
         assert path.stat().st_size < 2_000_000
         assert "widgets" not in page.metadata

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -15,15 +16,19 @@ import pandas as pd
 import pytest
 from gguf_files import make_llama, write_gguf
 
-from llmdrop_utils import cli, load_profile, reproduce, studies
+from llmdrop_utils import cli, load_profile, reproduce
 from llmdrop_utils.base import files as paths
 from llmdrop_utils.base.files import OUTPUT, ROOT
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.report import tables
+from llmdrop_utils.report.notebooks import run_notebook
 from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.studies import queue, work
+from llmdrop_utils.studies.run import STUDIES
 
+pytestmark = pytest.mark.slow
 SMOKE = ["reproduce", "--profile", "smoke"]
-PRODUCTS = ("figures/smoke", "notebooks/rendered/smoke")
+PRODUCTS = ("figures", "notebooks")  # folders of a run
 
 
 assert OUTPUT != ROOT, "the tests delete what lies under OUTPUT"
@@ -39,30 +44,31 @@ def untimed(products):
 
 def forbid_measuring(monkeypatch):
     for name in ("measure_importance", "score_text", "score_task", "select_iteratively"):
-        monkeypatch.setattr(studies.work, name, lambda *a, **k: pytest.fail("measured"))
+        monkeypatch.setattr(work, name, lambda *a, **k: pytest.fail("measured"))
 
 
-def files(*folders):
-    return {p.relative_to(OUTPUT): p.read_bytes() for f in folders for p in sorted((OUTPUT / f).rglob("*")) if p.is_file()}
+def products(run="smoke", folders=PRODUCTS):
+    """What a run made, below its own folder: path -> content."""
+    top = paths.RESULTS / run
+    return {p.relative_to(top): p.read_bytes() for f in folders for p in sorted((top / f).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def smoke_run():
     """One run from nothing; what it made."""
-    for folder in ("figures", "notebooks", "data"):
-        shutil.rmtree(OUTPUT / folder, ignore_errors=True)
+    shutil.rmtree(OUTPUT / "data", ignore_errors=True)
     assert cli.main(SMOKE) == 0
-    return files(*PRODUCTS)
+    return products()
 
 
 def test_run_is_complete(smoke_run):
     names = {str(path) for path in smoke_run}
     for name in FIGURES:
-        assert {f"figures/smoke/{name}{suffix}" for suffix in (".svg", ".pdf", ".png", ".csv")} <= names
-    assert {"figures/smoke/scorecard.md", "figures/smoke/scorecard.csv"} <= names
-    assert "Its numbers mean nothing" in (OUTPUT / "figures/smoke/scorecard.md").read_text()
-    for notebook in studies.STUDIES:
-        page = nbformat.read(OUTPUT / f"notebooks/rendered/smoke/{notebook}.ipynb", as_version=4)
+        assert {f"figures/{name}{suffix}" for suffix in (".svg", ".pdf", ".png", ".csv")} <= names
+    assert {"figures/scorecard.md", "figures/scorecard.csv"} <= names
+    assert "Its numbers mean nothing" in (paths.RESULTS / "smoke/figures/scorecard.md").read_text()
+    for notebook in STUDIES:
+        page = nbformat.read(paths.RESULTS / f"smoke/notebooks/{notebook}.ipynb", as_version=4)
         code = [cell for cell in page.cells if cell.cell_type == "code"]
         for cell in code:
             ast.parse(cell.source)
@@ -80,17 +86,16 @@ def test_second_run_computes_nothing(smoke_run, monkeypatch, capsys):
     assert cli.main(SMOKE) == 0
     assert "01_similarity: up to date" in capsys.readouterr().out
     assert time.monotonic() - started < 10
-    assert files(*PRODUCTS) == smoke_run
+    assert products() == smoke_run
 
 
 def test_two_runs_are_the_same_to_the_byte(smoke_run):
-    for folder in ("figures", "notebooks", "data"):
-        shutil.rmtree(OUTPUT / folder)
+    shutil.rmtree(OUTPUT / "data")
     assert cli.main(SMOKE) == 0
-    again = files(*PRODUCTS)
+    again = products()
     assert again.keys() == smoke_run.keys()
     assert [str(path) for path, content in untimed(again).items() if content != smoke_run[path]] == []
-    cards = [pd.read_csv(io.BytesIO(run[Path("figures/smoke/scorecard.csv")])) for run in (again, smoke_run)]
+    cards = [pd.read_csv(io.BytesIO(run[Path("figures/scorecard.csv")])) for run in (again, smoke_run)]
     pd.testing.assert_frame_equal(*(card[card["notebook"] != "05_speedup"] for card in cards))
 
 
@@ -107,22 +112,22 @@ def my_model(request, tmp_path):
 
 def test_any_model(my_model, smoke_run):
     """Its own figures, page and scorecard, complete; and its path stays out of all that a run makes."""
-    shutil.rmtree(OUTPUT / "figures/smoke-my-model", ignore_errors=True)
+    shutil.rmtree(paths.RESULTS / "smoke-my-model", ignore_errors=True)
     assert cli.main([*SMOKE, "--model", str(my_model)]) == 0
-    mine = files("figures/smoke-my-model", "notebooks/rendered/smoke-my-model")
+    mine = products("smoke-my-model")
     assert {p.name for p in mine} == {p.name for p in smoke_run}
-    assert untimed(files(*PRODUCTS)) == untimed(smoke_run), "the other run is untouched"
-    everything = mine | files("data/results/smoke-my-model")
+    assert untimed(products()) == untimed(smoke_run), "the other run is untouched"
+    everything = mine | products("smoke-my-model", [""])
     assert not [path for path, content in everything.items() if str(my_model.parent).encode() in content]
 
 
 def test_random_weights_have_speed_and_no_quality(smoke_run, capsys):
-    """As on a GPU box without a hub: `make reproduce PROFILE=h200 NOTEBOOKS="05 06"`."""
+    """As on a GPU box without a hub: `make reproduce PROFILE=gpu-shapes NOTEBOOKS="05 06"`."""
     assert cli.main([*SMOKE, "--model", "random:tiny-llama", "--notebooks", "05 06"]) == 0
-    results = OUTPUT / "data/results/smoke-random-tiny-llama"
+    results = paths.RESULTS / "smoke-random-tiny-llama"
     assert pd.read_csv(results / "05_speedup" / "trade.csv")["points_lost"].isna().all()
     assert pd.read_csv(results / "05_speedup" / "speed.csv")["model"].unique() == ["random:tiny-llama"]
-    scorecard = (OUTPUT / "figures/smoke-random-tiny-llama/scorecard.md").read_text()
+    scorecard = (results / "figures/scorecard.md").read_text()
     assert "this run has no quality and speed of two kinds at equal n" in scorecard
     assert cli.main([*SMOKE, "--model", "random:tiny-llama", "--notebooks", "01"]) == 1
     assert "random:tiny-llama has no tokenizer" in capsys.readouterr().err
@@ -131,10 +136,10 @@ def test_random_weights_have_speed_and_no_quality(smoke_run, capsys):
 def test_missing_or_changed_products_are_made_again(smoke_run, monkeypatch):
     """Nothing is measured for it; the records are there."""
     forbid_measuring(monkeypatch)
-    (OUTPUT / "figures/smoke/fig06_dropping_order.svg").write_text("from elsewhere")
-    (OUTPUT / "data/results/smoke/01_similarity/depth.csv").unlink()
+    (paths.RESULTS / "smoke/figures/fig06_dropping_order.svg").write_text("from elsewhere")
+    (paths.RESULTS / "smoke/01_similarity/depth.csv").unlink()
     assert cli.main(SMOKE) == 0
-    assert untimed(files(*PRODUCTS)) == untimed(smoke_run)
+    assert untimed(products()) == untimed(smoke_run)
 
 
 def test_one_corpus_and_a_model_that_is_away(network, smoke_run, tmp_path, monkeypatch):
@@ -145,22 +150,22 @@ def test_one_corpus_and_a_model_that_is_away(network, smoke_run, tmp_path, monke
     path.write_text(smoke)
     try:
         assert cli.main(["reproduce", "--profile", "zz-test", "--notebooks", "01"]) == 0
-        assert not (OUTPUT / "data/results/zz-test/01_similarity.done").exists()
+        assert not (paths.RESULTS / "zz-test/01_similarity.done").exists()
     finally:
         path.unlink()
-    scorecard = (OUTPUT / "figures/zz-test/scorecard.md").read_text()
+    scorecard = (paths.RESULTS / "zz-test/figures/scorecard.md").read_text()
     assert "org/away: not run: The hub has no model 'org/away'" in scorecard
-    drawn = {p.stem for p in files("figures/zz-test")}
+    drawn = {p.stem for p in products("zz-test", ["figures"])}
     assert drawn == {"scorecard"} | {name for name, figure in FIGURES.items() if figure.notebook == "01_similarity"}
 
 
 def test_dead_kernel_is_reported(tmp_path, monkeypatch, capsys):
     notebook(tmp_path / "sources", "91_dies.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "sources")
-    monkeypatch.setattr(paths, "RENDERED", tmp_path / "rendered")
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     assert cli.main(SMOKE) == 1
     assert "The kernel of 91_dies.ipynb died" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "rendered" / "smoke").iterdir()] == ["91_dies.failed.ipynb"]
+    assert [p.name for p in (tmp_path / "results" / "smoke" / "notebooks").iterdir()] == ["91_dies.failed.ipynb"]
 
 
 def notebook(folder, name, *code):
@@ -174,8 +179,8 @@ def notebook(folder, name, *code):
 def test_failing_notebook_fails_again_and_is_kept(tmp_path, monkeypatch, capsys):
     notebook(tmp_path / "sources", "90_fails.ipynb", "print('before')", "raise ValueError('on purpose')")
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "sources")
-    monkeypatch.setattr(paths, "RENDERED", tmp_path / "rendered")
-    rendered = tmp_path / "rendered" / "smoke" / "90_fails.ipynb"
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    rendered = tmp_path / "results" / "smoke" / "notebooks" / "90_fails.ipynb"
     rendered.parent.mkdir(parents=True)
     rendered.write_text("an older copy")
     for _ in range(2):
@@ -216,9 +221,9 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
     families.tiny("qwen3").save_pretrained(damaged)
     byte_tokenizer().save_pretrained(damaged)
     (damaged / "model.safetensors").write_bytes(b"x")
-    profile = dataclasses.replace(load_profile("smoke"), models=["org/gated", str(damaged), "tiny-llama"])
+    profile = load_profile("smoke").replacing(models=["org/gated", str(damaged), "tiny-llama"])
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    result = studies.similarity(profile)
+    result = STUDIES["01_similarity"](profile)
     assert set(result["importance"]["model"]) == {"tiny-llama"}
     reasons = dict(zip(result["not_run"]["what"], result["not_run"]["reason"], strict=True))
     assert not [reason for reason in reasons.values() if str(tmp_path) in reason or str(ROOT) in reason]
@@ -226,41 +231,112 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
     assert "damaged could not be loaded" in reasons["damaged"]
 
 
-def test_figures_from_the_reference_need_no_model(monkeypatch, capsys):
-    monkeypatch.setattr(studies.queue, "load_located", lambda *a: pytest.fail("loaded a model"))
+def test_figures_from_the_reference_need_no_model(monkeypatch, capsys, tmp_path):
+    """What is committed is what the committed tables give, whatever was run before on this machine."""
+    monkeypatch.setattr(queue, "load_located", lambda *a: pytest.fail("loaded a model"))
+    place = paths.committed
+    monkeypatch.setattr(
+        paths, "committed", lambda run: dataclasses.replace(place(run), figures=tmp_path / run, pages=tmp_path / "pages")
+    )
     assert cli.main(["figures"]) == 0
     assert "cpu: figures and scorecard redrawn" in capsys.readouterr().out
-    drawn = files("figures/cpu")
-    for path, content in drawn.items():
-        if path.suffix in (".csv", ".md"):
-            assert content == (ROOT / path).read_bytes(), f"{path} is not what the reference gives: run `make figures`"
+    for run in ("cpu", "cpu-medium-llama"):
+        for path in (tmp_path / run).glob("*.*"):
+            if path.suffix in (".csv", ".md"):
+                kept = place(run).figures / path.name
+                assert path.read_bytes() == kept.read_bytes(), f"{kept} is not what the reference gives: run `make figures`"
     assert cli.main(["figures", "--run", "mars"]) == 1
     assert "There are no reference results of mars" in capsys.readouterr().err
 
 
-def test_reference_and_distance(smoke_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    assert tables.distance_from_reference("smoke") is None
-    record = OUTPUT / "data/results/smoke/01_similarity/provenance.json"
-    measured = record.read_text()
-    for commit, kept in ((None, False), ("a" * 40 + "+changes", False), ("a" * 40, True)):
-        entries = [entry | {"git_commit": commit} for entry in json.loads(measured)]
-        record.write_text(json.dumps(entries))
-        if kept:
-            tables.keep_as_reference("smoke")
-        else:
-            with pytest.raises(tables.LLMDropError, match="come from code that is not committed"):
-                tables.keep_as_reference("smoke")
-    record.write_text(measured)
+def test_a_run_changes_nothing_that_is_committed(smoke_run):
+    """A run of the very name that is committed, with results that differ in their last digits, goes elsewhere."""
+    before = {path: path.stat().st_mtime_ns for folder in ("figures", "notebooks", "data/reference", "data/profiles")
+              for path in (ROOT / folder).rglob("*") if path.is_file()}  # fmt: skip
+    mine = paths.local("cpu")
+    shutil.copytree(paths.committed("cpu").tables, mine.tables)
+    table = mine.tables / "01_similarity" / "importance.csv"
+    altered = pd.read_csv(table)
+    altered["importance"] *= 1 + 1e-5
+    altered.to_csv(table, index=False)
+    reproduce._report(load_profile("cpu"), mine)
+    assert (mine.figures / "scorecard.csv").exists()
+    for path, stamp in before.items():
+        assert path.stat().st_mtime_ns == stamp, path
+    assert tables.distance_from_reference("cpu")["largest relative difference"].max() == pytest.approx(1e-5, rel=0.1)
+    shutil.rmtree(mine.tables)
+
+
+def test_reference(smoke_run, tmp_path, monkeypatch, capsys):
+    """Tables, figures and pages of a run become what is committed, if committed code measured them."""
+    kept = paths.RunFolders(tmp_path / "tables", tmp_path / "figures", tmp_path / "pages")
+    monkeypatch.setattr(paths, "committed", lambda run: kept)
+    records = list((paths.RESULTS / "smoke").glob("*/provenance.json"))
+    measured = {record: record.read_text() for record in records}
+    for commit, code in ((None, 1), ("a" * 40 + "+changes", 1), ("a" * 40, 0)):
+        for record, text in measured.items():
+            record.write_text(json.dumps([entry | {"git_commit": commit} for entry in json.loads(text)]))
+        assert cli.main(["reference", "--profile", "smoke"]) == code
+        assert ("come from code that is not committed" in capsys.readouterr().err) == bool(code)
+    for record, text in measured.items():
+        record.write_text(text)
+    assert {path.name for path in kept.tables.iterdir()} == set(STUDIES)
+    assert (kept.figures / "scorecard.md").exists()
+    assert {path.stem for path in kept.pages.iterdir()} == set(STUDIES)
     assert not list(tmp_path.rglob("*.done"))
-    distance = tables.distance_from_reference("smoke")
-    assert distance["largest relative difference"].max() == 0
-    table = tmp_path / "smoke" / "01_similarity" / "importance.csv"
-    lines = table.read_text().splitlines()
-    value = float(lines[1].split(",")[5])
-    lines[1] = lines[1].replace(f"{value:.6g}", f"{value / 1.25:.6g}")
-    table.write_text("\n".join(lines) + "\n")
-    assert tables.distance_from_reference("smoke")["largest relative difference"].max() == pytest.approx(0.25, abs=1e-4)
+    assert tables.distance_from_reference("smoke")["largest relative difference"].max() == 0
+    assert cli.main(["reference", "--profile", "gpu"]) == 1
+    assert "There are no results of the run 'gpu' to keep" in capsys.readouterr().err
+
+
+def test_pages_from_committed_tables(smoke_run, tmp_path, monkeypatch):
+    """Rendered anew without measuring: the numbers are the committed ones."""
+    forbid_measuring(monkeypatch)
+    reproduce._render_committed("smoke", dataclasses.replace(paths.local("smoke"), pages=tmp_path), "01")
+    page = (tmp_path / "01_similarity.ipynb").read_text()
+    assert page == (paths.RESULTS / "smoke/notebooks/01_similarity.ipynb").read_text()
+
+
+def test_one_caption_renders_one_notebook(smoke_run, monkeypatch, capsys):
+    """Another caption of a figure changes the inputs of its notebook, and of no other."""
+    before = {name: state(name) for name in STUDIES}
+    source = paths.PACKAGE / "studies" / "similarity" / "figures.py"
+    honest = source.read_text()
+    try:
+        source.write_text(honest.replace("Importance of blocks on each corpus", "Importance of every block"))
+        assert source.read_text() != honest
+        assert [name for name in STUDIES if state(name) != before[name]] == ["01_similarity"]
+    finally:
+        source.write_text(honest)
+    assert {name: state(name) for name in STUDIES} == before
+
+
+def state(name):
+    (source,) = paths.NOTEBOOKS.glob(f"{name}.ipynb")
+    return reproduce._inputs(source, {}, load_profile("smoke"))
+
+
+def test_profile_without_a_section(capsys):
+    """A study that the profile has no section for is not run, and says so."""
+    path = paths.PROFILE_DIR / "zz-less.yaml"
+    path.write_text("extends: smoke\ndescription: less\nstages: null\n")
+    try:
+        assert cli.main(["reproduce", "--profile", "zz-less", "--notebooks", "07"]) == 0
+    finally:
+        path.unlink()
+    assert "07_training_stages: not run. The profile zz-less has no section 'stages'" in capsys.readouterr().out
+
+
+def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
+    """Whatever a user's own kernel of that name is."""
+    broken = tmp_path / "jupyter" / "kernels" / "python3"
+    broken.mkdir(parents=True)
+    spec = {"argv": ["/nowhere/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}
+    (broken / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook(tmp_path / "sources", "92_kernel.ipynb", "import sys; print(sys.prefix)")
+    run_notebook(tmp_path / "sources" / "92_kernel.ipynb", tmp_path / "out" / "92_kernel.ipynb", {"PROFILE": "smoke"})
+    assert sys.prefix in (tmp_path / "out" / "92_kernel.ipynb").read_text()
 
 
 def test_auto_profile(monkeypatch, capsys):

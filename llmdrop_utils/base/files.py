@@ -1,31 +1,71 @@
 """Where files are, and how they are written: atomically, under a lock where several processes meet."""
 
 import contextlib
+import dataclasses
 import errno
-import fcntl
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+from filelock import FileLock
 from safetensors import SafetensorError
 
-from .errors import DiskFull
+from .errors import DiskFull, LLMDropError
 
-ROOT = Path(__file__).resolve().parents[2]  # the repository: profiles, sources, claims, notebooks, reference results
-OUTPUT = Path(os.environ.get("LLMDROP_OUTPUT", ROOT)).absolute()  # what a run writes: records, figures, rendered pages
-CACHE = Path(os.environ.get("LLMDROP_CACHE", ROOT / "data" / "cache")).absolute()  # downloads, converted models
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent  # of a checkout: data, notebooks, committed figures; of an installed wheel: nothing of ours
+IS_CHECKOUT = (ROOT / "notebooks").is_dir() and (ROOT / "data" / "sources.yaml").is_file()
+DATA = ROOT / "data" if IS_CHECKOUT else PACKAGE / "data"  # profiles, sources, tasks, claims; a wheel carries a copy
 NOTEBOOKS = ROOT / "notebooks"
-PROFILE_DIR = ROOT / "data" / "profiles"
-REFERENCE = ROOT / "data" / "reference"
-RESULTS = OUTPUT / "data" / "results"
-RENDERED = OUTPUT / "notebooks" / "rendered"
-FIGURE_DIR = OUTPUT / "figures"
+PROFILE_DIR = DATA / "profiles"
+REFERENCE = DATA / "reference"  # committed tables, <run>/<notebook>/*.csv
+
+
+def _folder(variable: str, default: Path) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser().absolute()
+
+
+OUTPUT = _folder("LLMDROP_OUTPUT", ROOT if IS_CHECKOUT else Path.cwd())
+RESULTS = OUTPUT / "data" / "results"  # what runs make on this machine; ignored by git
+CACHE = _folder(  # downloads, converted and trained models
+    "LLMDROP_CACHE", ROOT / "data" / "cache" if IS_CHECKOUT else Path(platformdirs.user_cache_dir("llmdrop"))
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolders:
+    """Where the products of one run are."""
+
+    tables: Path  # <notebook>/*.csv
+    figures: Path  # figNN_name.{svg,pdf,png,csv}, scorecard.{md,csv}
+    pages: Path  # executed copies of the notebooks
+
+
+def local(run: str) -> RunFolders:
+    """What a run makes on this machine. It never overwrites what is committed."""
+    return RunFolders(RESULTS / run, RESULTS / run / "figures", RESULTS / run / "notebooks")
+
+
+def committed(run: str) -> RunFolders:
+    """The reference: what `make reference` keeps of a run, to be committed."""
+    return RunFolders(REFERENCE / run, ROOT / "figures" / run, NOTEBOOKS / "rendered" / run)
+
+
+def need_checkout(what: str) -> None:
+    """Raise LLMDropError unless this is a checkout of the repository."""
+    if not IS_CHECKOUT:
+        raise LLMDropError(
+            f"{what} needs a checkout of the repository with its notebooks, but llmdrop_utils runs from {PACKAGE}. "
+            "Clone the repository and run it there; the Python API and the other commands work without one."
+        )
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on success it takes the place of `path` in one step.
 
     A reader therefore sees the old file, the new file or none, never half of one, whenever the writer is killed.
@@ -45,17 +85,14 @@ def replacing(path: Path):
         raise disk_error(error, path) from error
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Hold a lock on `folder` against other processes, for as long as the block lasts; a killed holder lets go."""
+def locked(folder: Path) -> FileLock:
+    """A lock on `folder` against other processes, for a `with` block; a killed holder lets go."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(folder.parent / f".{folder.name}.lock")
 
 
 @contextlib.contextmanager
-def building(folder: Path):
+def building(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` in one step if the block succeeds, and vanishes if it fails."""
     with locked(folder):
         for left in folder.parent.glob(f".{folder.name}.building*"):  # by a process that was killed
@@ -78,7 +115,7 @@ def building(folder: Path):
 
 def disk_error(error: OSError, path: Path) -> Exception:
     """The error to raise when writing `path` failed: a clear one for a full disk, otherwise `error` itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows knows no quotas
         return DiskFull(
             f"The disk is full: could not write {path}. Nothing stored before is lost. Free some space, or point "
             "LLMDROP_CACHE, LLMDROP_OUTPUT and HF_HOME (the hub's cache) at a larger disk, and run the same command again."
@@ -97,3 +134,15 @@ def short_name(model: str) -> str:
     """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model"."""
     last = Path(re.sub(r"^([\w.-]+/[\w.-]+)@.*$", r"\1", model.rstrip("/"))).name  # a hub id without its commit
     return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
+
+
+def without_paths(text: str) -> str:
+    """A message without the paths of this machine, for what may be committed."""
+    for path, name in ((CACHE, "<cache>"), (ROOT, "."), (Path.home(), "~")):
+        text = text.replace(str(path), name)
+    return text
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

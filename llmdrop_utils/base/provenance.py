@@ -1,10 +1,13 @@
-"""Which code and which machine produced a value."""
+"""Which code and which machine produced a value, and how much memory it took."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
 import re
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import files
@@ -27,6 +30,35 @@ def code_provenance() -> dict:
     }
 
 
+@contextlib.contextmanager
+def peak_memory(interval: float = 0.05) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the most bytes that this process has held in memory since the block began.
+
+    The resident memory is looked at every `interval` seconds, which every operating system allows; a shorter peak can be
+    missed.
+    """
+    import psutil  # when it is needed: on Linux it is itself built on a module that other systems lack
+
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def look() -> int:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        return peak[0]
+
+    def watch() -> None:
+        while not done.wait(interval):
+            look()
+
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield look
+    finally:
+        done.set()
+        watcher.join()
+
+
 def _processor() -> str:
     """Name of the processor, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -35,7 +67,9 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """HEAD of the repository, with "+changes" if tracked files differ from it; None outside a git checkout."""
+    """HEAD of the repository, with "+changes" if tracked files differ from it; None outside a checkout."""
+    if not files.IS_CHECKOUT:
+        return None
     run = functools.partial(subprocess.run, cwd=files.ROOT, capture_output=True, text=True)
     try:
         head = run(["git", "rev-parse", "HEAD"])

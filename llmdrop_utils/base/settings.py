@@ -1,53 +1,73 @@
-"""Settings from YAML: checked before any work starts, with one clear error for whatever does not fit."""
+"""Settings from YAML, checked by pydantic before any work starts, with one clear error for whatever does not fit."""
 
-import dataclasses
 import difflib
+import types
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from .errors import LLMDropError
 
-
-def build(cls, values: dict, where: str):
-    """Make the dataclass `cls` from `values`, with one clear error for whatever does not fit."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise LLMDropError(f"Unknown key {key!r} in {where}.{hint} Known keys: {', '.join(fields)}.")
-    for key, field in fields.items():
-        if key not in values:
-            if field.default is dataclasses.MISSING:
-                raise LLMDropError(f"The key {key!r} is missing in {where}.")
-        elif not _fits(values[key], field.type):
-            raise LLMDropError(f"The key {key!r} in {where} must be {_words(field.type)}, but is {values[key]!r}.")
-    return cls(**values)
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Counts = Annotated[list[Positive], Field(min_length=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+CountsByName = Annotated[dict[str, Counts], Field(min_length=1)]
+S = TypeVar("S", bound="Settings")
 
 
-def _fits(value, kind) -> bool:
-    if kind in (list[str], list[int]):
-        item = kind.__args__[0]
-        return isinstance(value, list) and bool(value) and all(_fits(v, item) for v in value)
-    if kind == dict[str, list[int]]:
-        return isinstance(value, dict) and bool(value) and all(_fits(v, list[int]) for v in value.values())
-    if kind == dict[str, list[int]] | None:
-        return value is None or _fits(value, dict[str, list[int]])
-    if kind == int | None:
-        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-    if kind in (int, float):
-        numbers = int if kind is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool) and value > 0
-    return isinstance(value, kind)
+class Settings(BaseModel):
+    """Keys of a section of a YAML file, and their types. Nothing is converted, and no key is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _words(kind) -> str:
-    words = {
-        int: "a positive integer",
-        float: "a positive number",
-        dict: "a mapping",
-        int | None: "an integer, or null",
-        list[int]: "a list of positive integers",
-        list[str]: "a list of names",
-        dict[str, list[int]]: "lists of positive integers, by name",
-        dict[str, list[int]] | None: "lists of positive integers, by name, or null",
+def build(cls: type[S], values: dict[str, Any], where: str, also: list[str] | None = None) -> S:
+    """Make settings from the keys of a mapping. Raises LLMDropError that names the key, what it must be, and what it is.
+
+    where: what holds the keys, for the message ("cpu.yaml, under text"). also: further keys that would be known there.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        # An unknown key explains a missing one (it is misspelt), so it comes first.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise LLMDropError(_message(cls, details[0], values, where, also or [])) from None
+
+
+def _message(cls: type[Settings], detail: ErrorDetails, values: dict[str, Any], where: str, also: list[str]) -> str:
+    key, known = str(detail["loc"][0]), [*cls.model_fields, *also]
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"Unknown key {key!r} in {where}.{hint} Known keys: {', '.join(known)}."
+    if detail["type"] == "missing":
+        return f"The key {key!r} is missing in {where}."
+    if detail["type"] == "value_error":  # raised by a check of our own
+        return str(detail["ctx"]["error"]).format(where=where)
+    words = _words(get_type_hints(cls, include_extras=True)[key])
+    return f"The key {key!r} in {where} must be {words}, but is {values[key]!r}."
+
+
+def _words(kind: Any) -> str:
+    """A type in words: Counts -> "a list of positive integers"."""
+    simple = {
+        Positive: "a positive integer",
+        NotNegative: "an integer",
+        PositiveNumber: "a positive number",
+        Counts: "a list of positive integers",
+        Names: "a list of names",
+        CountsByName: "lists of positive integers, by name",
+        bool: "true or false",
+        str: "text",
     }
-    return words.get(kind, "text")
+    if kind in simple:
+        return simple[kind]
+    if get_origin(kind) in (Union, types.UnionType):
+        return ", or ".join("null" if part is type(None) else _words(part) for part in get_args(kind))
+    if get_origin(kind) is Annotated:  # a known type with a check of our own
+        metadata = get_args(kind)[1:-1]
+        return _words(Annotated[(get_args(kind)[0], *metadata)] if metadata else get_args(kind)[0])
+    return "a mapping" if kind is dict or get_origin(kind) is dict else "text"

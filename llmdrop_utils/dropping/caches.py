@@ -1,4 +1,4 @@
-"""Key-value caches of a model that lacks attention layers: no room for what was dropped."""
+"""Key-value caches of a model that lacks attention layers: nothing is cached for what was dropped."""
 
 import functools
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ..models.families import Anatomy
 
 
 class NoCache(getattr(cache_utils, "DummyLayer", object)):  # transformers 5.17 has none; later ones look for it
-    """Stands for the cache of an attention that was dropped; a cache takes its length from the layers that are left."""
+    """Stands for the cache of an attention that was dropped; a cache takes its length from the others."""
 
     # Masks are made for the first layer that is True (sliding) or False (full); this is neither.
     is_sliding = "neither"
@@ -40,21 +40,21 @@ class NoCache(getattr(cache_utils, "DummyLayer", object)):  # transformers 5.17 
     offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
 
 
-def watch_caches(anatomy: Anatomy, gone: frozenset[int]) -> list:
-    """Hooks by which every cache that the decoder takes or makes has no room for the attention that is gone."""
-    if not gone:
+def watch_caches(anatomy: Anatomy, dropped: frozenset[int]) -> list:
+    """Hooks by which every cache that the decoder takes or makes holds nothing for the attention that is dropped."""
+    if not dropped:
         return []
     n_layers = len(anatomy)
     return [
-        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, gone, n_layers), with_kwargs=True),
-        anatomy.decoder.register_forward_hook(functools.partial(_fit_returned, gone, n_layers)),
+        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, dropped, n_layers), with_kwargs=True),
+        anatomy.decoder.register_forward_hook(functools.partial(_fit_returned, dropped, n_layers)),
     ]
 
 
-def _fit_given(gone: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, kwargs: dict):
+def _fit_given(dropped: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, kwargs: dict):
     cache = _find_cache((*args, *kwargs.values()))
-    if len(gone) < n_layers:
-        _fit(cache, gone, n_layers)
+    if len(dropped) < n_layers:
+        _fit(cache, dropped, n_layers)
         return None
     if cache is not None:  # no layer would know how many tokens the cache has seen
         raise LLMDropError(
@@ -64,20 +64,20 @@ def _fit_given(gone: frozenset[int], n_layers: int, decoder: nn.Module, args: tu
     return args, {**kwargs, "use_cache": False}
 
 
-def _fit_returned(gone: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, output) -> None:
-    _fit(_find_cache(output.values() if isinstance(output, dict) else output), gone, n_layers)
+def _fit_returned(dropped: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, output) -> None:
+    _fit(_find_cache(output.values() if isinstance(output, dict) else output), dropped, n_layers)
 
 
 def _find_cache(values: Iterable) -> cache_utils.Cache | None:
     return next((value for value in values if isinstance(value, cache_utils.Cache)), None)
 
 
-def _fit(cache: cache_utils.Cache | None, gone: frozenset[int], n_layers: int) -> None:
-    """Put `NoCache` where attention is gone."""
+def _fit(cache: cache_utils.Cache | None, dropped: frozenset[int], n_layers: int) -> None:
+    """Put `NoCache` in the place of each dropped attention."""
     if cache is None:
         return
-    if cache.layer_class_to_replicate is not None:  # it grows as layers come by; those that are gone would not come
+    if cache.layer_class_to_replicate is not None:  # it grows as layers come by, and dropped ones do not
         cache.layers += [cache.layer_class_to_replicate() for _ in range(len(cache.layers), n_layers)]
-    for index in gone:
+    for index in dropped:
         if not isinstance(cache.layers[index], NoCache):
             cache.layers[index] = NoCache(index)

@@ -1,19 +1,40 @@
-"""A drop plan: which sub-layers of which model are dropped."""
+"""A drop plan: which sub-layers of which model are dropped, and which linear maps stand in their place."""
 
 import dataclasses
 import json
 import operator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from ..base.errors import LLMDropError
 from ..base.files import write_text
-from ..models.families import Anatomy, find_anatomy
+from ..models.families import Anatomy, family_of, find_anatomy, stream_width
+from .maps import LinearMap, load_maps, save_maps, weights_path
 
 FORMAT = "llmdrop drop plan 1"
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
+
+
+class PlanKey(NamedTuple):
+    """What a plan drops, in whatever order it does: plans with equal keys give equal models."""
+
+    attention: tuple[int, ...]  # sorted
+    mlp: tuple[int, ...]
+    maps: tuple[tuple[str, int, str], ...] = ()  # (kind, layer, fingerprint), sorted
+
+    def to_json(self) -> dict:
+        """Plain lists, for the store. "maps" only if there are some: keys of records without maps never change."""
+        lists = {"attention": list(self.attention), "mlp": list(self.mlp)}
+        return lists | ({"maps": [list(entry) for entry in self.maps]} if self.maps else {})
+
+    @classmethod
+    def from_json(cls, value: dict) -> "PlanKey":
+        """The inverse of `to_json`."""
+        return cls(tuple(value["attention"]), tuple(value["mlp"]), tuple(tuple(entry) for entry in value.get("maps", [])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +42,8 @@ class DropPlan:
     """Which sub-layers to drop: indices of layers from zero, most droppable first.
 
     `n_layers` and `model` say which model the plan was made for ('sha256:...' or 'hub:org/name@commit'), `scores` is the
-    fingerprint of the scores that it came from; None: unknown. Raises LLMDropError for lists that no model can have.
+    fingerprint of the scores that it came from; None: unknown. `maps` puts linear maps in some of the dropped places; it is
+    given as {("attention" | "mlp", layer): LinearMap}. Raises LLMDropError for what no model can have.
     """
 
     attention: tuple[int, ...] = ()
@@ -29,6 +51,7 @@ class DropPlan:
     n_layers: int | None = None
     model: str | None = None
     scores: str | None = None
+    maps: tuple[tuple[str, int, LinearMap], ...] = ()  # sorted by kind and layer
 
     def __post_init__(self):
         if self.n_layers is not None:
@@ -43,23 +66,59 @@ class DropPlan:
             object.__setattr__(self, kind, _indices(getattr(self, kind), name))
             if self.n_layers is not None:
                 _check_range(getattr(self, kind), name, self.n_layers)
+        object.__setattr__(self, "maps", _entries(self.maps))
+        for kind, layer, _ in self.maps:
+            if layer not in getattr(self, kind):
+                raise LLMDropError(
+                    f"The drop plan has a map for the {NAMES[kind]} of layer {layer}, but its {NAMES[kind]} drop list is "
+                    f"{list(getattr(self, kind))}. A map stands only where something is dropped: add the layer to the list."
+                )
 
     @property
     def n_drop(self) -> int:
-        """Number of sub-layers that go."""
+        """Number of sub-layers that are dropped."""
         return len(self.attention) + len(self.mlp)
 
+    @property
+    def key(self) -> PlanKey:
+        """What the plan drops, whatever the order, the model and the scores."""
+        maps = tuple((kind, layer, linear.fingerprint) for kind, layer, linear in self.maps)
+        return PlanKey(tuple(sorted(self.attention)), tuple(sorted(self.mlp)), maps)
+
+    def map_of(self, kind: str, layer: int) -> LinearMap | None:
+        """The map in this place; None if nothing stands there, or the sub-layer itself."""
+        return next((linear for k, i, linear in self.maps if (k, i) == (kind, layer)), None)
+
+    def state_of(self, layer: int) -> tuple[str, str]:
+        """What stands for attention and MLP of a layer: "kept", "dropped" or a map's fingerprint."""
+        states = []
+        for kind in NAMES:
+            linear = self.map_of(kind, layer)
+            dropped = layer in getattr(self, kind)
+            states.append(linear.fingerprint if linear else "dropped" if dropped else "kept")
+        return tuple(states)
+
     def save(self, path: Path | str) -> Path:
-        """Write the plan to a JSON file, in one step."""
-        return write_text(Path(path), json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        """Write the plan to a JSON file, and its maps to a .safetensors file beside it; each in one step."""
+        path = Path(path)
+        value = {"format": FORMAT} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del value["maps"]
+        if self.maps:
+            save_maps(weights_path(path), {(kind, layer): linear for kind, layer, linear in self.maps})
+            value["maps"] = self.key.maps
+        return write_text(path, json.dumps(value, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> "DropPlan":
         """The inverse of `save`. Raises LLMDropError if there is no such file or it holds no drop plan."""
+        path = Path(path)
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
                 raise ValueError(f"it does not say that its format is {FORMAT!r}")
+            if "maps" in value:
+                fingerprints = {(kind, layer): fingerprint for kind, layer, fingerprint in value["maps"]}
+                value["maps"] = load_maps(weights_path(path), fingerprints)
             return cls(**value)
         except FileNotFoundError as error:
             raise LLMDropError(f"There is no drop plan at {path}.") from error
@@ -68,7 +127,11 @@ class DropPlan:
 
 
 def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
-    """The model's anatomy. Raises LLMDropError if the plan names layers it lacks or was made for another model."""
+    """The model's anatomy. Raises LLMDropError if the plan does not fit the model.
+
+    It fits if the model has its layers, if its maps are as wide as the model's stream, and if it was made for this model or,
+    where this one is derived (its kept weights were changed), for one of those that it is derived from.
+    """
     anatomy = find_anatomy(model)
     for kind, name in NAMES.items():
         _check_range(getattr(plan, kind), name, len(anatomy))
@@ -77,12 +140,24 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
             f"The drop plan was made for a model with {plan.n_layers} layers, but this one has {len(anatomy)}. "
             "Use the model it was made for, or make a plan for this one."
         )
-    identity = getattr(model, "llmdrop_identity", None)
-    if None not in (plan.model, identity) and plan.model != identity:
+    identity, bases = getattr(model, "llmdrop_identity", None), getattr(model, "llmdrop_bases", ())
+    if None not in (plan.model, identity) and plan.model not in (identity, *bases):
         raise LLMDropError(
             f"The drop plan was made for the model {plan.model}, but this one is {identity}. "
             "Use the model it was made for, or make a plan for this one."
         )
+    width = stream_width(anatomy.decoder.config)
+    for kind, layer, linear in plan.maps:
+        if linear.width != width:
+            raise LLMDropError(
+                f"The map for the {NAMES[kind]} of layer {layer} is {linear.width} numbers wide, but this model's residual "
+                f"stream is {width} wide. Fit a map to this model."
+            )
+        if kind == "mlp" and not family_of(anatomy.decoder.config).mlp_is_one_module:
+            raise LLMDropError(
+                f"The layers of the family {anatomy.family} have no module of its own for the MLP, so no map can stand in its "
+                f"place (layer {layer}). Use a plan with maps for attention only."
+            )
     return anatomy
 
 
@@ -108,6 +183,25 @@ def _indices(values, name: str) -> tuple[int, ...]:
     if twice:
         raise LLMDropError(f"The {name} drop list holds layer {twice[0]} more than once. List every layer once.")
     return indices
+
+
+def _entries(maps) -> tuple[tuple[str, int, LinearMap], ...]:
+    """Maps as sorted entries, from a mapping of (kind, layer) or from such entries."""
+    if isinstance(maps, Mapping):
+        maps = tuple((*place, linear) if isinstance(place, tuple) else (place, linear) for place, linear in maps.items())
+    entries = []
+    for entry in maps if isinstance(maps, tuple | list) else (maps,):
+        if not isinstance(entry, tuple | list) or len(entry) != 3 or not isinstance(entry[2], LinearMap):
+            raise LLMDropError(f"A drop plan's maps must be {{(kind, layer): LinearMap}}, but hold {entry!r}.")
+        kind, layer, linear = entry
+        if kind not in NAMES:
+            raise LLMDropError(f"A map stands in the place of 'attention' or 'mlp', not of {kind!r}.")
+        (layer,) = _indices([layer], NAMES[kind])
+        entries.append((kind, layer, linear))
+    places = [entry[:2] for entry in entries]
+    if len(set(places)) < len(places):
+        raise LLMDropError("A drop plan has two maps for one place: give each place one map.")
+    return tuple(sorted(entries, key=lambda entry: entry[:2]))
 
 
 def _check_range(indices: tuple[int, ...], name: str, n_layers: int) -> None:

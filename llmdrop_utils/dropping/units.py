@@ -1,7 +1,8 @@
 """A model that really lacks sub-layers: no forward, no parameters and no key-value cache of what was dropped.
 
 Norm and sub-layer are one unit (paper, section 3). Their modules are replaced by stand-ins without parameters that add
-zero to the residual stream; `families.FAMILIES` says which modules these are. Layers keep their indices.
+zero to the residual stream; `families.FAMILIES` says which modules these are. Where the plan has a linear map for a place,
+the norms stay, and the map replaces the attention or MLP module between them. Layers keep their indices.
 """
 
 import contextlib
@@ -11,17 +12,20 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..base.errors import LLMDropError
 from ..models.families import Anatomy, family_of, not_as_stated
 from .caches import watch_caches
-from .plan import DropPlan, check_plan
+from .maps import LinearMap
+from .plan import NAMES, DropPlan, check_plan
 
 
 @contextlib.contextmanager
 def skipping(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
-    """Inside, the sub-layers of the plan are gone from the model, which is yielded; afterwards all is as it was.
+    """Inside, the model, which is yielded, lacks the sub-layers of the plan; afterwards all is as it was.
 
-    Takes about a millisecond and moves no weights: for many plans in a row. May be nested. Mode, dtype and device of what
-    is gone do not follow the model meanwhile. Raises LLMDropError for a plan that does not fit (see `check_plan`).
+    Takes about a millisecond and moves no weights: for many plans in a row. (Maps are moved to the model's device once, and
+    kept there as long as they exist.) May be nested. Mode, dtype and device of what is dropped do not follow the model
+    meanwhile. Raises LLMDropError for a plan that does not fit (see `check_plan`).
     """
     with _without(model, plan):
         yield model
@@ -29,7 +33,7 @@ def skipping(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
-    """`skipping`, and what is gone leaves the GPU meanwhile. Weights that accelerate offloads stay where they are."""
+    """`skipping`, and what is dropped leaves the GPU meanwhile. Weights that accelerate offloads stay where they are."""
     with _without(model, plan) as modules, _on_cpu(modules):
         yield model
 
@@ -37,14 +41,15 @@ def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
 def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
     """Drop the sub-layers of the plan for good, in place, which frees their memory; returns the model.
 
-    To keep the result, save the plan. `save_pretrained` would write weights that lack what the config still promises, which
-    transformers fills with random numbers (`load_model` refuses to).
+    Maps become parameters of the model, which training changes; the plan's own maps stay as they are. To keep the result,
+    save the plan. `save_pretrained` would write weights that lack what the config still promises, which transformers fills
+    with random numbers (`load_model` refuses to).
     """
     anatomy = check_plan(model, plan)
-    swaps, gone = _stand_ins(anatomy, plan)
+    swaps, without_attention = _stand_ins(anatomy, plan, for_good=True)
     for block, name, _, stand_in in swaps:
         setattr(block, name, stand_in)
-    watch_caches(anatomy, gone)
+    watch_caches(anatomy, without_attention)
     return model
 
 
@@ -52,12 +57,12 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
 def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
     """Swap the plan's modules for stand-ins; yields the modules."""
     anatomy = check_plan(model, plan)
-    swaps, gone = _stand_ins(anatomy, plan)
+    swaps, without_attention = _stand_ins(anatomy, plan)
     handles = []
     try:
         for block, name, _, stand_in in swaps:
             setattr(block, name, stand_in)
-        handles += watch_caches(anatomy, gone)
+        handles += watch_caches(anatomy, without_attention)
         yield [module for _, _, module, _ in swaps]
     finally:
         for handle in handles:
@@ -90,31 +95,70 @@ def _move(tensor: torch.Tensor, device: torch.device) -> None:
 
 
 def left(anatomy: Anatomy, kind: str) -> list[int]:
-    """Indices of the layers that have their "attention", or their "mlp", now."""
+    """Indices of the layers whose "attention", or "mlp", is in its place now: neither dropped nor replaced by a map."""
     family = family_of(anatomy.decoder.config)
     name = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind][0]
     blocks = enumerate(layer.block for layer in anatomy.layers)
-    return [index for index, block in blocks if not isinstance(block.get_submodule(name), Dropped)]
+    return [index for index, block in blocks if not isinstance(block.get_submodule(name), StandIn)]
 
 
-class Dropped(nn.Module):
-    """Stands for a sub-layer: gives zero, in the structure that the layer expects."""
+# ---- stand-ins ----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, in_pair: bool, full: bool):
+
+class StandIn(nn.Module):
+    """Stands in the place of an attention or MLP module, and returns what the layer expects."""
+
+    def __init__(self, in_pair: bool):
         super().__init__()
         self.in_pair = in_pair  # attention: output and weights; some MLPs: output and router scores
-        self.full = full  # a layer that adds in place needs the full shape; for the others a single zero is cheaper
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        zero = torch.zeros_like(hidden_states) if self.full else hidden_states.new_zeros(())
-        return (zero, None) if self.in_pair else zero
+        output = self.output(hidden_states)
+        return (output, None) if self.in_pair else output
+
+
+class Dropped(StandIn):
+    """Adds zero."""
+
+    def __init__(self, in_pair: bool, full: bool):
+        super().__init__(in_pair)
+        self.full = full  # a layer that adds in place needs the full shape; for the others a single zero is cheaper
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x) if self.full else x.new_zeros(())
 
     def extra_repr(self) -> str:
         return "adds nothing"
 
 
-def _stand_ins(anatomy: Anatomy, plan: DropPlan) -> tuple[list[tuple[nn.Module, str, nn.Module, nn.Module]], frozenset[int]]:
-    """What to swap (layer, name, module, stand-in), and the indices of all layers that then lack attention.
+class Mapped(StandIn):
+    """Adds W x + b."""
+
+    @torch.inference_mode(False)  # as in `LinearMap.tensors`
+    def __init__(self, in_pair: bool, linear: LinearMap, like: torch.Tensor, for_good: bool):
+        super().__init__(in_pair)
+        self.fingerprint = linear.fingerprint  # of the map as it was given; training changes the parameters, not this
+        device = like.device if like.device.type != "meta" else torch.device("cpu")  # offloaded by accelerate
+        if for_good:
+            pair = (None if t is None else t.to(device, like.dtype, copy=True) for t in (linear.weight, linear.bias))
+        else:
+            pair = linear.tensors(device, like.dtype)
+        for name, tensor in zip(("weight", "bias"), pair, strict=True):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=for_good))
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None if t is None else t.to(x.device, x.dtype) for t in (self.weight, self.bias))
+        return nn.functional.linear(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"adds a linear map of {len(self.weight)}"
+
+
+Swap = tuple[nn.Module, str, nn.Module, nn.Module]  # block, name, module, what stands in for it
+
+
+def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tuple[list[Swap], frozenset[int]]:
+    """What to swap, and the indices of all layers that then lack attention.
 
     Changes nothing yet. A plan may meet a model that lacks sub-layers already: only what is still there is swapped.
     """
@@ -122,23 +166,45 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan) -> tuple[list[tuple[nn.Module, 
     swaps, lacks_attention = [], set()
     for index, layer in enumerate(anatomy.layers):
         child = functools.partial(_child, anatomy, layer.block)
-        units = []
-        for unit, planned, in_pair, full in (
-            (family.attention_unit, index in plan.attention, True, False),
-            (family.mlp_unit, index in plan.mlp, family.mlp_returns_router, family.mlp_is_added_to),
+        kept, idle = set(), []  # modules that something still reads or writes, and those that a dropped unit leaves idle
+        for kind, unit, in_pair, full in (
+            ("attention", family.attention_unit, True, False),
+            ("mlp", family.mlp_unit, family.mlp_returns_router, family.mlp_is_added_to),
         ):
-            is_gone = isinstance(child(unit[0]), Dropped)
-            units.append((unit, is_gone or planned))
-            if planned and not is_gone:
-                swaps.append((layer.block, unit[0], child(unit[0]), Dropped(in_pair, full)))
-        kept = {name for unit, goes in units if not goes for name in unit}
-        passed = {name: None for unit, goes in units if goes for name in unit[1:] if name not in kept}  # a set, in order
-        swaps += [
-            (layer.block, name, child(name), nn.Identity()) for name in passed if not isinstance(child(name), nn.Identity)
-        ]
-        if units[0][1]:
-            lacks_attention.add(index)
+            now, planned, linear = child(unit[0]), index in getattr(plan, kind), plan.map_of(kind, index)
+            if isinstance(now, StandIn):
+                _check_standing(now, linear, kind, index)
+                stand_in = now
+            elif planned:
+                like = _weights(now, layer.block)
+                stand_in = Dropped(in_pair, full) if linear is None else Mapped(in_pair, linear, like, for_good)
+                swaps.append((layer.block, unit[0], now, stand_in))
+            else:
+                kept.update(unit)
+                continue
+            if kind == "attention":
+                lacks_attention.add(index)
+            if isinstance(stand_in, Mapped):
+                kept.update(unit[1:])  # its norms
+            else:
+                idle += unit[1:]
+        names = dict.fromkeys(name for name in idle if name not in kept)  # a set, in order
+        swaps += [(layer.block, name, child(name), nn.Identity()) for name in names if not isinstance(child(name), nn.Identity)]
     return swaps, frozenset(lacks_attention)
+
+
+def _weights(module: nn.Module, block: nn.Module) -> torch.Tensor:
+    """Weights that tell a module's dtype and device; of the block, where its own are quantised to integers."""
+    return next(p for p in (*module.parameters(), *block.parameters()) if p.is_floating_point())
+
+
+def _check_standing(now: StandIn, linear: LinearMap | None, kind: str, layer: int) -> None:
+    """A map cannot take a place whose norms may be missing, nor that of another map."""
+    if linear is not None and getattr(now, "fingerprint", None) != linear.fingerprint:
+        raise LLMDropError(
+            f"The drop plan has a map for the {NAMES[kind]} of layer {layer}, which is dropped already. "
+            f"Use the plan on a model that has this {NAMES[kind]}."
+        )
 
 
 def _child(anatomy: Anatomy, block: nn.Module, name: str) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from ..base.errors import LLMDropError, NotAvailable
-from ..drop.caches import NoCache
+from ..dropping.caches import NoCache
 from ..models.families import find_anatomy
 
 
@@ -61,7 +61,9 @@ def stepper(model, token: torch.Tensor, cache: Cache, backend: str) -> Callable[
         raise
     except RuntimeError as error:  # dynamo's own errors are RuntimeErrors too
         first_line = next(iter(str(error).strip().splitlines()), "")
-        raise NotAvailable(f"torch.compile cannot compile this model here: {type(error).__name__}: {first_line}") from error
+        raise NotAvailable(
+            f"torch.compile cannot compile this model on this machine: {type(error).__name__}: {first_line}"
+        ) from error
     if not token.is_cuda:
         return lambda token: compiled(model, token, cache)
     rewind()
@@ -121,5 +123,7 @@ def device_of(model) -> torch.device:
     if any(device.type == "meta" for device in devices) or len({device.type for device in devices}) > 1:
         raise LLMDropError("Weights of this model are offloaded: its speed would be that of moving them. Use a larger GPU.")
     if len(devices) > 1:
-        raise NotAvailable("This model lies on several GPUs, and only one is timed. Use CUDA_VISIBLE_DEVICES, or a larger GPU.")
+        raise NotAvailable(
+            "This model is spread over several GPUs, and only one is timed. Use CUDA_VISIBLE_DEVICES, or a larger GPU."
+        )
     return devices.pop()

@@ -9,8 +9,8 @@ import dataclasses
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..drop.plan import DropPlan
-from ..drop.units import left
+from ..dropping.plan import DropPlan
+from ..dropping.units import left
 from ..models.families import cache_geometry, find_anatomy, numbers_multiplied
 
 
@@ -26,7 +26,7 @@ def kv_bytes(config, plan: DropPlan, batch_size: int, length: int, bytes_per_num
     """Bytes of keys and values of `length` tokens in a dynamic cache: the formula behind the paper's Table 4.
 
     Full attention keeps every token, a sliding window of w the last w - 1 (what the next token still sees beside itself),
-    latent attention (DeepSeek) one compressed vector and one rotary key a token. Layers in `plan.attention` hold nothing.
+    latent attention (DeepSeek) one compressed vector and one rotary key per token. Layers in `plan.attention` hold nothing.
     """
     config = config.get_text_config()
     numbers = sum(
@@ -46,7 +46,7 @@ def cache_bytes(cache: Cache) -> int:
 def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -> list[Part]:
     """The parts of a pass over `n_new` tokens a sequence, `context` more being in the cache; logits of the last token only.
 
-    Weights are those that the model has now: inside `dropped`, what is gone costs nothing. Of experts, as many are read as
+    Weights are those that the model has now: inside `dropped`, what is dropped costs nothing. Of experts, as many are read as
     tokens can choose at most.
     """
     anatomy = find_anatomy(model)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..drop.units import left
-from ..models.families import Anatomy, find_anatomy
+from ..dropping.units import left
+from ..models.families import Anatomy, find_anatomy, input_device, position_limit
 from .metrics import BIN_EDGES, KINDS, METRICS
 from .probe import Probe
 
@@ -32,7 +32,7 @@ class Importance:
     weights: int64 (n_samples,), tokens counted in each sample
     histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
     model: identity of the model, where `load_model` loaded it
-    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked already, which cannot be dropped again
+    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked, or had a map for: it cannot be dropped again
     """
 
     per_sample: dict[str, np.ndarray]
@@ -64,7 +64,7 @@ class Importance:
         return content.hexdigest()
 
     def order(self, kind: str) -> tuple[int, ...]:
-        """Layer indices, most droppable (least important) first; ties by lower index. What is gone already is left out."""
+        """Layer indices, most droppable (least important) first; ties by lower index. Without what was dropped already."""
         return tuple(layer for layer in drop_order(self.importance[kind]) if (kind, layer) not in self.gone)
 
     def quantiles(self, kind: str, q: list[float]) -> np.ndarray:
@@ -85,13 +85,15 @@ class Importance:
             "per_sample": arrays(self.per_sample),
             "weights": self.weights.tolist(),
             "histogram": arrays(self.histogram),
+            "gone": [list(place) for place in sorted(self.gone)],
         }
 
     @classmethod
     def from_json(cls, value: dict, model: str | None = None) -> "Importance":
-        """The inverse of `to_json`; a record's key says which model it was."""
+        """The inverse of `to_json`; a record's key says which model it was. Old records, of whole models, have no "gone"."""
         arrays = lambda values: {kind: np.array(rows) for kind, rows in values.items()}  # noqa: E731
-        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]), model)
+        gone = frozenset((kind, layer) for kind, layer in value.get("gone", []))
+        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]), model, gone)
 
 
 def drop_order(importance: np.ndarray) -> tuple[int, ...]:
@@ -111,18 +113,19 @@ def measure_importance(
 
     Parameters
     ----------
-    model: a transformers causal language model of a family in `anatomy.FAMILIES`, of any dtype, on any device or
+    model: a transformers causal language model of a family in `families.FAMILIES`, of any dtype, on any device or
         several, offloaded or not. It is left as it was.
     tokens: LongTensor (n_samples, seq_len).
     batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
     attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
         positions are counted from the first token that counts.
     on_batch: called after each batch with the number of tokens done, for a progress bar.
-    metric: "cosine", 1 - cosine(X, Y); or the baseline "relative magnitude", |Y - X| / |Y| (paper, Table 7).
+    metric: "cosine", 1 - cosine(X, Y); the baseline "relative magnitude", |Y - X| / |Y| (paper, Table 7); or another of
+        `metrics.METRICS`.
 
     Whatever the dtype of the model, products are formed in float32, cosines and means in float64: bfloat16 has only four
-    values in [0.99, 1]. What is gone from a dropped model adds nothing and has importance zero. Raises LLMDropError for wrong
-    input and if the model produces infinities.
+    values in [0.99, 1]. What a dropped model lacks adds nothing and has importance zero; a map in its place has that of what
+    it adds. Raises LLMDropError for wrong input and if the model produces infinities.
     """
     anatomy = find_anatomy(model)
     _check(anatomy, tokens, attention_mask, batch_size)
@@ -134,8 +137,7 @@ def measure_importance(
     means = np.zeros((len(KINDS), n_samples, len(anatomy)))
     weights = np.zeros(n_samples, dtype=np.int64)
     histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
-    device = model.get_input_embeddings().weight.device
-    device = device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
+    device = input_device(model)
     start = 0
     with torch.inference_mode(), _evaluating(model), Probe(anatomy, metric) as probe:
         while start < n_samples:
@@ -154,9 +156,9 @@ def measure_importance(
             histogram += counts
             start += len(tokens[rows])
             on_batch(tokens[rows].numel())
-    there = {kind: left(anatomy, kind) for kind in ("attention", "mlp")}
-    there["block"] = sorted({*there["attention"], *there["mlp"]})
-    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
+    available = {kind: left(anatomy, kind) for kind in ("attention", "mlp")}
+    available["block"] = sorted({*available["attention"], *available["mlp"]})
+    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in available[kind])
     by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
     return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
 
@@ -179,7 +181,7 @@ def _check(anatomy: Anatomy, tokens: torch.Tensor, mask: torch.Tensor | None, ba
     if tokens.ndim != 2 or not len(tokens) or tokens.is_floating_point():
         raise LLMDropError(f"Expected token ids (n_samples, seq_len), found {tokens.dtype} {tuple(tokens.shape)}.")
     config = anatomy.decoder.config
-    longest = getattr(config, "max_position_embeddings", None)  # GPT-2 calls it n_positions, and transformers maps it
+    longest = position_limit(config)
     if longest is not None and tokens.shape[1] > longest:
         raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
     vocabulary = config.vocab_size

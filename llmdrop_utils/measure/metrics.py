@@ -1,5 +1,7 @@
 """Importance metrics: from the products of a sub-layer's input x and of what it adds, a, to one number per token."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,6 +12,9 @@ BIN_EDGES = np.linspace(-7.0, np.log10(2.0), 147)
 
 # Rows are handled in pieces that stay in a CPU's cache, or that keep a GPU busy; temporary memory is this many floats.
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+# ---- products -----------------------------------------------------------------------------------------------------------
 
 
 def dots(x: torch.Tensor, y: torch.Tensor, scale: float, y_is_sum: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,7 +32,31 @@ def dots(x: torch.Tensor, y: torch.Tensor, scale: float, y_is_sum: bool) -> tupl
     return (xx, xa, aa) if y_is_sum else (xx, xa * scale, aa * scale**2)
 
 
-def _one_minus_cosine(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------------
+
+Metric = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # x.x, x.a, a.a per token -> importance
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str) -> Callable[[Metric], Metric]:
+    """Register a function as the metric of this name, which `measure_importance` takes."""
+
+    def register(function: Metric) -> Metric:
+        if name in METRICS:
+            raise ValueError(f"There are two metrics called {name!r}.")
+        METRICS[name] = function
+        return function
+
+    return register
+
+
+@metric("cosine")
+def one_minus_cosine(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
     """1 - cosine(x, x + a).
 
     Written with a instead of x + a, so that rounding does not grow as the cosine nears 1:
@@ -40,14 +69,8 @@ def _one_minus_cosine(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> t
     return torch.where(product == 0, 1.0, importance)
 
 
-def _relative_magnitude(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
+@metric("relative magnitude")
+def relative_magnitude(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
     """|a| / |x + a|; 1 where both are zero vectors."""
     ratio = (aa / (xx + 2 * xa + aa).clamp(min=0)).sqrt()
     return torch.where(ratio.isnan(), 1.0, ratio)
-
-
-METRICS = {"cosine": _one_minus_cosine, "relative magnitude": _relative_magnitude}
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

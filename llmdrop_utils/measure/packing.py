@@ -1,7 +1,7 @@
 """Requests for log-likelihoods -> rows of tokens in which nothing that they share is computed twice.
 
 A request is a context and a continuation to score. Requests with a common beginning (the choices of one question) form a
-tree; trees stand side by side in a row, and a token sees its ancestors alone. A long beginning that many requests share
+tree; trees stand side by side in a row, and each token sees only its ancestors. A long beginning that many requests share
 (the examples before all questions of a subject) is kept apart as a prefix that every row sees.
 """
 
@@ -103,7 +103,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Group:
-    """Batches whose sequences all go on from one prefix."""
+    """Batches whose sequences all continue one prefix."""
 
     prefix: list[int]
     batches: list[Batch]
@@ -147,7 +147,7 @@ def _shared_beginnings(order: list[int], inputs: list[list[int]], sequences: lis
 
 
 def _trees(members: list[int], inputs: list[list[int]], sequences: list, n_prefix: int, branch: bool = True) -> list[Row]:
-    """Sorted requests, less their prefix, as trees: each goes on from what it shares with the one before."""
+    """Sorted requests, less their prefix, as trees: each continues what it shares with the one before."""
     trees: list[Row] = []
     before: list[int] = []  # the sequence before, and where its tokens are in the last tree
     path: list[int] = []

@@ -1,17 +1,17 @@
-"""Hooks that reduce each sub-layer's input and output to one number per token, as the forward pass goes by."""
+"""Hooks that reduce each sub-layer's input and output to one number per token, during the forward pass."""
 
 import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..models.families import Anatomy
+from ..models.families import Anatomy, stream_of, tensor_of
 from .metrics import BIN_EDGES, KINDS, METRICS, dots
 
 
 class Probe:
-    """Hooks that reduce each sub-layer's input and output to one number per token, as the forward pass goes by.
+    """Hooks that reduce each sub-layer's input and output to one number per token, during the forward pass.
 
-    Holds no more of the hidden states than the layer at hand. All hooks go when the block is left, errors included.
+    Holds no more of the hidden states than the layer at hand needs. On leaving, all hooks are removed, errors included.
     """
 
     def __init__(self, anatomy: Anatomy, metric: str):
@@ -39,7 +39,7 @@ class Probe:
         self.block_input = self.mlp_input = None
 
     def run(self, tokens: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> bool:
-        """Pass a batch of tokens (B, T) through the decoder; False if a GPU's memory did not suffice."""
+        """Pass a batch of tokens (B, T) through the decoder; False if the GPU ran out of memory."""
         self.shape = tokens.shape
         self.values: dict[tuple[str, int], torch.Tensor] = {}
         padding = {}
@@ -61,7 +61,7 @@ class Probe:
         counted = torch.ones(self.shape, dtype=torch.bool) if mask is None else mask.bool()
         bad = ~torch.isfinite(values[:, :, counted])
         if bad.any():
-            layer, kind = (int(i) for i in bad.any(-1).T.nonzero()[0])  # the first layer that goes wrong
+            layer, kind = (int(i) for i in bad.any(-1).T.nonzero()[0])  # the first layer with such values
             raise LLMDropError(
                 f"The {KINDS[kind]} of layer {layer} gives values that are not finite in {self.dtype}. "
                 "Load the model in bfloat16 or float32 (float16 overflows in some models)."
@@ -75,26 +75,26 @@ class Probe:
         return means.transpose(1, 2).numpy(), weights.numpy(), counts.numpy()
 
     def _enter_block(self, module, args, kwargs) -> None:
-        self.block_input = self.mlp_input = _stream(args, kwargs)  # the MLP's stream, unless it reads its own (below)
+        self.block_input = self.mlp_input = stream_of(args, kwargs)  # the MLP's stream, unless it reads its own (below)
 
     def _enter_mlp(self, module, args, kwargs) -> None:
-        self.mlp_input = _stream(args, kwargs)
+        self.mlp_input = stream_of(args, kwargs)
 
     def _after_attention(self, index: int, scale: float):
         def hook(module, args, output):
-            self._record("attention", index, self.block_input, _tensor(output), scale)
+            self._record("attention", index, self.block_input, tensor_of(output), scale)
 
         return hook
 
     def _after_mlp(self, index: int, scale: float):
         def hook(module, args, output):
-            self._record("mlp", index, self.mlp_input, _tensor(output), scale)
+            self._record("mlp", index, self.mlp_input, tensor_of(output), scale)
 
         return hook
 
     def _leave_block(self, index: int):
         def hook(module, args, output):
-            output = _tensor(output)
+            output = tensor_of(output)
             self._record("block", index, self.block_input, output, 1.0)
             if not self.checked:
                 self._check_sum(index, _first_rows(output))
@@ -106,14 +106,14 @@ class Probe:
     def _record(self, kind: str, index: int, x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
         x = x.to(y.device)
         y = y if y.ndim else y.expand_as(x)  # a sub-layer that was dropped adds a single zero
-        # Stays on its device until the batch is done: fetching it here would stall a GPU at every sub-layer.
+        # Stays on its device until the batch is done: fetching it now would stall a GPU at every sub-layer.
         self.values[kind, index] = self.metric(*dots(x, y, scale, y_is_sum=kind == "block")).float()
         self.dtype = y.dtype
-        if not self.checked:  # a copy: some models go on to add into this tensor
+        if not self.checked:  # a copy: some models later add into this tensor
             self.seen[kind] = (_first_rows(x), _first_rows(y) * scale)
 
     def _check_sum(self, index: int, output: torch.Tensor) -> None:
-        """x + attention + MLP must be the layer's output; otherwise `anatomy.FAMILIES` is wrong about this model.
+        """x + attention + MLP must be the layer's output; otherwise `families.FAMILIES` is wrong about this model.
 
         Likewise, an MLP that comes after attention must read x + attention.
         """
@@ -137,13 +137,3 @@ class Probe:
 def _first_rows(x: torch.Tensor) -> torch.Tensor:
     """The first tokens of (..., d), copied, in float64."""
     return x.reshape(-1, x.shape[-1])[:8].clone().double()
-
-
-def _tensor(output) -> torch.Tensor:
-    """Modules of some families return a tuple; `output[0]` on a tensor would silently be the first sample."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _stream(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The residual stream among a module's inputs: the first one, or the keyword that transformers gives it."""
-    return args[0] if args else kwargs["hidden_states"]

@@ -16,8 +16,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..base.errors import LLMDropError, NotAvailable
-from ..drop.plan import DropPlan, check_plan
-from ..drop.units import dropped
+from ..dropping.plan import DropPlan, check_plan
+from ..dropping.units import dropped
 from ..models.families import find_anatomy, learned_positions
 from .decoding import check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
@@ -56,7 +56,7 @@ class Speed:
     """What a load takes under one plan."""
 
     seconds: tuple[float, ...]  # one for each repeat: of the prefill, of one decode step, of the generation
-    floor_seconds: float  # the least it could take (see `cost.floor_seconds`)
+    floor_seconds: float  # the least it could take (see `floors.floor_seconds`)
     kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache;
     # a static cache takes its whole room from the start
     peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
@@ -91,11 +91,11 @@ def measure_speed(
     """Time a load under each plan.
 
     On a CPU, eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them. On a GPU (where
-    what is dropped leaves the device) and when compiled, a plan has its repeats in one go. Timings come after an untimed
+    what is dropped leaves the device) and when compiled, all repeats of a plan follow each other. Timings come after an untimed
     warm-up and end when the device is done. If memory runs out, the batch of all plans is halved, with a message.
 
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
-    large even as a single sequence, NotAvailable if the compiled back end cannot run the model here.
+    large even as a single sequence, NotAvailable if the compiled back end cannot run the model.
     """
     for plan in plans:
         check_plan(model, plan)
@@ -208,7 +208,7 @@ def _decode(model, load: Load):
             steps(1)
             rewind()
             return None
-        steps(1)  # the weights of another plan may have gone through the processor's cache meanwhile
+        steps(1)  # the weights of another plan may have filled the processor's cache meanwhile
         rewind()
         taken = _seconds(lambda: steps(load.new_tokens), first.device) / load.new_tokens
         check_length(cache, load.context + load.new_tokens)

@@ -12,8 +12,8 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.models.huggingface import HFLM
 
 from ..base.errors import LLMDropError
-from ..drop.plan import DropPlan, check_plan
-from ..drop.units import skipping
+from ..dropping.plan import DropPlan, check_plan
+from ..dropping.units import skipping
 from ..sources.task_data import FEWSHOT_SEED, load_task, silent
 from .scoring import Scores, score
 
@@ -57,7 +57,7 @@ class FastLM(HFLM):
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
-            del self.tok_encode  # it refers to self: left there, it would keep the model in memory
+            del self.tok_encode  # it refers to self, and would keep the model in memory
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         with skipping(self.model, self.plans[0]):

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..drop.plan import DropPlan
+from ..dropping.plan import DropPlan
+from ..models.families import position_limit
 from .scoring import score
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
@@ -17,7 +18,7 @@ VERSION = 1  # raise when a change alters what is measured: stored results of ol
 class TextScores:
     """How well text is predicted, by plan and sample; each sample has the same number of predicted tokens."""
 
-    nll: np.ndarray  # float64 (n_plans, n_samples): mean negative log-probability of a token, in nats
+    nll: np.ndarray  # float64 (n_plans, n_samples): mean negative log-probability per token, in nats
     hits: np.ndarray  # float64 (n_plans, n_samples): share of tokens that were the most probable
     kl: np.ndarray  # float64 (n_plans, n_samples): mean KL(first plan || plan) of the next-token distribution, in nats
 
@@ -41,7 +42,7 @@ def score_text(
         raise LLMDropError(f"Expected token ids (n_samples, seq_len >= 2), found {tokens.dtype} {tuple(tokens.shape)}.")
     requests = [(sample[:1], sample[1:]) for sample in tokens.tolist()]
     longest = tokens.shape[1] - 1
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = position_limit(model.config)
     if known is not None and longest > known:
         raise LLMDropError(f"Samples of {longest + 1} tokens are too long for this model, which knows {known} positions.")
     scores = score(model, requests, plans, max_length=longest, kl=True, on_batch=on_batch)

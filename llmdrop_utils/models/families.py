@@ -11,58 +11,12 @@ plus the two terms must give the layer's output, and the MLP must read what it i
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
 
-
-def is_full_attention(config) -> bool:
-    """Does every layer keep every token? Then the cache shrinks by exactly the share of attention that is dropped."""
-    return all(window is None for _, window in cache_geometry(config.get_text_config()))
-
-
-def learned_positions(config) -> int | None:
-    """How many positions a model has learned vectors for; None if it computes positions, as most do."""
-    config = config.get_text_config()
-    return _first(config, "max_position_embeddings", "n_positions") if config.model_type in ("gpt2", "opt") else None
-
-
-def cache_geometry(config) -> list[tuple[int, int | None]]:
-    """For each layer, how many numbers a token leaves in the cache, and how many tokens attention can see (None: all)."""
-    n_layers = _first(config, "num_hidden_layers", "n_layer")
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * n_layers
-    if rank := getattr(config, "kv_lora_rank", None):
-        per_token = rank + config.qk_rope_head_dim
-    else:
-        per_token = 2 * _kv_heads(config) * _head_size(config)
-    return [(per_token, window if kind == "sliding_attention" else None) for kind in kinds]
-
-
-def numbers_multiplied(config) -> int:
-    """How many numbers a token multiplies for each token it sees: its queries with keys, its scores with values."""
-    heads = _first(config, "num_attention_heads", "n_head")
-    if getattr(config, "kv_lora_rank", None):
-        return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return heads * 2 * _head_size(config)
-
-
-def _kv_heads(config) -> int:
-    if config.model_type == "falcon":  # transformers repeats the shared heads of Falcon-40B before it caches them
-        return 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
-    if config.model_type in ("gpt_neox", "opt"):  # none are shared, whatever else a configuration says
-        return config.num_attention_heads
-    return _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
-
-
-def _head_size(config) -> int:
-    size = getattr(config, "head_dim", None)
-    return size or _first(config, "hidden_size", "n_embd") // _first(config, "num_attention_heads", "n_head")
-
-
-def _first(config, *names: str) -> int:
-    """The first of these settings that a configuration has."""
-    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +28,11 @@ class Family:
     mlp: str = "mlp"  # likewise
     mlp_input: str | None = "post_attention_layernorm"  # it reads the stream for the MLP; None: MLP reads what attention reads
     scale: str | None = None  # attribute of the layer: both terms are multiplied by it before they are added
-    # What goes when a sub-layer is dropped: the module whose output leads to the term, then those that are not needed
-    # without it (children of the layer). A module in both units is read by both, so it goes only if both go.
+    # What is removed when a sub-layer is dropped: the module whose output leads to the term, then those that are not needed
+    # without it (children of the layer). A module in both units is read by both, so it is removed only with both.
     attention_unit: tuple[str, ...] = ("self_attn", "input_layernorm")
     mlp_unit: tuple[str, ...] = ("mlp", "post_attention_layernorm")
+    mlp_is_one_module: bool = True  # False: the first module of `mlp_unit` is a part of the MLP, so no map can replace it
     mlp_returns_router: bool = False  # the MLP returns a pair: its output and router scores
     mlp_is_added_to: bool = False  # the layer adds into the MLP's output in place, so it needs its full shape
     unsupported: str | None = None  # why this configuration of the family cannot be taken apart
@@ -142,6 +97,7 @@ def _opt(config) -> Family:
         mlp_input="final_layer_norm",
         attention_unit=("self_attn", "self_attn_layer_norm"),
         mlp_unit=("fc1", "fc2", "final_layer_norm"),  # zero from fc1 stays zero on its way through the activation
+        mlp_is_one_module=False,
     )
 
 
@@ -169,9 +125,12 @@ FAMILIES: dict[str, Family | Callable[[object], Family]] = {
 }
 
 
+# ---- finding the anatomy of a model ---------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The modules of one decoder layer that matter here."""
+    """One decoder layer: the block, and the modules at which its two terms can be seen."""
 
     block: nn.Module
     attention: nn.Module
@@ -202,7 +161,7 @@ def family_of(config) -> Family:
         raise LLMDropError(
             f"The model family {config.model_type!r} is unknown. Add it to FAMILIES in llmdrop_utils/models/families.py: the "
             "list of layers, the modules whose outputs are added to the residual stream as attention and as MLP, the module "
-            "that reads the stream for the MLP, and the modules that go when attention or MLP is dropped. If it is "
+            "that reads the stream for the MLP, and the modules to remove when attention or MLP is dropped. If it is "
             "built like Llama, its name alone is enough. "
             f"Then add it to tests/families.py. Known: {', '.join(sorted(FAMILIES))}."
         )
@@ -225,7 +184,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 
 
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
-    """The error to raise when a module that `FAMILIES` names is not there."""
+    """The error to raise when a model lacks a module that `FAMILIES` names."""
     return LLMDropError(
         f"A {model_type} model is not built as FAMILIES in llmdrop_utils/models/families.py says ({error}). "
         "transformers may have renamed a module: correct the entry."
@@ -240,3 +199,83 @@ def _take_apart(block: nn.Module, family: Family) -> Layer:
         mlp_input=None if family.mlp_input is None else block.get_submodule(family.mlp_input),
         scale=1.0 if family.scale is None else float(getattr(block, family.scale)),
     )
+
+
+# ---- residual stream, device, positions -------------------------------------------------------------------------------
+
+
+def stream_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden states among a module's inputs: the first one, or the keyword that transformers gives it."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def tensor_of(output) -> torch.Tensor:
+    """The hidden states that a module returns. Some return a tuple; `output[0]` of a tensor would be the first sample."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which a model takes its input."""
+    device = model.get_input_embeddings().weight.device
+    return device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
+
+
+def stream_width(config) -> int:
+    """How many numbers the residual stream holds per token."""
+    return _first(config.get_text_config(), "hidden_size", "n_embd")
+
+
+def position_limit(config) -> int | None:
+    """How many positions a model knows, as its configuration says; None if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)  # transformers maps GPT-2's n_positions to it
+
+
+def learned_positions(config) -> int | None:
+    """How many positions a model has learned vectors for; None if it computes positions, as most do."""
+    return position_limit(config) if config.get_text_config().model_type in ("gpt2", "opt") else None
+
+
+# ---- what the cache holds ---------------------------------------------------------------------------------------------
+
+
+def is_full_attention(config) -> bool:
+    """Does every layer keep every token? Then the cache shrinks by exactly the share of attention that is dropped."""
+    return all(window is None for _, window in cache_geometry(config.get_text_config()))
+
+
+def cache_geometry(config) -> list[tuple[int, int | None]]:
+    """For each layer, how many numbers a token leaves in the cache, and how many tokens attention can see (None: all)."""
+    n_layers = _first(config, "num_hidden_layers", "n_layer")
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * n_layers
+    if rank := getattr(config, "kv_lora_rank", None):
+        per_token = rank + config.qk_rope_head_dim
+    else:
+        per_token = 2 * _kv_heads(config) * _head_size(config)
+    return [(per_token, window if kind == "sliding_attention" else None) for kind in kinds]
+
+
+def numbers_multiplied(config) -> int:
+    """How many numbers a token multiplies for each token it sees: its queries with keys, its scores with values."""
+    heads = _first(config, "num_attention_heads", "n_head")
+    if getattr(config, "kv_lora_rank", None):
+        return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return heads * 2 * _head_size(config)
+
+
+def _kv_heads(config) -> int:
+    if config.model_type == "falcon":  # transformers repeats the shared heads of Falcon-40B before it caches them
+        return 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
+    if config.model_type in ("gpt_neox", "opt"):  # none are shared, whatever else a configuration says
+        return config.num_attention_heads
+    return _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
+
+
+def _head_size(config) -> int:
+    size = getattr(config, "head_dim", None)
+    return size or stream_width(config) // _first(config, "num_attention_heads", "n_head")
+
+
+def _first(config, *names: str) -> int:
+    """The first of these settings that a configuration has."""
+    return next(value for name in names if (value := getattr(config, name, None)) is not None)

@@ -34,7 +34,7 @@ def load_model(name: str, dtype: torch.dtype | None = None, device: str | None =
 
 
 def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device: str | None = None):
-    """`load_model` for files that are here already."""
+    """`load_model` for files that are on this machine already."""
     if not torch.cuda.is_available():
         _keep_freed_memory()
     try:
@@ -42,7 +42,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             model = model_of_shape(
                 located, dtype or default_dtype(), device or ("cuda" if torch.cuda.is_available() else "cpu")
             )
-            model.llmdrop_identity = located.identity
+            _mark(model, located)
             return model, None
         model, found = AutoModelForCausalLM.from_pretrained(
             located.folder,
@@ -55,12 +55,12 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             offload_folder=str(files.CACHE / "offload"),
             output_loading_info=True,
         )
-        if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
             raise LLMDropError(
                 f"{located.name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. "
-                "Of a dropped model, keep the drop plan, and load the dense model."
+                "To keep a dropped model, save its drop plan, and load the dense model."
             )
-        model.llmdrop_identity = located.identity  # drop plans remember which model they were made for
+        _mark(model, located)
         return model.eval(), load_tokenizer(located)
     except torch.OutOfMemoryError as error:
         raise LLMDropError(
@@ -69,6 +69,11 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         ) from error
     except UNREADABLE as error:
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
+
+
+def _mark(model: torch.nn.Module, located: LocatedModel) -> None:
+    """Drop plans remember which model they were made for, and serve what is derived from it."""
+    model.llmdrop_identity, model.llmdrop_bases = located.identity, located.bases
 
 
 def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> torch.nn.Module:

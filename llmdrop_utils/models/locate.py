@@ -1,20 +1,26 @@
-"""A name, a path or a hub id -> the files of a model on this machine, and its identity."""
+"""A name, a path or a hub id -> the files of a model on this machine, and its identity.
+
+A derived model (its kept weights were changed: `derive/`) is a folder whose `derived.json` says from which models it comes.
+"""
 
 import dataclasses
 import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from ..base import files
-from ..base.errors import DiskFull, LLMDropError, NotAvailable
+from ..base.errors import LLMDropError, each_available
 from ..base.files import building, short_name
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, fetch_package_files, remembered_sha256
-from .convert import converted_gguf, generated
+from .convert import converted_gguf, first_line, generated
+
+DERIVED_FORMAT = "llmdrop derived model 1"
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -29,8 +35,9 @@ class LocatedModel:
     published_lists: str | None = None  # name of the model in data/paper_claims.json, if drop lists were published
     tokenizer: str | None = None  # class of the tokenizer, where the model's own would need its own code to be run
     seed: int = 0  # that random weights are drawn with
-    on_hub: tuple[str, str] | None = None  # repository and commit, where weights are here only while they are needed
+    on_hub: tuple[str, str] | None = None  # repository and commit, where weights are on disk only while they are needed
     pickled: bool = False  # weights are *.bin, read by torch's restricted unpickler, which runs no code
+    bases: tuple[str, ...] = ()  # identities of the models that this one is derived from, the nearest first
 
     @property
     def is_random(self) -> bool:
@@ -43,7 +50,7 @@ def locate_model(name: str) -> LocatedModel:
 
     `name` is a name in data/sources.yaml, a local directory, a .gguf file, a hub id ("org/model", "org/model@commit"), or
     "random:<name>" for one of the shapes in data/sources.yaml with random weights.
-    Raises LLMDropError for an unknown name or unusable files, NotAvailable if it cannot be fetched here.
+    Raises LLMDropError for an unknown name or unusable files, NotAvailable if this machine cannot fetch it.
     """
     source = catalogue()["models"].get(name)
     if source is not None:
@@ -74,26 +81,16 @@ def locate_model(name: str) -> LocatedModel:
 
 
 def locate_available(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
-    """`locate_model` for several models: those that are here now, and for each of the others why not (name -> reason).
+    """`locate_model` for several models: those that are available, and for each of the others why not (name -> reason).
 
-    Raises LLMDropError if none can be had.
+    Raises LLMDropError if none is.
     """
-    located, reasons = [], {}
-    for name in names:
-        try:
-            located.append(locate_model(name))
-        except DiskFull:
-            raise
-        except LLMDropError as reason:
-            if len(names) == 1:
-                raise
-            reasons[short_name(name) if Path(name).exists() else name] = str(reason)
+    located, reasons = each_available(names, locate_model, "models")
     names_here = [model.name for model in located]
     if twice := {name for name in names_here if names_here.count(name) > 1}:
         raise LLMDropError(f"Two different models of one run are both called {twice.pop()!r}: rename a folder or file.")
-    if not located:
-        raise NotAvailable("None of these models can be had here:\n" + "\n".join(reasons.values()))
-    return located, reasons
+    # The path of a model stays out of what a run makes.
+    return located, {short_name(name) if Path(name).exists() else name: reason for name, reason in reasons.items()}
 
 
 # ---- where named models come from ---------------------------------------------------------------------------------
@@ -132,10 +129,49 @@ def _located_hub(name: str, repository: str, revision: str | None) -> LocatedMod
 def locate_folder(name: str, folder: Path) -> LocatedModel:
     """A local folder, identified by its content: a hash over config and weights."""
     _check_folder(name, folder)
+    identity = folder_identity(folder)
+    return LocatedModel(name, folder, identity, bases=_read_bases(name, folder, identity))
+
+
+def folder_identity(folder: Path) -> str:
+    """ "sha256:<hash of config and weights>"."""
     content = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         content.update(f"{file.name} {remembered_sha256(file)}\n".encode())
-    return LocatedModel(name, folder, f"sha256:{content.hexdigest()}")
+    return f"sha256:{content.hexdigest()}"
+
+
+def derived_hash(bases: Sequence[str], recipe: dict, identity: str) -> str:
+    """What ties a `derived.json` to the weights beside it: sha256 in hex over both. `identity`: of config and weights."""
+    content = json.dumps([list(bases), recipe, identity], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read_bases(name: str, folder: Path, identity: str) -> tuple[str, ...]:
+    """The bases that `derived.json` names; none without that file. Raises LLMDropError if it does not fit the weights."""
+    path = folder / "derived.json"
+    if not path.exists():
+        return ()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or value.get("format") != DERIVED_FORMAT:
+            raise ValueError(f"it does not say that its format is {DERIVED_FORMAT!r}")
+        bases, recipe, recorded = (value["base"], *value.get("bases", [])), value["recipe"], value["hash"]
+        if not all(isinstance(base, str) for base in bases) or not isinstance(recipe, dict):
+            raise ValueError("its bases must be text and its recipe a mapping")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise LLMDropError(
+            f"The derived.json of {name} is damaged ({first_line(error)}). Derive the model again, or delete the file to use "
+            "the model without a base."
+        ) from error
+    found = derived_hash(bases, recipe, identity)
+    if recorded != found:
+        raise LLMDropError(
+            f"{name} is not the model that its derived.json describes: its hash is {found[:12]}, but {str(recorded)[:12]} is "
+            "recorded, so config, weights or recipe were changed later. Derive the model again, or delete the file to use the "
+            "model without a base."
+        )
+    return bases
 
 
 def _check_folder(name: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Stages of training: the checkpoints of one run, in order, and what is known of the run.
 
-They come from a recipe that is trained here, from the branches of a hub repository, from a directory of checkpoints, or, for
-a model that is none of these, from itself and random weights of its shape.
+They come from a recipe that is trained on this machine (recipe.py), from the branches of a hub repository, from a directory of
+checkpoints, or, for a model that is none of these, from itself and random weights of its shape.
 """
 
 import contextlib
@@ -16,19 +16,17 @@ from pathlib import Path
 import pandas as pd
 
 from ..base import files
-from ..base.errors import DiskFull, LLMDropError, NotAvailable
+from ..base.errors import DiskFull, LLMDropError, NotAvailable, each_available
 from ..base.files import short_name, write_text
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, forget
 from .locate import LocatedModel, locate_folder, locate_model
-from .training import Recipe, load_recipe, train_seeds
+from .recipe import Recipe, load_recipe, untrained
+from .training import train_seeds
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]  # all of a model but its weights
-
 WEIGHTS = ["*.safetensors"]
-
 PICKLED_WEIGHTS = ["pytorch_model*.bin"]
-
 UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -38,7 +36,7 @@ class Stage:
 
     name: str  # of the branch or folder
     step: int | None
-    tokens: int | None  # seen so far; None where it is not known
+    tokens: int | None  # seen so far; None where that is unknown
     model: LocatedModel
 
 
@@ -49,21 +47,21 @@ class Series:
     name: str
     seed: int
     stages: tuple[Stage, ...]
-    recipe: Recipe | None = None  # of a run that was trained here
+    recipe: Recipe | None = None  # of a run that was trained on this machine
     run: dict = dataclasses.field(default_factory=dict)  # what was recorded of it
-    losses: pd.DataFrame | None = None  # step, tokens, loss (of the batch, in nats a token)
+    losses: pd.DataFrame | None = None  # step, tokens, loss (of the batch, in nats per token)
 
 
 def locate_series(
     name: str, n_seeds: int = 1, on_tokens: Callable[[int], None] = lambda n: None
 ) -> tuple[list[Series], dict[str, str]]:
-    """A series under each seed, and what of it cannot be had (name of the stage -> reason).
+    """A series under each seed, and what of it is unavailable (name of the stage -> reason).
 
-    name: a series in data/sources.yaml, a directory of checkpoints, or whatever `locate_model` takes. A series that is
-    trained here is trained first, which takes its time; `on_tokens` then tells how far it is. Of a series on the hub only
+    name: a series in data/sources.yaml, a directory of checkpoints, or whatever `locate_model` takes. A series with a recipe is
+    trained first, which takes its time; `on_tokens` is called with the number of tokens newly done. Of a series on the hub only
     the small files are fetched (see `weights_at_hand`); it has one seed, its own, and if it lacks its untrained weights,
-    others are drawn in their place (stage "random"). Raises LLMDropError for an unknown name,
-    NotAvailable if nothing of it can be had.
+    others are drawn in their place (stage "random"). Raises LLMDropError for an unknown name, NotAvailable if no stage is
+    available.
     """
     source = catalogue()["series"].get(name)
     if source is None:
@@ -76,65 +74,65 @@ def locate_series(
     return _hub_series(name, source)
 
 
-def known_models(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
-    """The models of some series as far as they are there without training, and what cannot be had (name -> reason).
+def is_at_hand(name: str) -> bool:
+    """Can `locate_series` and its models be used at once, without training and without a download for each stage?"""
+    source = catalogue()["series"].get(name)
+    return source is None or ("trained" in source and not untrained(name, [0]))
 
-    What a rendered notebook depends on; for a series that is trained here that is its recipe, in data/sources.yaml.
+
+def known_models(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
+    """The models of some series as far as they exist without training, and what is unavailable (name -> reason).
+
+    What a rendered notebook depends on. A series with a recipe adds none: the notebook depends on the recipe, in
+    data/sources.yaml. Raises LLMDropError if the only series is unavailable, NotAvailable if none of several is available.
     """
-    models, missing = [], {}
-    for name in names:
+
+    def stages_of(name: str) -> tuple[list[LocatedModel], dict[str, str]]:
         if "trained" in catalogue()["series"].get(name, {}):
-            continue
-        try:
-            found, without = locate_series(name)
-        except DiskFull:
-            raise
-        except LLMDropError as reason:
-            if len(names) == 1:
-                raise
-            missing[name] = str(reason)
-            continue
-        models += [stage.model for series in found for stage in series.stages]
+            return [], {}
+        series, without = locate_series(name)
+        return [stage.model for one in series for stage in one.stages], without
+
+    found, missing = each_available(names, stages_of, "series")
+    for _, without in found:
         missing |= without
-    return models, missing
+    return [model for models, _ in found for model in models], missing
 
 
 def parse_stage(name: str, tokens_per_step: int | None = None) -> tuple[int | None, int | None]:
-    """Step and tokens that a name tells: "stage1-step1000-tokens5B", "step1000", "step-1000", "checkpoint-1000"."""
-    step = re.search(r"(?:step|checkpoint|iter)[-_]?(\d+)", name)
-    tokens = re.search(r"tokens[-_]?(\d+)([MBT])", name)
-    step = int(step[1]) if step else None
-    if tokens:
+    """Step and tokens that a name states: "stage1-step1000-tokens5B", "step1000", "step-1000", "checkpoint-1000"."""
+    step_in_name = re.search(r"(?:step|checkpoint|iter)[-_]?(\d+)", name)
+    step = int(step_in_name[1]) if step_in_name else None
+    if tokens := re.search(r"tokens[-_]?(\d+)([MBT])", name):
         return step, int(tokens[1]) * UNITS[tokens[2]]
     return step, step * tokens_per_step if step is not None and tokens_per_step else None
 
 
 @contextlib.contextmanager
 def weights_at_hand(model: LocatedModel) -> Iterator[None]:
-    """Inside, the weights of a stage on the hub are on disk; afterwards they are gone, unless they were there before.
+    """Inside, the weights of a stage on the hub are on disk; afterwards they are deleted, unless they were there before.
 
-    A series takes the room of one checkpoint in this way. What a killed run left is taken for what it is.
+    A series takes the disk space of one checkpoint in this way. A note in the cache (`passing`) says which weights were fetched
+    for a moment only, so that those of a killed run are deleted too.
     """
     if model.on_hub is None:
         yield
         return
     repository, commit = model.on_hub
     wanted = PICKLED_WEIGHTS if model.pickled else WEIGHTS
-    here = lambda: {file for pattern in wanted for file in model.folder.glob(pattern)}  # noqa: E731
+    on_disk = lambda: {file for pattern in wanted for file in model.folder.glob(pattern)}  # noqa: E731
     passing = files.CACHE / "passing" / commit
-    before = set() if passing.exists() else here()
+    before = set() if passing.exists() else on_disk()
     if not before:
         write_text(passing, repository)
     try:
         fetch_hub(repository, commit, patterns=[*SMALL_FILES, *wanted])
-        if not here():
+        if not on_disk():
             kinds = " or ".join(wanted)
-            raise NotAvailable(
-                f"The hub gave no {kinds} for {model.name}: it has none there, or could not be reached just now."
-            )
+            raise NotAvailable(f"The hub gave no {kinds} for {model.name}: it has none, or could not be reached just now.")
         yield
     finally:
-        forget(here() - before)
+        forget(on_disk() - before)
         passing.unlink(missing_ok=True)
 
 
@@ -153,7 +151,7 @@ def _hub_series(name: str, source: dict) -> tuple[list[Series], dict[str, str]]:
     for revision in source["revisions"]:
         try:
             folder = fetch_hub(source["hub"], revision, patterns=SMALL_FILES)
-        except NotAvailable:  # the hub is away: so are the others
+        except (NotAvailable, DiskFull):  # the same would happen to the others
             raise
         except LLMDropError as reason:
             missing[f"{name}, {revision}"] = str(reason)
@@ -163,7 +161,7 @@ def _hub_series(name: str, source: dict) -> tuple[list[Series], dict[str, str]]:
                              pickled=pickled)  # fmt: skip
         stages.append(Stage(revision, *parse_stage(revision, source.get("tokens_per_step")), model))
     if not stages:
-        raise NotAvailable(f"No checkpoint of {name} can be had:\n" + "\n".join(missing.values()))
+        raise NotAvailable(f"No checkpoint of {name} is available:\n" + "\n".join(missing.values()))
     if all(stage.step for stage in stages):
         stages.insert(0, _random_stage(stages[0].model, name, 0))
     return [Series(name, 0, tuple(stages))], missing
@@ -188,17 +186,13 @@ def _local_series(name: str, n_seeds: int) -> tuple[list[Series], dict[str, str]
 
 
 def _stages_in(folder: Path, name: str, tokens_per_step: int | None) -> tuple[tuple[Stage, ...], dict[str, str]]:
-    """The models in a folder whose names tell a step, in that order; and those that cannot be used (name -> reason)."""
-    found, missing = [], {}
-    for path in folder.iterdir():
-        step, tokens = parse_stage(path.name, tokens_per_step)
-        if step is None or path.name.startswith(".") or not (path / "config.json").exists():
-            continue
-        try:
-            found.append(Stage(path.name, step, tokens, locate_folder(f"{name}, {path.name}", path)))
-        except LLMDropError as reason:
-            missing[f"{name}, {path.name}"] = str(reason)
-    return tuple(sorted(found, key=lambda stage: stage.step)), missing
+    """The models in a folder whose names state a step, in that order; and those that cannot be used (name -> reason)."""
+    named = {path: parse_stage(path.name, tokens_per_step) for path in folder.iterdir() if not path.name.startswith(".")}
+    paths = [path for path, (step, _) in named.items() if step is not None and (path / "config.json").exists()]
+    stage_at = lambda path: Stage(path.name, *named[path], locate_folder(f"{name}, {path.name}", path))  # noqa: E731
+    found, reasons = each_available(paths, stage_at, "stages", several=True)
+    missing = {f"{name}, {path.name}": reason for path, reason in reasons.items()}
+    return tuple(sorted(found, key=lambda stage: stage.step or 0)), missing
 
 
 def _random_stage(model: LocatedModel, name: str, seed: int) -> Stage:

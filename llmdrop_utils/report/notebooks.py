@@ -1,14 +1,26 @@
 """Execute notebooks with papermill and keep rendered copies without anything that changes from run to run."""
 
+import contextlib
 import logging
 import os
 import re
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import disk_error, short_name, write_text
+from ..base.files import disk_error, short_name, shown, write_text
+
+KERNEL = "python3"  # what every source notebook names; it is always this very interpreter (see `_own_kernel`)
+QUIET = {  # the kernel talks over local sockets; ipykernel's and the debugger's notes about that are not for the reader
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_MININTERVAL": "10",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def choose_notebooks(numbers: str | None) -> list[Path]:
@@ -44,45 +56,67 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
 
     check_parameters(source, parameters)
     failed = rendered.with_suffix(".failed.ipynb")
-    partial = rendered.with_suffix(".partial.ipynb")
     rendered.parent.mkdir(parents=True, exist_ok=True)
     for path in (rendered, failed):  # no older copy may pass for this run's
         path.unlink(missing_ok=True)
-    # The kernel talks over local sockets; ipykernel's and the debugger's notes about that are not for the reader.
-    environment = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONWARNINGS": "ignore", "TQDM_MININTERVAL": "10"}
-    os.environ |= environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= QUIET
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, _own_kernel(Path(folder)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        partial = Path(folder) / rendered.name  # of this process alone: two runs may meet
         try:
             papermill.execute_notebook(
                 str(source),
                 str(partial),
                 parameters,
-                kernel_name="python3",
+                kernel_name=KERNEL,
                 progress_bar=False,
                 cwd=str(files.ROOT),
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )
         except papermill.PapermillExecutionError as error:
-            partial.replace(failed)
+            _keep(partial, failed)
             raise LLMDropError(
                 f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                 f"What was executed is kept in {shown(failed)}."
             ) from None
         except (DeadKernelError, OSError) as error:
-            if partial.exists():
-                partial.replace(failed)
+            _keep(partial, failed)
             if isinstance(error, OSError):
-                raise disk_error(error, partial) from error
+                raise disk_error(error, rendered) from error
             raise LLMDropError(
-                f"The kernel of {source.name} died; the system may have stopped it for want of memory. "
+                f"The kernel of {source.name} died; the system may have stopped it because memory ran out. "
                 f"What was executed is kept in {shown(failed)}."
             ) from error
-    page = nbformat.read(partial, as_version=4)
-    _strip(page, parameters)
-    write_text(rendered, nbformat.writes(page) + "\n")
-    partial.unlink()
+        page = nbformat.read(partial, as_version=4)
+        _strip(page, parameters)
+        write_text(rendered, nbformat.writes(page) + "\n")
+
+
+@contextlib.contextmanager
+def _own_kernel(folder: Path) -> Iterator[None]:
+    """Inside, the kernel "python3" is this interpreter, whatever kernels the user has installed."""
+    from ipykernel.kernelspec import write_kernel_spec
+
+    write_kernel_spec(str(folder / "kernels" / KERNEL), overrides={"argv": _command()})
+    before = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["JUPYTER_PATH"]
+        else:
+            os.environ["JUPYTER_PATH"] = before
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+
+def _keep(partial: Path, failed: Path) -> None:
+    if partial.exists():
+        write_text(failed, partial.read_text(encoding="utf-8"))
 
 
 def _strip(page, parameters: dict) -> None:
@@ -96,8 +130,3 @@ def _strip(page, parameters: dict) -> None:
             model = str(parameters.get("MODEL", ""))
             if model and Path(model).exists():
                 cell.source = cell.source.replace(model, short_name(model))
-
-
-def shown(path: Path) -> str:
-    """A path as the user would type it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

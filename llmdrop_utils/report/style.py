@@ -7,6 +7,7 @@ drawn from. Names carry the paper's figure numbers; `figS...` are additions that
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -28,6 +29,14 @@ COLORS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "joint":
 MARKERS = {"attention": "o", "mlp": "s", "block": "^", "joint": "D", "dense": "x"}
 
 LINES = {"attention": "-", "mlp": "--", "block": "-.", "joint": ":", "dense": "-"}
+# The same line styles for seaborn.
+DASHES = {
+    "attention": "",
+    "mlp": (3.7, 1.6),
+    "block": (6.4, 1.6, 1, 1.6),
+    "joint": (1, 1.65),
+    "dense": "",
+}
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -51,36 +60,63 @@ STYLE = {
 }
 
 
+class Drawing(NamedTuple):
+    """What a figure function returns."""
+
+    figure: Figure
+    data: pd.DataFrame  # what it shows, for the CSV beside it
+    takeaway: str  # one or two sentences from the run's own numbers: what a reader should see
+
+
 @dataclasses.dataclass(frozen=True)
 class FigureSpec:
     """How a figure comes about: from which notebook's tables, and by which function."""
 
     notebook: str
-    draw: Callable[[Tables], tuple[Figure, pd.DataFrame]]
+    draw: Callable[[Tables], Drawing]
+
+    @property
+    def caption(self) -> str:
+        """What the figure shows: the first paragraph of the function's docstring."""
+        return " ".join((self.draw.__doc__ or "").split("\n\n")[0].split())
 
 
 FIGURES: dict[str, FigureSpec] = {}
 
 
-def figure(notebook: str):
-    """Register a function tables -> (figure, the data it shows) under its name."""
+def figure(notebook: str) -> Callable[[Callable[[Tables], Drawing]], Callable[[Tables], Drawing]]:
+    """Register a function tables -> `Drawing` under its name; its docstring is the caption."""
 
-    def register(function):
+    def register(function: Callable[[Tables], Drawing]) -> Callable[[Tables], Drawing]:
         FIGURES[function.__name__] = FigureSpec(notebook, function)
         return function
 
     return register
 
 
-def draw(name: str, tables: Tables, folder: Path) -> Figure:
-    """Draw one figure and save it under `folder`. Returns the figure, for display."""
+def draw(name: str, tables: Tables, folder: Path) -> Drawing:
+    """Draw one figure and save it under `folder`. Returns it, for display."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(STYLE)
-        fig, data = FIGURES[name].draw(tables)
-        save_figure(fig, folder / name, data)
-    plt.close(fig)
-    return fig
+        drawing = FIGURES[name].draw(tables)
+        save_figure(drawing.figure, folder / name, drawing.data)
+    plt.close(drawing.figure)
+    return drawing
+
+
+def for_each_model(data: pd.DataFrame, sentence: Callable[[pd.DataFrame], str]) -> str:
+    """A takeaway made of one sentence for each model, which is named if there are several."""
+    groups = data.groupby("model", sort=False)
+    return " ".join((f"{model}: " if len(groups) > 1 else "") + sentence(rows) for model, rows in groups)
+
+
+def nothing_to_show(reason: str, data: pd.DataFrame, width: float = WIDTH) -> Drawing:
+    """A figure that says why it is empty."""
+    fig, ax = plt.subplots(figsize=(width, 0.6))
+    ax.text(0.5, 0.5, reason, ha="center", va="center")
+    ax.axis("off")
+    return Drawing(fig, data, "")
 
 
 def save_figure(fig: Figure, path: Path, data: pd.DataFrame) -> None:

@@ -1,17 +1,63 @@
-"""Tables of a run: what figures and verdicts are made from. Small CSV files, committed as reference where they matter."""
+"""Tables of a run: what figures and verdicts are made from. Small CSV files, committed as reference where they matter.
 
+A study declares the columns of its tables once (`table`), with the heading and the number format that a reader sees. What
+it writes must have these columns and no others, so figures and verdicts can rely on them.
+"""
+
+import dataclasses
+import fnmatch
 import json
-import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from ..base import files
-from ..base.errors import LLMDropError
 from ..base.files import replacing
 from ..base.stats import rank_correlation
 
 Tables = dict[str, pd.DataFrame]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column: its name in the CSV (`shared_*` stands for several), and how a reader sees it."""
+
+    name: str
+    heading: str
+    form: str = ""  # of numbers, as in format(value, form): ".3f", ",d", ".1%"
+    low: str = ""  # columns with the ends of its 95 % interval, shown behind it
+    high: str = ""
+
+
+Declaration = Mapping[str, tuple[Column, ...]]  # table -> its columns
+
+
+def table(*columns: str | Column) -> tuple[Column, ...]:
+    """The columns of a table, in order. A string holds names of columns that need no format of their own.
+
+    table("model kind layer", Column("importance", "Importance", ".4f", "low", "high"), "low high")
+    """
+    listed: list[Column] = []
+    for column in columns:
+        if isinstance(column, Column):
+            listed.append(column)
+        else:
+            listed += [Column(name, name.replace("_", " ").capitalize()) for name in column.split()]
+    return tuple(listed)
+
+
+def frame(name: str, rows: Iterable[dict] | pd.DataFrame, declared: Declaration) -> pd.DataFrame:
+    """Rows as a table with the declared columns, also if there are no rows. Raises ValueError if the columns differ."""
+    content = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    patterns = [column.name for column in declared[name]]
+    if content.empty:
+        return pd.DataFrame(columns=[pattern for pattern in patterns if "*" not in pattern])
+    unknown = [column for column in content.columns if not any(fnmatch.fnmatch(column, pattern) for pattern in patterns)]
+    lacking = [pattern for pattern in patterns if "*" not in pattern and pattern not in content.columns]
+    if unknown or lacking:
+        raise ValueError(f"The table {name!r} is not as declared: it has {unknown} besides, and lacks {lacking}.")
+    return content
 
 
 def read_tables(folder: Path) -> Tables:
@@ -24,38 +70,12 @@ def write_tables(tables: Tables, folder: Path, provenance: list[dict]) -> Tables
 
     Returns them as read back, so that figures drawn from memory and from the files are the same to the byte.
     """
-    for name, table in tables.items():
+    for name, content in tables.items():
         with replacing(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+            content.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
     with replacing(folder / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_tables(folder)
-
-
-def without_paths(text: str) -> str:
-    """A message without the paths of this machine, for what may be committed."""
-    for path, name in ((files.CACHE, "<cache>"), (files.ROOT, "."), (Path.home(), "~")):
-        text = text.replace(str(path), name)
-    return text
-
-
-def keep_as_reference(run: str) -> Path:
-    """Copy the tables of a run to data/reference, to be committed.
-
-    Raises LLMDropError if there are none, or if they were not all measured by committed code.
-    """
-    source, target = files.RESULTS / run, files.REFERENCE / run
-    if not source.is_dir():
-        raise LLMDropError(f"There are no results of the run {run!r} to keep: run `make reproduce` first.")
-    for record in source.glob("*/provenance.json"):
-        commits = {entry["git_commit"] for entry in json.loads(record.read_text(encoding="utf-8"))}
-        if not all(commit and not commit.endswith("+changes") for commit in commits):
-            raise LLMDropError(
-                f"The results of the run {run!r} come from code that is not committed ({', '.join(map(str, commits))}). "
-                "Commit first, then measure again: make reproduce FORCE=1 (and delete what was trained in data/cache/series)."
-            )
-    shutil.rmtree(target, ignore_errors=True)
-    return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.done")))
 
 
 COMPARED = [  # notebook, table, what makes a row, the value
@@ -73,8 +93,8 @@ def distance_from_reference(run: str) -> pd.DataFrame | None:
     rank correlation of the two.
     """
     rows = []
-    for notebook, table, keys, column in COMPARED:
-        paths = [folder / run / notebook / f"{table}.csv" for folder in (files.REFERENCE, files.RESULTS)]
+    for notebook, name, keys, column in COMPARED:
+        paths = [folders.tables / notebook / f"{name}.csv" for folders in (files.committed(run), files.local(run))]
         if not all(path.exists() for path in paths):
             continue
         pair = [pd.read_csv(path).set_index(keys)[column] for path in paths]
@@ -84,7 +104,7 @@ def distance_from_reference(run: str) -> pd.DataFrame | None:
             correlation = float(rank_correlation(group["reference"].to_numpy(), group["here"].to_numpy()))
             rows.append(
                 {
-                    "table": table,
+                    "table": name,
                     "model": model,
                     "kind": kind,
                     "values": len(group),

@@ -5,21 +5,25 @@ reproduced if it holds for all of them. The scorecard lists every claim, run or 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import yaml
 
 from ..base import files
 from ..base.files import replacing, write_text
+from .show import as_markdown
 from .tables import Tables, read_tables
 
 REPRODUCED, DEVIATES, NOT_RUN = "reproduced", "deviates", "not run"
 
 Finding = tuple[str, bool | None, str]  # model, does the claim hold (None: could not be tested), the numbers
 
-CHECKS: dict[str, Callable[[Tables], Iterator[Finding]]] = {}
+CHECKS: dict[str, Callable[..., Iterator[Finding]]] = {}  # rule -> (tables, thresholds by name) -> findings
+ADVICE: dict[str, Callable[[Tables], str]] = {}  # notebook -> tables -> what they mean for a user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,10 @@ class Verdict:
 
 
 def load_claims() -> list[dict]:
-    """data/claims.yaml."""
-    return yaml.safe_load((files.ROOT / "data" / "claims.yaml").read_text(encoding="utf-8"))
+    """data/claims.yaml, with each rule's sentence made from its thresholds."""
+    claims = yaml.safe_load((files.DATA / "claims.yaml").read_text(encoding="utf-8"))
+    rule = lambda claim: claim["rule"].format(**claim.get("thresholds", {}))  # noqa: E731
+    return [claim | {"rule": re.sub(r"(\d)%", r"\1 %", rule(claim))} for claim in claims]
 
 
 def judge(results: Path, notebook: str | None = None) -> list[Verdict]:
@@ -57,7 +63,7 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
         return NOT_RUN, f"notebook {claim['notebook']} is not written yet"
     if not tables:
         return NOT_RUN, f"notebook {claim['notebook']} has not been run: `make reproduce NOTEBOOKS={claim['notebook'][:2]}`"
-    findings = list(CHECKS[claim["check"]](tables))
+    findings = list(CHECKS[claim["check"]](tables, **claim.get("thresholds", {})))
     findings += [(row.what, None, row.reason) for row in tables["not_run"].itertuples()]
     tested = [holds for _, holds, _ in findings if holds is not None]
     named = len(findings) > 1  # a single model needs no name in each line
@@ -71,33 +77,51 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
 
 
 def write_scorecard(verdicts: list[Verdict], folder: Path, run: str, about: str) -> Path:
-    """Write figures/<run>/scorecard.md (to read) and scorecard.csv (to compute with)."""
-    table = pd.DataFrame([dataclasses.asdict(v) for v in verdicts])
+    """Write scorecard.md (to read) and scorecard.csv (to compute with)."""
     with replacing(folder / "scorecard.csv") as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
-    return write_text(folder / "scorecard.md", f"# Scorecard: {run}\n\n{about}\n\n{as_markdown(verdicts, totals=True)}")
-
-
-def as_markdown(verdicts: list[Verdict], totals: bool = False) -> str:
-    """The verdicts as a table, with the rules below it."""
+        pd.DataFrame([dataclasses.asdict(v) for v in verdicts]).to_csv(temporary, index=False, lineterminator="\n")
     counts = [f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in (REPRODUCED, DEVIATES, NOT_RUN)]
-    lines = [", ".join(counts) + f", of {len(verdicts)} claims.", ""] if totals else []
-    lines += ["| Claim | Where | Notebook | Verdict | Evidence |", "|---|---|---|---|---|"]
-    for v in verdicts:
-        cells = [v.claim, v.where, v.notebook, f"**{v.verdict}**", v.evidence]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    lines += ["", "How each verdict is reached:", ""]
-    lines += [f"- *{v.claim}* {v.rule}" for v in verdicts if v.verdict != NOT_RUN]
-    return "\n".join(lines) + "\n"
+    summary = f"{', '.join(counts)}, of {len(verdicts)} claims."
+    rules = "\n".join(f"- *{v.claim}* {v.rule}" for v in verdicts if v.verdict != NOT_RUN)
+    parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, evidence=True), "How each verdict is reached:", rules]
+    return write_text(folder / "scorecard.md", "\n\n".join(parts).rstrip() + "\n")
+
+
+def as_html(verdicts: list[Verdict]) -> str:
+    """The verdicts for a notebook, in Markdown; the evidence and the rule of each are folded away."""
+    folded = [f"<details><summary>{v.claim}</summary>\n\n{v.evidence}\n\n*Rule: {v.rule}*\n\n</details>" for v in verdicts]
+    return f"{_listed(verdicts, evidence=False)}\n\nEvidence and rules (unfold a claim):\n\n" + "\n".join(folded)
+
+
+def _listed(verdicts: list[Verdict], evidence: bool) -> str:
+    rows = [
+        {"Claim": v.claim, "Where": v.where, "Notebook": v.notebook, "Verdict": f"**{v.verdict}**"}
+        | ({"Evidence": v.evidence} if evidence else {})
+        for v in verdicts
+    ]
+    return as_markdown(pd.DataFrame(rows))
 
 
 # ---- what rules are made of ------------------------------------------------------------------------------------------
 
 
-def check(function: Callable[[Tables], Iterator[Finding]]):
-    """Register a rule under its name, for `check:` in data/claims.yaml."""
+C = TypeVar("C", bound=Callable[..., Iterator[Finding]])
+
+
+def check(function: C) -> C:
+    """Register a rule under its name, for `check:` in data/claims.yaml, which also gives its thresholds."""
     CHECKS[function.__name__] = function
     return function
+
+
+def advice(notebook: str) -> Callable[[Callable[[Tables], str]], Callable[[Tables], str]]:
+    """Register what a notebook says under "what to do with your model"."""
+
+    def register(function: Callable[[Tables], str]) -> Callable[[Tables], str]:
+        ADVICE[notebook] = function
+        return function
+
+    return register
 
 
 def percent(row: pd.Series, name: str) -> str:

@@ -1,16 +1,106 @@
-"""Other ways to choose: iterative and consecutive forms, and baselines."""
+"""Ways to choose what is dropped: ranked once, iteratively, in a row, and baselines. Each is registered under a name."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from ..drop.plan import DropPlan
-from ..drop.units import skipping
-from ..measure.importance import KINDS, measure_importance
-from ..models.families import find_anatomy
-from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of
+from ..base.errors import LLMDropError
+from ..dropping.plan import DropPlan
+from ..dropping.units import left, skipping
+from ..measure.importance import KINDS, Importance, measure_importance
+from ..models.families import find_anatomy, input_device, stream_of, tensor_of
+from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
+
+# ---- methods by name ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What a method may choose by."""
+
+    model: torch.nn.Module
+    tokens: torch.LongTensor  # calibration text (n_samples, seq_len)
+    batch_size: int = 4
+    seed: int = 0
+    scores: dict[str, Importance] = dataclasses.field(default_factory=dict)  # by metric; what is missing is measured
+
+    def importance(self, metric: str = "cosine") -> Importance:
+        """The scores by this metric, measured when first asked for."""
+        if metric not in self.scores:
+            self.scores[metric] = measure_importance(self.model, self.tokens, self.batch_size, metric=metric)
+        return self.scores[metric]
+
+
+Method = Callable[[Context, str, int], DropPlan]  # context, kind, n_drop
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str) -> Callable[[Method], Method]:
+    """Register a function as the selection method of this name."""
+
+    def register(function: Method) -> Method:
+        if name in METHODS:
+            raise ValueError(f"There are two selection methods called {name!r}.")
+        METHODS[name] = function
+        return function
+
+    return register
+
+
+def select_by(name: str, context: Context, kind: str, n_drop: int) -> DropPlan:
+    """The plan that a registered method makes. Raises LLMDropError for an unknown method, and for a kind or a number of
+    layers that it cannot choose."""
+    if name not in METHODS:
+        raise LLMDropError(f"Unknown selection method {name!r}. The methods are: {', '.join(METHODS)}.")
+    return METHODS[name](context, kind, n_drop)
+
+
+@method("one-shot")
+def _one_shot(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return select(context.importance("cosine"), kind, n_drop)
+
+
+@method("relative magnitude")
+def _relative_magnitude(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return select(context.importance("relative magnitude"), kind, n_drop)
+
+
+@method("iterative")
+def _iterative(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return select_iteratively(context.model, context.tokens, kind, n_drop, context.batch_size)
+
+
+@method("consecutive blocks")
+def _consecutive_blocks(context: Context, kind: str, n_drop: int) -> DropPlan:
+    check_kind(kind, ("block",))
+    return select_consecutive_blocks(context.model, context.tokens, n_drop, context.batch_size)
+
+
+@method("last")
+def _last(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return _from_order(context, kind, n_drop, _last_first)
+
+
+@method("random")
+def _random(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return _from_order(context, kind, n_drop, functools.partial(_shuffled, seed=context.seed))
+
+
+def _from_order(context: Context, kind: str, n_drop: int, order: Callable[[int], Iterable[int]]) -> DropPlan:
+    """The first layers of an order that does not look at the model, without what the model lacks already."""
+    check_kind(kind, KINDS)
+    anatomy = find_anatomy(context.model)
+    available = {layer for part in (("attention", "mlp") if kind == "block" else (kind,)) for layer in left(anatomy, part)}
+    layers = [layer for layer in order(len(anatomy)) if layer in available]
+    plan = _by_layer(layers, len(anatomy), kind, n_drop)
+    return dataclasses.replace(plan, model=getattr(context.model, "llmdrop_identity", None))
+
+
+# ---- the methods themselves ---------------------------------------------------------------------------------------------
 
 
 def select_iteratively(
@@ -36,7 +126,7 @@ def select_iteratively(
             scores = measure_importance(model, tokens, batch_size)
         first = first or scores
         sequence = drop_sequence(scores, kind)
-        check_count(n_drop, len(chosen) + len(sequence), kind)  # the model may have lacked some before
+        check_count(n_drop, len(chosen) + len(sequence), kind)  # some may have been dropped before
         chosen.append(sequence[0])
         plan = plan_of(chosen, first)
         on_step(len(chosen))
@@ -56,18 +146,17 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
     sums = torch.zeros(len(anatomy) - n_drop + 1, dtype=torch.float64)
 
     def keep(index, module, args, kwargs):
-        inputs[index] = args[0] if args else kwargs["hidden_states"]
+        inputs[index] = stream_of(args, kwargs)
 
     def compare(index, module, args, output):
-        output = output[0] if isinstance(output, tuple) else output
+        output = tensor_of(output)
         first = index - n_drop + 1
         if first >= 0:
             x = inputs.pop(first).to(output.device)
             sums[first] += torch.cosine_similarity(x.double(), output.double(), dim=-1).sum().cpu()
 
     handles = []
-    device = model.get_input_embeddings().weight.device
-    device = device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
+    device = input_device(model)
     try:
         for index, layer in enumerate(anatomy.layers):
             before, after = functools.partial(keep, index), functools.partial(compare, index)
@@ -86,16 +175,24 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
 
 def select_last(n_layers: int, kind: str, n_drop: int) -> DropPlan:
     """Baseline: the last n layers, the very last first (paper, Table 7, "reverse order")."""
-    return _by_layer(range(n_layers - 1, -1, -1), n_layers, kind, n_drop)
+    return _by_layer(_last_first(n_layers), n_layers, kind, n_drop)
 
 
 def select_at_random(n_layers: int, kind: str, n_drop: int, seed: int) -> DropPlan:
     """Baseline: n layers drawn without replacement; the plan of n is the beginning of the plan of n + 1."""
-    return _by_layer(np.random.default_rng(seed).permutation(n_layers), n_layers, kind, n_drop)
+    return _by_layer(_shuffled(n_layers, seed), n_layers, kind, n_drop)
 
 
-def _by_layer(order, n_layers: int, kind: str, n_drop: int) -> DropPlan:
+def _last_first(n_layers: int) -> list[int]:
+    return list(range(n_layers - 1, -1, -1))
+
+
+def _shuffled(n_layers: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(n_layers).tolist()
+
+
+def _by_layer(order: list[int], n_layers: int, kind: str, n_drop: int) -> DropPlan:
     check_kind(kind, KINDS)
-    check_count(n_drop, n_layers, kind)
-    layers = tuple(int(layer) for layer in order)[:n_drop]
+    check_count(n_drop, len(order), kind)
+    layers = tuple(order[:n_drop])
     return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else (), n_layers)

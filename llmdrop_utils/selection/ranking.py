@@ -3,15 +3,15 @@
 import numpy as np
 
 from ..base.errors import LLMDropError
-from ..drop.plan import DropPlan
+from ..dropping.plan import DropPlan
 from ..measure.importance import KINDS, Importance, drop_order
 
 SELECTIONS = (*KINDS, "joint")
 
 
 def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
-    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first, but those that
-    the measured model lacked.
+    """All sub-layers (or blocks) of a kind as ("attention" | "mlp" | "block", layer), most droppable first, without those
+    that the measured model lacked.
 
     Joint: attention and MLP in one ranking, without rescaling (paper, Sec. 7). Ties go to the lower layer, and in the
     joint ranking to attention.
@@ -26,8 +26,8 @@ def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
 def select(scores: Importance, kind: str, n_drop: int) -> DropPlan:
     """The n most droppable of a kind ("attention", "mlp", "block", "joint"), ranked once on the dense model.
 
-    The plan of n is the beginning of the plan of n + 1. A block counts as one, though attention and MLP both go. Raises
-    LLMDropError if there are not so many.
+    The plan of n is the beginning of the plan of n + 1. A block counts as one, though it is an attention and an MLP.
+    Raises LLMDropError if there are fewer than n.
     """
     sequence = drop_sequence(scores, kind)
     check_count(n_drop, len(sequence), kind)

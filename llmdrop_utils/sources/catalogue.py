@@ -10,4 +10,4 @@ from ..base import files
 @functools.cache
 def catalogue() -> dict:
     """data/sources.yaml: {"models": {name: source}, "shapes": {name: config}, "corpora": {name: source}, ...}."""
-    return yaml.safe_load((files.ROOT / "data" / "sources.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((files.DATA / "sources.yaml").read_text(encoding="utf-8"))

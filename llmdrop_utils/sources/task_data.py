@@ -24,7 +24,7 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 @functools.cache
 def known_tasks() -> dict[str, dict]:
     """data/tasks.yaml."""
-    return yaml.safe_load((files.ROOT / "data" / "tasks.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((files.DATA / "tasks.yaml").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -1,154 +1,164 @@
-"""What a run covers: models, corpora and sizes, read from data/profiles/<name>.yaml."""
+"""What a run covers: models, and a section for each study, read from data/profiles/<name>.yaml.
+
+A study declares the section that it needs with `@section`; a profile without that section does not run the study.
+"""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import AfterValidator
 
 from ..base import files
-from ..base.errors import LLMDropError
-from ..base.files import short_name
-from ..base.settings import build
+from ..base.errors import LLMDropError, NotAvailable
+from ..base.settings import Counts, CountsByName, Names, Positive, Settings, build
+from ..selection.ranking import SELECTIONS
+
+S = TypeVar("S", bound=Settings)
+SECTIONS: dict[str, type[Settings]] = {}  # key of a profile -> its settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
+def section(key: str) -> Callable[[type[S]], type[S]]:
+    """Register settings as the section `key` of profiles."""
+
+    def register(cls: type[S]) -> type[S]:
+        SECTIONS[key] = cls
+        return cls
+
+    return register
+
+
+def _known_kinds(counts: dict[str, list[int]]) -> dict[str, list[int]]:
+    for kind in counts:
+        if kind not in SELECTIONS:
+            raise ValueError(f"Unknown kind {kind!r} in {{where}}. Known kinds: {', '.join(SELECTIONS)}.")
+    return counts
+
+
+CountsByKind = Annotated[CountsByName, AfterValidator(_known_kinds)]  # "attention" -> how many are dropped
+
+
+@section("calibration")
+class Calibration(Settings):
     """How importance is measured (paper, Appendix A: 256 samples of 2,048 tokens)."""
 
-    corpora: list[str]  # names in data/sources.yaml; the first one also serves the sample-count study
-    n_samples: int  # token blocks per corpus
-    seq_len: int  # tokens per block
-    sample_counts: list[int]  # Fig. 10: importance from the first n blocks of the first corpus, for each n
-    batch_size: int  # blocks per forward pass; changes speed and memory, not results
+    corpora: Names  # names in data/sources.yaml; the first one also serves the sample-count study
+    n_samples: Positive  # token blocks per corpus
+    seq_len: Positive  # tokens per block
+    sample_counts: Counts  # Fig. 10: importance from the first n blocks of the first corpus, for each n
+    batch_size: Positive  # blocks per forward pass; changes speed and memory, not results
+    n_drop: Counts  # how many most droppable layers the overlap between rankings is counted for
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Held-out text of the first calibration corpus: the blocks after those that importance is measured on."""
+class Head(Settings):
+    """The keys of a profile that are no sections."""
 
-    n_samples: int
-    seq_len: int
-    n_drop: list[int]  # how many sub-layers of each kind (and jointly) are dropped, dense apart
-
-
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-    """Tasks of data/tasks.yaml, and how many sub-layers of which kind are dropped for them, dense apart."""
-
-    names: list[str]
-    data: str  # "package" or "hub"
-    limit: int | None  # documents of each task (of each subject of a group), the first ones; null: all
-    num_fewshot: int | None  # null: the paper's number for each task
-    n_drop: dict[str, list[int]]  # "attention", "mlp", "block", "joint"
-
-
-@dataclasses.dataclass(frozen=True)
-class Iterative:
-    """Attention dropped one layer at a time, measuring again in between, against all at once (paper, Fig. 9)."""
-
-    n_samples: int  # the first blocks of the first corpus, for both ways
-    n_drop: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What is timed: generation as in the paper (Sec. 5: 2,048 tokens in and out), and a sweep over batch and context."""
-
-    repeats: int
-    batch_size: int | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
-    prompt: int
-    new_tokens: int
-    contexts: list[int]  # tokens in the cache at which decoding is timed; those of the protocol among them
-    steps: int  # decode steps that are timed together
-    n_drop: dict[str, list[int]]
-    sweep_batches: list[int]  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers gone
-    sweep_n: int
-    compiled: dict[str, list[int]] | None  # what is also timed on the compiled back end, as in the paper (compiling is slow)
-    whole: list[int]  # prompt and new tokens of a generation that is timed whole, to check what is put together from samples
-
-
-@dataclasses.dataclass(frozen=True)
-class Stages:
-    """Checkpoints of training runs, how important their sub-layers are, and what dropping costs them (paper, Sec. 6.2)."""
-
-    series: list[str]  # whatever `locate_series` takes: names in data/sources.yaml, directories of checkpoints, models
-    seeds: int  # how often a series is trained, where it is trained here
-    corpus: str  # of which a series that is trained here has not seen the first documents
-    n_samples: int  # blocks that importance is measured on
-    text_samples: int  # further blocks, to see what dropping costs
-    seq_len: int
+    description: str
+    models: Names  # anything `load_model` takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """One kind of run. `run` names its folder under figures/, notebooks/rendered/ and data/results/."""
+    """One kind of run. `run` names its folder under data/results/."""
 
     name: str
     description: str
     models: list[str]  # anything `load_model` takes
-    calibration: Calibration
-    n_drop: list[int]  # how many most droppable layers the overlap between rankings is counted for
-    text: Text
-    tasks: Tasks
-    iterative: Iterative
-    speed: Speed
-    stages: Stages
+    sections: dict[type[Settings], Settings]
     model: str | None = None  # set when the run is for one model of the user's choice
+
+    def section(self, cls: type[S]) -> S:
+        """The settings of one section. Raises NotAvailable if the profile has none: the study is not run."""
+        if cls not in self.sections:
+            key = next(key for key, known in SECTIONS.items() if known is cls)
+            raise NotAvailable(f"The profile {self.name} has no section {key!r}, which this notebook needs.")
+        return self.sections[cls]  # type: ignore[return-value]  # the key is the type
+
+    def replacing(self, **changes: Any) -> "Profile":
+        """The same with other models, or with other keys in a section: `replacing(models=[...], stages={"seeds": 1})`."""
+        sections = dict(self.sections)
+        for key in [key for key in changes if key in SECTIONS]:
+            old = sections[SECTIONS[key]]
+            sections[SECTIONS[key]] = old.model_copy(update=changes.pop(key))
+        return dataclasses.replace(self, sections=sections, **changes)
 
     @property
     def several(self) -> bool:
-        """Are there several models? Then one that cannot be had is reported as not run; a single one is an error."""
+        """Are there several models? Then one that is unavailable is reported as not run; a single one is an error."""
         return len(self.models) > 1
 
     @property
     def run(self) -> str:
-        return self.name if self.model is None else f"{self.name}-{short_name(self.model)}"
+        return self.name if self.model is None else f"{self.name}-{files.short_name(self.model)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All that the profile says, as plain values."""
+        sections = {key: self.sections[cls].model_dump() for key, cls in SECTIONS.items() if cls in self.sections}
+        return {"name": self.name, "models": self.models, "model": self.model} | sections
 
 
-KINDS = ("attention", "mlp", "block", "joint")
-
-# Keys of a profile that have keys of their own.
-PARTS = {"calibration": Calibration, "text": Text, "tasks": Tasks, "iterative": Iterative, "speed": Speed, "stages": Stages}
+def profile_names() -> list[str]:
+    """The profiles in data/profiles."""
+    return sorted(path.stem for path in files.PROFILE_DIR.glob("*.yaml"))
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:
     """Read data/profiles/<name>.yaml; `model` replaces its models, and its series of checkpoints.
 
+    A profile that `extends` another has its keys, but for those that it gives itself; a section that is null is left out.
     Raises LLMDropError for an unknown profile, and for keys that are unknown, missing or of the wrong type.
     """
-    path = files.PROFILE_DIR / f"{name}.yaml"
-    known = sorted(p.stem for p in files.PROFILE_DIR.glob("*.yaml"))
+    content = _read(name, [])
+    where = f"{name}.yaml"
+    sections: dict[type[Settings], Settings] = {}
+    for key in [key for key in SECTIONS if key in content]:
+        values = content.pop(key)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise LLMDropError(f"{where} must hold the key {key!r} with keys of its own.")
+        part = build(SECTIONS[key], values, f"{where}, under {key}")
+        sections[type(part)] = part if model is None else part.model_copy(update=_of_model(part, model))
+    if given := {"name", "model"} & set(content):
+        raise LLMDropError(f"The key {given.pop()!r} does not belong in {where}: it is set by the command.")
+    head = build(Head, content, where, also=list(SECTIONS))
+    profile = Profile(name, head.description, head.models, sections, model)
+    if model is None:
+        return profile
+    return dataclasses.replace(profile, models=[model], description=description_of(profile.run))
+
+
+def _of_model(part: Settings, model: str) -> dict[str, Any]:
+    """What a section says when the run is for one model: a section that follows series follows this one."""
+    return {"series": [model]} if "series" in type(part).model_fields else {}
+
+
+def _read(name: str, extended_by: list[str]) -> dict[str, Any]:
+    """The keys of a profile, those of the profile that it extends among them."""
+    path, known = files.PROFILE_DIR / f"{name}.yaml", profile_names()
     if name not in known:
         raise LLMDropError(f"Unknown profile {name!r}. The profiles in data/profiles are: {', '.join(known)}.")
+    if name in extended_by:
+        raise LLMDropError(f"The profiles extend each other in a circle: {' -> '.join([*extended_by, name])}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise LLMDropError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise LLMDropError(f"{path.name} must hold the keys of a profile.")
-    for key, part in PARTS.items():
-        if not isinstance(content.get(key), dict):
-            raise LLMDropError(f"{path.name} must hold the key {key!r} with keys of its own.")
-        content[key] = build(part, content[key], f"{path.name}, under {key}")
-    for part, kinds in (
-        ("tasks", content["tasks"].n_drop),
-        ("speed", content["speed"].n_drop | (content["speed"].compiled or {})),
-    ):
-        for kind in kinds:
-            if kind not in KINDS:
-                raise LLMDropError(f"Unknown kind {kind!r} in {path.name}, under {part}. Known kinds: {', '.join(KINDS)}.")
-    if given := {"name", "model"} & set(content):
-        raise LLMDropError(f"The key {given.pop()!r} does not belong in {path.name}: it is set by the command.")
-    profile = build(Profile, {**content, "name": name, "model": model}, path.name)
-    if model is None:
-        return profile
-    stages = dataclasses.replace(profile.stages, series=[model])
-    return dataclasses.replace(profile, models=[model], stages=stages, description=description_of(profile.run))
+    if (base := content.pop("extends", None)) is None:
+        return content
+    merged = _read(str(base), [*extended_by, name])
+    for key, value in content.items():
+        both_are_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if both_are_sections else value
+    return merged
 
 
 def description_of(run: str) -> str:
     """What a run covers: its profile's description, or for a model ("<profile>-<model>") whose settings it is run with."""
-    names = [path.stem for path in files.PROFILE_DIR.glob("*.yaml") if f"{run}-".startswith(f"{path.stem}-")]
-    name = max(names, key=len)
+    name = max((name for name in profile_names() if f"{run}-".startswith(f"{name}-")), key=len)
     if run == name:
         return load_profile(name).description
     return f"{run.removeprefix(f'{name}-')} with the settings of the profile {name}."

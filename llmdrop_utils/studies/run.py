@@ -1,34 +1,129 @@
-"""From a profile to work items."""
+"""A run of one study: its profile, the store, what is not run and why; and the registry of studies."""
 
-from ..base.errors import NotAvailable
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import pandas as pd
+
+from ..base import files
+from ..base.errors import DiskFull, LLMDropError, NotAvailable, each_available
+from ..base.settings import Settings
 from ..base.store import Store
-from ..drop.plan import DropPlan
 from ..measure.importance import Importance
 from ..models.families import family_of
 from ..models.load import attention_implementation, default_dtype, load_config, load_tokenizer
-from ..models.locate import LocatedModel
-from ..sources.task_data import fingerprint_task
+from ..models.locate import LocatedModel, locate_available
+from ..report.tables import Declaration, Tables, frame, table, write_tables
 from ..sources.texts import load_documents, load_tokens
-from .profile import Profile
-from .work import ImportanceWork, TaskWork
+from .profile import Calibration, Profile
+from .queue import measure_missing
+from .work import ImportanceWork, Work
 
-# ---- from a profile to items ----------------------------------------------------------------------------------------
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
+R = TypeVar("R")
+W = TypeVar("W", bound=Work)
+NOT_RUN = {"not_run": table("what reason")}
 
 
-def available_corpora(profile: Profile, not_run: dict[str, str]) -> list[str]:
-    """The corpora that can be had here; of several, those that cannot go into `not_run`. Unknown ones are an error."""
-    available = []
-    for corpus in profile.calibration.corpora:
+@dataclasses.dataclass
+class Run:
+    """One study over one profile.
+
+    `not_run` collects what is unavailable and why; the rest of the run goes on without it.
+    """
+
+    notebook: str
+    profile: Profile
+    tables: Declaration
+    force: bool = False  # measure again what is stored
+    store: Store = dataclasses.field(default_factory=Store)
+    not_run: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def section(self, cls: type[S]) -> S:
+        """The profile's settings for this study."""
+        return self.profile.section(cls)
+
+    def available(
+        self,
+        things: Iterable[T],
+        get: Callable[[T], R],
+        kind: str,
+        reason: type[LLMDropError] = LLMDropError,
+        several: bool | None = None,
+        name: Callable[[T], str] = str,
+    ) -> list[R]:
+        """`get` of each thing that is available; the others go into `not_run` under `name` (see `each_available`)."""
+        found, reasons = each_available(things, get, kind, reason, several)
+        self.not_run |= {name(thing): why for thing, why in reasons.items()}
+        return found
+
+    @contextlib.contextmanager
+    def one_of(self, model: LocatedModel, several: bool | None = None) -> Iterator[None]:
+        """What keeps one of several models from being measured goes into `not_run`; the block is left, the others go on."""
         try:
-            load_documents(corpus)
-            available.append(corpus)
-        except NotAvailable as reason:
-            if len(profile.calibration.corpora) == 1:
+            yield
+        except LLMDropError as error:
+            if isinstance(error, DiskFull) or not (self.profile.several if several is None else several):
                 raise
-            not_run[f"corpus {corpus}"] = str(reason)
-    if not available:
-        raise NotAvailable("None of the corpora can be had here:\n" + "\n".join(not_run.values()))
-    return available
+            self.not_run[model.name] = str(error)
+
+    def models(self) -> list[LocatedModel]:
+        """The profile's models that are available."""
+        located, reasons = locate_available(self.profile.models)
+        self.not_run |= reasons
+        return located
+
+    def corpora(self) -> list[str]:
+        """The corpora that are available. An unknown one is an error."""
+
+        def get(corpus: str) -> str:
+            load_documents(corpus)
+            return corpus
+
+        names = self.section(Calibration).corpora
+        return self.available(names, get, "corpora", NotAvailable, name=lambda corpus: f"corpus {corpus}")
+
+    def measure(self, work: Sequence[Work], force: bool | None = None, several: bool | None = None, what: str = "{}") -> None:
+        """Measure what the store lacks (everything if `force`; None: if the run is forced).
+
+        several: whether a model that fails leaves others to go on with; None: whether the profile has several. `what` names
+        in `not_run` what is then missing of the model.
+        """
+        several = self.profile.several if several is None else several
+        reasons = measure_missing(work, self.store, self.force if force is None else force, several)
+        self.not_run |= {what.format(name): reason for name, reason in reasons.items()}
+
+    def measured(self, work: Iterable[W]) -> list[W]:
+        """The items whose model could be measured. Raises NotAvailable if none could."""
+        done = [item for item in work if item.model.name not in self.not_run]
+        if not done:
+            raise NotAvailable("Nothing could be measured:\n" + "\n".join(self.not_run.values()))
+        return done
+
+    def values(self, item: Work) -> list[dict]:
+        """The stored values of an item, in the order of its keys."""
+        return [self.store.value(key) for key in item.keys]
+
+    def importance(self, item: ImportanceWork) -> Importance:
+        """What an item measured."""
+        return Importance.from_json(self.values(item)[0], item.model.identity)
+
+    def write(self, tables: dict[str, list[dict] | pd.DataFrame], work: Iterable[Work], more: Sequence[dict] = ()) -> Tables:
+        """Write the tables, as declared, and the provenance of all items (and of what else there is) to the run's folder."""
+        declared = {**self.tables, **NOT_RUN}
+        reasons = [{"what": what, "reason": files.without_paths(reason)} for what, reason in self.not_run.items()]
+        content = {name: frame(name, rows, declared) for name, rows in {**tables, "not_run": reasons}.items()}
+        records = [self.store.get(key) for item in work for key in item.keys]
+        entries = [record["provenance"] for record in records if record] + list(more)
+        distinct = {json.dumps(entry, sort_keys=True): entry for entry in entries}  # values measured together share one
+        return write_tables(content, files.local(self.profile.run).tables / self.notebook, list(distinct.values()))
+
+
+# ---- work items that several studies share ----------------------------------------------------------------------------
 
 
 def identity_of(model: LocatedModel) -> dict:
@@ -37,9 +132,9 @@ def identity_of(model: LocatedModel) -> dict:
     return {"model": model, "dtype": default_dtype(), "attention": attention_implementation(model)}
 
 
-def importance_work(model: LocatedModel, corpora: list[str], profile: Profile) -> list[ImportanceWork]:
+def importance_work(model: LocatedModel, corpora: list[str], calibration: Calibration) -> list[ImportanceWork]:
     """Importance of a model on each corpus; the first one also serves the sample-count study."""
-    shared, calibration, tokenizer = identity_of(model), profile.calibration, load_tokenizer(model)
+    shared, tokenizer = identity_of(model), load_tokenizer(model)
     work = []
     for i, corpus in enumerate(corpora):
         n_samples = max([calibration.n_samples, *calibration.sample_counts]) if i == 0 else calibration.n_samples
@@ -48,17 +143,43 @@ def importance_work(model: LocatedModel, corpora: list[str], profile: Profile) -
     return work
 
 
-def importance_of(item: ImportanceWork, store: Store) -> Importance:
-    """What an item measured."""
-    return Importance.from_json(store.get(item.keys[0])["value"], item.model.identity)
+# ---- the registry -----------------------------------------------------------------------------------------------------
 
 
-def task_work(model: LocatedModel, members: dict[str, list], plans: tuple[DropPlan, ...], profile: Profile) -> list[TaskWork]:
-    """The profile's tasks under each plan. `members`: task -> what `load_task` gave."""
-    shared, work = identity_of(model), []
-    for task, tasks in members.items():
-        fingerprint = fingerprint_task(tasks, profile.tasks.limit)
-        shots = tasks[0].config.num_fewshot
-        work.append(TaskWork(**shared, task=task, members=tuple(tasks), fingerprint=fingerprint, num_fewshot=shots,
-                             limit=profile.tasks.limit, plans=plans))  # fmt: skip
-    return work
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a notebook needs measured, and the tables that come out."""
+
+    notebook: str
+    measure: Callable[[Run], Tables]
+    needs: tuple[type[Settings], ...]  # sections of the profile; without one of them the study is not run
+    tables: Declaration
+    models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]]  # that its results depend on; what is unavailable
+
+    def __call__(self, profile: Profile, force: bool = False) -> Tables:
+        """Measure what is missing (everything if `force`), write the tables to data/results/<run>/<notebook>, return them.
+
+        Raises NotAvailable if the profile lacks a section that the study needs, LLMDropError if its only model (corpus,
+        task, series) cannot be used. Of several, one that cannot is listed in the table `not_run` with the reason.
+        """
+        for section in self.needs:
+            profile.section(section)
+        return self.measure(Run(self.notebook, profile, self.tables, force))
+
+
+STUDIES: dict[str, Study] = {}  # by notebook
+
+
+def study(
+    notebook: str,
+    needs: Sequence[type[Settings]],
+    tables: Declaration,
+    models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]] = lambda profile: locate_available(profile.models),
+) -> Callable[[Callable[[Run], Tables]], Study]:
+    """Register a function Run -> tables as the study of a notebook."""
+
+    def register(function: Callable[[Run], Tables]) -> Study:
+        STUDIES[notebook] = Study(notebook, function, tuple(needs), tables, models)
+        return STUDIES[notebook]
+
+    return register

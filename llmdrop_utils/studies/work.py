@@ -3,15 +3,13 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from ..base.provenance import code_provenance
-from ..drop.plan import DropPlan
+from ..dropping.plan import DropPlan
 from ..measure.importance import VERSION as IMPORTANCE_VERSION
 from ..measure.importance import measure_importance
-from ..measure.speed import VERSION as SPEED_VERSION
-from ..measure.speed import Load, device_limits, largest_batch, measure_speed
 from ..measure.tasks import VERSION as TASKS_VERSION
 from ..measure.tasks import score_task
 from ..measure.text import VERSION as TEXT_VERSION
@@ -21,6 +19,27 @@ from ..selection.methods import select_iteratively
 from ..sources.texts import fingerprint
 
 DENSE = DropPlan()
+
+
+class Cell(NamedTuple):
+    """One point of a curve: how many sub-layers of which kind are dropped, and how they were chosen."""
+
+    kind: str  # "attention", "mlp", "block" or "joint"; "dense" is the model as it is
+    n: int
+    method: str = "one-shot"  # others are compared with "one-shot on the same samples", if they see fewer of them
+
+    @property
+    def on_curve(self) -> bool:
+        """Does it belong to the curve of its kind, and not to a comparison of methods?"""
+        return self.method == "one-shot"
+
+    @property
+    def label(self) -> str:
+        """What tables call it: its kind, or the method where methods are compared for one kind."""
+        return self.kind if self.on_curve else self.method.removesuffix(" on the same samples")
+
+
+DENSE_CELL = Cell("dense", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +114,7 @@ class TextWork(Work):
     @property
     def keys(self) -> list[dict]:
         tokens = fingerprint(self.tokens)
-        return [self._key("text", TEXT_VERSION, tokens=tokens, plan=plan_key(plan)) for plan in self.plans]
+        return [self._key("text", TEXT_VERSION, tokens=tokens, plan=plan.key.to_json()) for plan in self.plans]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -130,7 +149,7 @@ class TaskWork(Work):
     def keys(self) -> list[dict]:
         harness = importlib.metadata.version("lm_eval")
         more = {"task": self.fingerprint, "lm_eval": harness}
-        return [self._key("task", TASKS_VERSION, plan=plan_key(plan), **more) for plan in self.plans]
+        return [self._key("task", TASKS_VERSION, plan=plan.key.to_json(), **more) for plan in self.plans]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -176,52 +195,3 @@ class IterativeWork(Work):
         step = lambda _: update(self.tokens.numel())  # noqa: E731
         plan = select_iteratively(model, self.tokens, "attention", self.n_drop, self.batch_size, on_step=step)
         return [{"attention": list(plan.attention)}]
-
-
-@dataclasses.dataclass(frozen=True)
-class SpeedWork(Work):
-    """Seconds of one load under each of several plans, each beside the dense model's of the same rounds."""
-
-    load: Load
-    fill: bool  # take as many sequences as fit the GPU beside the dense model
-    longest: int  # tokens that these sequences grow to
-    repeats: int
-    plans: tuple[DropPlan, ...]
-
-    @property
-    def keys(self) -> list[dict]:
-        code = code_provenance()
-        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
-        libraries = {name: code["versions"][name] for name in ("torch", "transformers")}
-        load = dataclasses.asdict(self.load) | ({"batch_size": None, "longest": self.longest} if self.fill else {})
-        more = {"machine": machine, "libraries": libraries, "load": load, "repeats": self.repeats}
-        return [self._key("speed", SPEED_VERSION, plan=plan_key(plan), **more) for plan in self.plans]
-
-    @property
-    def tokens_to_pass(self) -> int:
-        load, steps = self.load, self.load.new_tokens
-        # A step costs about what 16 tokens of a prompt do: weights are read for one token instead of for many.
-        tokens = {"prefill": load.context, "decode": 16 * steps, "generation": load.context + 16 * steps}[load.what]
-        return tokens * load.batch_size * self.repeats * (1 + len(self.plans))
-
-    @property
-    def about(self) -> dict:
-        return dataclasses.asdict(self.load) | {"repeats": self.repeats}
-
-    def only(self, missing: list[int]) -> "SpeedWork":
-        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
-
-    def measure(self, model, tokenizer, update) -> list[dict]:
-        load, plans = self.load, (DENSE, *self.plans)
-        if self.fill:
-            load = dataclasses.replace(load, batch_size=largest_batch(model, self.longest))
-        each = self.tokens_to_pass / self.repeats / len(plans)
-        found = measure_speed(model, load, plans, self.repeats, on_repeat=lambda: update(each))
-        limits = dataclasses.asdict(device_limits(model.get_input_embeddings().weight.device, model.dtype))
-        dense = dataclasses.asdict(found[0])
-        return [{"dense": dense, "plan": dataclasses.asdict(each), "limits": limits} for each in found[1:]]
-
-
-def plan_key(plan: DropPlan) -> dict:
-    """What a plan drops, whatever the order."""
-    return {"attention": sorted(plan.attention), "mlp": sorted(plan.mlp)}

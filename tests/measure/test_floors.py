@@ -8,6 +8,7 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 
 from llmdrop_utils import DropPlan, cache_bytes, dropped, kv_bytes
+from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.floors import floor_seconds, parts_of_pass
 from llmdrop_utils.models.families import is_full_attention
 
@@ -59,6 +60,10 @@ def test_parts_by_hand():
     with dropped(model, DropPlan(attention=(0, 1), mlp=(2,))):
         parts = parts_of_pass(model, batch, new, context)
     assert sum(p.bytes for p in parts) == 4 * (attention + 2 * mlp + head + cache / 3)
+    linear = LinearMap(torch.eye(32), torch.zeros(32))
+    with dropped(model, DropPlan(attention=(0, 1), mlp=(2,), maps={("attention", 1): linear})):
+        parts = parts_of_pass(model, batch, new, context)
+    assert sum(p.bytes for p in parts) == 4 * (attention + 32 * 32 + 2 * mlp + head + cache / 3), "a map has weights, no cache"
 
 
 def test_prefill_counts_each_token_with_those_before_it():

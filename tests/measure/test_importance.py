@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from unittest import mock
 
 import accelerate
@@ -11,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from llmdrop_utils import LLMDropError, measure_importance
+from llmdrop_utils import DropPlan, LLMDropError, dropped, measure_importance
 from llmdrop_utils.measure.importance import Importance, drop_order
-from llmdrop_utils.measure.metrics import KINDS
+from llmdrop_utils.measure.metrics import KINDS, METRICS, metric
 from llmdrop_utils.models import families as anatomy
-from llmdrop_utils.models.families import FAMILIES, find_anatomy
+from llmdrop_utils.models.families import FAMILIES, find_anatomy, input_device, learned_positions, position_limit, stream_width
 
 TOKENS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(2))
 MASKS = {
@@ -83,6 +84,16 @@ def test_equals_float64_reference(name, padding):
 
 def test_every_family_has_a_tiny_model():
     assert {case.model_type for case in families.CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_what_a_configuration_says(name):
+    model = families.tiny(name)
+    assert stream_width(model.config) == model.get_input_embeddings().weight.shape[1] == 32
+    assert position_limit(model.config) == 64
+    assert learned_positions(model.config) == (64 if name in ("gpt2", "opt") else None)
+    assert input_device(model) == torch.device("cpu")
+    assert input_device(model.to("meta")) == torch.device("cpu")  # offloaded: accelerate moves inputs
 
 
 def test_batch_size_changes_nothing(tiny_model):
@@ -248,6 +259,33 @@ def test_infinities_are_named(tiny_model):
 
 def test_ties_go_by_lower_index():
     assert drop_order(np.array([0.2, 0.1, 0.1, 0.3, 0.1])) == (1, 2, 4, 0, 3)
+
+
+def test_records_keep_what_was_dropped(tiny_model):
+    """Those of earlier runs do not say, and were all of whole models."""
+    with dropped(tiny_model[0], DropPlan((1, 4), (4,))) as model:
+        scores = measure_importance(model, TOKENS)
+    assert scores.gone == {("attention", 1), ("attention", 4), ("mlp", 4), ("block", 4)}
+    record = json.loads(json.dumps(scores.to_json()))
+    again = Importance.from_json(record, "sha256:model")
+    assert (again.gone, again.model) == (scores.gone, "sha256:model")
+    assert again.order("attention") == scores.order("attention")
+    del record["gone"]
+    assert Importance.from_json(record).gone == frozenset()
+    assert measure_importance(tiny_model[0], TOKENS).to_json()["gone"] == []
+
+
+def test_a_metric_is_one_registered_function(tiny_model):
+    squared_length = metric("squared length")(lambda xx, xa, aa: xx + 2 * xa + aa)
+    try:
+        found = measure_importance(tiny_model[0], TOKENS, metric="squared length").importance["block"]
+    finally:
+        del METRICS["squared length"]
+    with torch.no_grad():
+        states = tiny_model[0].model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
+    np.testing.assert_allclose(found[:-1], [x.square().sum(-1).mean().item() for x in states[1:-1]], rtol=1e-5)
+    with pytest.raises(ValueError, match="two metrics called 'cosine'"):
+        metric("cosine")(squared_length)
 
 
 def test_quantiles_and_round_trip(tiny_model):

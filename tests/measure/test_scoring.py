@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import functools
-from collections import Counter
-from collections.abc import Sequence
 from unittest import mock
 
 import accelerate
@@ -12,108 +9,32 @@ import families
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from measure.reference import (
+    DENSE,
+    PLANS,
+    QUESTION,
+    REQUESTS,
+    compare,
+    model_of,
+    plain,
+    snapshot,
+    some,
+)
 
 from llmdrop_utils import DropPlan, LLMDropError, dropped
 from llmdrop_utils.measure import packing, scoring
-from llmdrop_utils.measure.packing import Request
-from llmdrop_utils.measure.scoring import Scores, score
-from llmdrop_utils.models.families import find_anatomy
+from llmdrop_utils.measure.scoring import score
 
-DENSE = DropPlan()
-# Of three layers: none, the last, the first, all attention, all of a layer; one twice, and others that begin like one before.
-PLANS = (
-    DropPlan(attention=(2,)),
-    DENSE,
-    DropPlan(attention=(2,), mlp=(2,)),
-    DropPlan((1, 2), (0,)),
-    DropPlan(attention=(0, 1, 2)),
-    DropPlan(attention=(2,)),
-    DropPlan((1,), (0,)),
-    DropPlan(n_layers=3),
-    DropPlan(mlp=(0, 1, 2)),
-)
 SLIDING = {"mistral", "gemma2", "gemma3", "olmo3", "cohere2", "gpt-oss"}  # over 4 tokens
 ALIBI = {"falcon-rw"}
 
 every_family = pytest.mark.parametrize("name", families.CASES)
 
 
-def some(n: int, seed: int) -> list[int]:
-    return torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-PREFIX = some(8, 1)
-QUESTION = some(9, 2)
-REQUESTS: list[Request] = [
-    *((PREFIX + some(5, seed), some(4, 10 + seed)) for seed in range(3, 7)),
-    (PREFIX + some(5, 3), [*some(4, 13), 5]),
-    (PREFIX[:7], [PREFIX[7], 9]),  # scores a token that others only read
-    *((QUESTION, some(3, seed)) for seed in range(20, 23)),
-    (QUESTION, some(3, 20)),
-    (QUESTION[:4], [QUESTION[4]]),
-    ([7], [8]),
-    (some(1, 30), some(12, 31)),
-]
-
-
 @pytest.fixture(autouse=True)
 def short_prefix(monkeypatch):
     """So that short requests have a beginning that is kept apart."""
     monkeypatch.setattr(packing, "PREFIX", 6)
-
-
-@functools.cache
-def model_of(name: str, window: int | None = None) -> nn.Module:
-    return families.tiny(name, **({} if window is None else {"sliding_window": window}))
-
-
-@torch.no_grad()
-def silenced(name: str, model: nn.Module, plan: DropPlan) -> nn.Module:
-    """A copy whose output projections are zero where the plan drops."""
-    model, case = copy.deepcopy(model), families.CASES[name]
-    for indices, projection in ((plan.attention, case.attention), (plan.mlp, case.mlp)):
-        for index in indices:
-            found = [p for n, p in find_anatomy(model).layers[index].block.named_parameters() if projection in n]
-            assert found
-            for parameter in found:
-                parameter.zero_()
-    return model
-
-
-@torch.no_grad()
-def distributions(model: nn.Module, requests: list[Request]) -> list[torch.Tensor]:
-    """For each request, the log-probabilities (n, vocabulary) where its n tokens are predicted."""
-    found = []
-    for context, continuation in requests:
-        logits = model(torch.tensor([context + continuation]), use_cache=False).logits[0].double()
-        found.append(logits.log_softmax(-1)[len(context) - 1 : -1])
-    return found
-
-
-def plain(name: str, model: nn.Module, plans: Sequence[DropPlan], requests: list[Request]) -> Scores:
-    known = {
-        gone: distributions(silenced(name, model, DropPlan(*gone)), requests) for gone in {(p.attention, p.mlp) for p in plans}
-    }
-    by_plan = [known[plan.attention, plan.mlp] for plan in plans]
-    targets = [torch.tensor(continuation) for _, continuation in requests]
-
-    def each(number) -> np.ndarray:
-        return np.array([[float(number(*x)) for x in zip(by_plan[0], found, targets, strict=True)] for found in by_plan])
-
-    return Scores(
-        logprob=each(lambda first, q, target: q.gather(1, target[:, None]).sum()),
-        hits=each(lambda first, q, target: (q.argmax(-1) == target).sum()),
-        kl=each(lambda first, q, target: (first.exp() * (first - q)).sum()),
-        length=np.array([len(target) for target in targets]),
-    )
-
-
-def compare(found: Scores, expected: Scores) -> None:
-    np.testing.assert_allclose(found.logprob, expected.logprob, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(found.hits, expected.hits)
-    np.testing.assert_array_equal(found.length, expected.length)
 
 
 @contextlib.contextmanager
@@ -188,63 +109,6 @@ def test_answers_say_what_greedy_decoding_says():
     assert [says_same for _, says_same in found.answers(0)] == [True, False, True]
     assert found.hits.tolist() == [[4, 3, 1]]
     assert found.answers(0)[0][0] == found.logprob[0, 0]
-
-
-@contextlib.contextmanager
-def counting(model: nn.Module):
-    """Layer -> number of tokens that it really computes."""
-    counts = Counter()
-    with contextlib.ExitStack() as stack:
-        for index, layer in enumerate(find_anatomy(model).layers):
-
-            def forward(x, *args, forward=layer.block.forward, index=index, **kwargs):
-                counts[index] += x.shape[:-1].numel()
-                return forward(x, *args, **kwargs)
-
-            stack.enter_context(mock.patch.object(layer.block, "forward", forward))
-        yield counts
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-def test_nothing_is_computed_twice_for_plans(name):
-    """Layers below the first difference run once; equal plans cost nothing."""
-    model = model_of(name)
-
-    def tokens(*plans: DropPlan) -> np.ndarray:
-        with counting(model) as counts:
-            score(model, REQUESTS, plans)
-        return np.array([counts[layer] for layer in range(3)])
-
-    alone = tokens(DENSE)
-    each = tokens(DENSE, DropPlan(mlp=(0,))) - alone  # of all requests once, without what a run tries out first
-    assert len(set(each)) == 1
-    assert each[0] > 0
-    steps = (tokens(DENSE, DropPlan((layer,))) - alone for layer in range(3))
-    np.testing.assert_array_equal(list(steps), each * np.triu(np.ones((3, 3), dtype=int)))
-    many = (DropPlan((2,)), DENSE, DropPlan((2,), (2,)), DropPlan((2,)), DropPlan((1, 2)), DropPlan((1,)), DropPlan(mlp=(0,)))
-    np.testing.assert_array_equal(tokens(*many) - alone, each * [1, 2, 5])
-
-
-def test_what_requests_share_is_computed_once(monkeypatch):
-    monkeypatch.setattr(packing, "TOKEN", 10**6)
-    monkeypatch.setattr(packing, "ALIGN", 1)
-    model = model_of("llama")
-    with counting(model) as counts:
-        score(model, [([7], [8])])
-    tried_out = counts[0] - 1
-    with counting(model) as counts:
-        score(model, REQUESTS)
-    inputs = [(context + continuation)[:-1] for context, continuation in REQUESTS]
-    different = {tuple(tokens[:end]) for tokens in inputs for end in range(1, len(tokens) + 1)}
-    assert counts[0] - tried_out == len(different)
-
-
-def snapshot(model: nn.Module) -> tuple:
-    return (
-        [(n, id(m), m.training, "forward" in vars(m)) for n, m in model.named_modules(remove_duplicate=False)],
-        [(n, id(p), p.data_ptr(), p.numpy(force=True).tobytes()) for n, p in model.named_parameters(remove_duplicate=False)],
-        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-    )
 
 
 def test_model_is_left_as_it_was():

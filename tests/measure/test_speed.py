@@ -1,9 +1,6 @@
 """Times are of what they say: the loop that is timed decodes as `generate` does, and every step sees the ones before."""
 
-import dataclasses
-
 import families
-import numpy as np
 import pytest
 import torch
 
@@ -15,12 +12,10 @@ from llmdrop_utils import (
     dropped,
     greedy,
     kv_bytes,
-    load_profile,
     measure_speed,
 )
 from llmdrop_utils.measure import decoding, speed
 from llmdrop_utils.measure.speed import device_limits, largest_batch
-from llmdrop_utils.studies.speedup import study as efficiency
 
 PLANS = [DropPlan(), DropPlan(attention=(0,)), DropPlan(mlp=(1,)), DropPlan(attention=(1, 2), mlp=(2,))]
 
@@ -175,61 +170,3 @@ def test_graphs_and_batches_on_a_gpu():
     with torch.inference_mode():
         assert torch.equal(greedy(model, tokens, 8, "compiled"), greedy(model, tokens, 8))
     assert largest_batch(model, 64) > 1
-
-
-# ---- from timings to tables -----------------------------------------------------------------------------------------
-
-
-def timed(seconds, dense=None, floor=1.0, dense_floor=1.0, **row):
-    seconds = np.array(seconds)
-    row = {"model": "m", "kind": "attention", "n": 2, "backend": "eager", "fill": False, "batch_size": 1} | row
-    return efficiency._Timed(row, seconds, floor, seconds if dense is None else np.array(dense), dense_floor)
-
-
-def test_noise_is_marked():
-    calm, wild = [1.0, 1.01, 1.02], [1.0, 1.5, 2.0]
-    assert not timed(calm).as_row()["noisy"]
-    assert timed(wild).as_row()["noisy"]
-    row = timed(calm, dense=[2.0, 2.02, 2.04], floor=0.5, dense_floor=0.75).as_row()
-    assert (row["speedup"], row["predicted"]) == (2, 1.5)
-    assert row["speedup_low"] <= 2 <= row["speedup_high"]
-    assert row["share_of_limit"] == pytest.approx(0.5 / 1.01)
-
-
-def test_samples_add_up_to_the_whole():
-    """Steps whose time grows evenly with the context: the sum over all of them, from three samples."""
-    step = lambda context: 0.01 + 1e-5 * context  # noqa: E731
-    decode = {c: timed([step(c)] * 2, [2 * step(c)] * 2, step(c) / 2, step(c)) for c in (100, 150, 200)}
-    whole = efficiency._integrated(timed([3.0, 3.0], [4.0, 4.0], 1.5, 2.0), decode, 100, 100)
-    steps = sum(step(100 + i + 0.5) for i in range(99))
-    assert whole.seconds == pytest.approx([3 + steps] * 2)
-    assert whole.dense_seconds == pytest.approx([4 + 2 * steps] * 2)
-    assert (whole.floor, whole.dense_floor) == pytest.approx((1.5 + steps / 2, 2 + steps))
-
-
-def test_only_samples_of_one_batch_are_put_together():
-    profile, not_run = load_profile("cpu"), {}
-    loads = [("prefill", 2048), ("decode", 2048), ("decode", 4096)]
-    several = lambda *sizes: [  # noqa: E731
-        timed([1.0], what=what, context=context, room=None, fill=True, batch_size=size)
-        for (what, context), size in zip(loads, sizes, strict=True)
-    ]
-    filled = dataclasses.replace(profile, speed=dataclasses.replace(profile.speed, batch_size=None))
-    assert len(efficiency._put_together(several(8, 8, 8), filled, not_run)) == 1
-    assert not not_run
-    assert efficiency._put_together(several(8, 8, 4), filled, not_run) == []
-    assert "different batches" in not_run["m, generation from samples, eager"]
-
-
-@pytest.mark.parametrize(
-    ("gain", "where"),
-    [([1, 2, 3], 0), ([-1, -2, -3], np.inf), ([-1, 1, 2], np.sqrt(1024 * 2048)), ([-1, -1, 1], np.sqrt(2048 * 4096))],
-)
-def test_crossing(gain, where):
-    assert efficiency._crossing(np.array([1024.0, 2048.0, 4096.0]), np.array(gain, float)) == pytest.approx(where)
-
-
-def test_crossings_in_words():
-    assert efficiency.in_words(0, 128, 4096) == "below 128 tokens"
-    assert efficiency.in_words(np.inf, 128, 4096) == "beyond 4,096 tokens"
-    assert efficiency.in_words(1500.2, 128, 4096) == "at about 1,500 tokens"

@@ -104,7 +104,7 @@ def test_some_of_several_models(network, cache):
     located, reasons = locate_available(["org/none", "tiny-llama"])
     assert [m.name for m in located] == ["tiny-llama"]
     assert "The hub has no model 'org/none'" in reasons["org/none"]
-    with pytest.raises(LLMDropError, match="None of these models can be had here:\nThe hub has no model 'org/none'"):
+    with pytest.raises(LLMDropError, match="None of these models is available:\nThe hub has no model 'org/none'"):
         locate_available(["org/none", "org/nothing"])
 
 

@@ -1,35 +1,23 @@
 """Series of checkpoints: from a hub with several revisions, from a directory, from a single model."""
 
-import dataclasses
-import json
-import math
+import shutil
 from pathlib import Path
 
 import families
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
 
-from llmdrop_utils import (
-    LLMDropError,
-    NotAvailable,
-    load_profile,
-    locate_series,
-    measure_importance,
-    score_text,
-    studies,
-)
-from llmdrop_utils.base import files
-from llmdrop_utils.base.store import Store
+from llmdrop_utils import LLMDropError, NotAvailable, locate_series
+from llmdrop_utils.base.errors import DiskFull
+from llmdrop_utils.models import series as module
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located
 from llmdrop_utils.models.locate import locate_model
-from llmdrop_utils.models.series import SMALL_FILES, parse_stage, weights_at_hand
+from llmdrop_utils.models.recipe import series_folder
+from llmdrop_utils.models.series import SMALL_FILES, is_at_hand, known_models, parse_stage, weights_at_hand
 from llmdrop_utils.sources.catalogue import catalogue
 from llmdrop_utils.sources.fetch import fetch_hub
-from llmdrop_utils.studies.training_stages import study
 
 REPOSITORY = "org/stages"
 
@@ -57,8 +45,6 @@ def test_committed_series_are_in_order():
             assert list(steps) == sorted(set(steps)), name
             assert None not in tokens, name
         assert {"trained", "revisions", "unavailable"} & set(source), name
-    known = {*catalogue()["series"], *catalogue()["models"]}
-    assert {series for name in ("gpu", "cpu", "smoke", "h200") for series in load_profile(name).stages.series} <= known
 
 
 def checkpoint(folder, seed, pickled=False):
@@ -108,8 +94,23 @@ def test_a_missing_revision_is_named_and_the_others_are_found(hub):
     assert list(missing) == ["hub-series, step50"]
     assert "but not the revision 'step50'" in missing["hub-series, step50"]
     assert not weights_on_disk(), "only small files so far"
-    with pytest.raises(NotAvailable, match="No checkpoint of lost can be had:\nThe hub has org/stages, but not"):
+    with pytest.raises(NotAvailable, match="No checkpoint of lost is available:\nThe hub has org/stages, but not"):
         locate_series("lost")
+
+
+def test_a_full_disk_or_a_hub_that_is_down_stops_the_series(hub, monkeypatch):
+    """Neither is a reason to go on with the other revisions."""
+    for error in (DiskFull, NotAvailable):
+        asked = []
+
+        def fails(repository, revision, patterns, error=error, asked=asked):
+            asked.append(revision)
+            raise error("no")
+
+        monkeypatch.setattr(module, "fetch_hub", fails)
+        with pytest.raises(error, match="no"):
+            locate_series("hub-series")
+        assert asked == ["step1"]
 
 
 def test_weights_pass_through(hub):
@@ -153,8 +154,8 @@ def test_what_a_killed_run_left_goes(hub, cache):
 
 def test_pickled_weights_run_no_code(hub, tmp_path, monkeypatch, capsys):
     """They are read where a source says so, by the unpickler that knows tensors alone."""
-    files = checkpoint(tmp_path / "pickled", 1, pickled=True)
-    hub.repositories[REPOSITORY]["4" * 40] = files
+    content = checkpoint(tmp_path / "pickled", 1, pickled=True)
+    hub.repositories[REPOSITORY]["4" * 40] = content
     hub.branches[REPOSITORY] |= {"step1": "4" * 40, "step10": "5" * 40}
     source = catalogue()["series"]["hub-series"]
     monkeypatch.setitem(catalogue()["series"], "hub-series", source | {"pickled": True})
@@ -170,54 +171,11 @@ def test_pickled_weights_run_no_code(hub, tmp_path, monkeypatch, capsys):
             return (print, ("executed!",))
 
     torch.save({"model.norm.weight": Evil()}, tmp_path / "evil.bin")
-    hub.repositories[REPOSITORY]["5" * 40] = files | {"pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()}
+    hub.repositories[REPOSITORY]["5" * 40] = content | {"pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()}
     stage = locate_series("hub-series")[0][0].stages[2]
     with weights_at_hand(stage.model), pytest.raises(LLMDropError, match="could not be loaded"):
         load_located(stage.model)
     assert "executed!" not in capsys.readouterr().out
-
-
-def test_study_of_a_hub_series(hub, tmp_path, monkeypatch):
-    """One stage without weights and one that does not exist are named; the others are measured; twins are seen."""
-    profile = dataclasses.replace(load_profile("smoke", "hub-series"))
-    monkeypatch.setattr(files, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "Store", lambda: Store(tmp_path / "records"))
-    tables = studies.training_stages(profile)
-    assert list(tables["stages"]["stage"]) == ["random", "step10", "step100"]
-    assert list(tables["stages"]["same_as"].fillna("")) == ["", "", "step10"]
-    reasons = dict(zip(tables["not_run"]["what"], tables["not_run"]["reason"], strict=True))
-    assert "The hub gave no *.safetensors for hub-series, step1" in reasons["hub-series, step1"]
-    assert "but not the revision" in reasons["hub-series, step50"]
-    assert not weights_on_disk()
-    hub.requests.clear()
-    again = studies.training_stages(profile)
-    assert not [path for _, path, _ in hub.requests if "2" * 40 in path and "safetensors" in path], "nothing is fetched again"
-    assert again["importance"].equals(tables["importance"])
-
-
-def test_numbers_are_those_of_the_measuring_functions(cache, tmp_path, monkeypatch):
-    """Importance and cost of dropping at a stage, against the public functions on that stage's model."""
-    for seed, step in enumerate((0, 5, 10)):
-        checkpoint(tmp_path / "run" / f"checkpoint-{step}", seed)
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"tokens_per_step": 100}))
-    monkeypatch.setattr(files, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "Store", lambda: Store(tmp_path / "records"))
-    profile = load_profile("smoke", str(tmp_path / "run"))
-    tables = studies.training_stages(profile)
-    assert list(tables["stages"]["tokens"]) == [0, 500, 1000]
-    assert list(tables["stages"]["progress"]) == [0, 0.5, 1]
-    series = locate_series(str(tmp_path / "run"))[0][0]
-    for_scores, for_text = study._tokens(series, profile)
-    model, _ = load_located(series.stages[1].model)
-    scores = measure_importance(model, for_scores)
-    shown = tables["importance"].query("position == 1 and kind == 'mlp'")["importance"]
-    np.testing.assert_allclose(shown, scores.importance["mlp"], rtol=1e-4)
-    final, _ = load_located(series.stages[2].model)
-    plan = dataclasses.replace(study.select(measure_importance(final, for_scores), "mlp", 1), model=None)
-    dense, without = score_text(model, for_text, [study.DENSE, plan]).nll.mean(1)
-    row = tables["cost"].query("position == 1 and kind == 'mlp' and share == 'quarter'").iloc[0]
-    assert row["cost"] == pytest.approx(without - dense, abs=2e-4)
-    assert (tables["agreement"].query("position == 2")["correlation"] == 1).all()
 
 
 def test_a_single_model_has_two_stages(cache):
@@ -231,14 +189,6 @@ def test_a_single_model_has_two_stages(cache):
     assert series[0].stages[1].model == locate_model("tiny-llama")
 
 
-def test_settled():
-    """Two layers of three: the last set {0, 1} is there at the first stage, lost at the second, and stays from the third on."""
-    importance = np.array([[[1, 2, 3]], [[3, 2, 1]], [[2, 1, 3]], [[1, 2, 3]]], dtype=float)
-    assert study._settled(importance, 2) == [2]
-    assert study._settled(importance[2:], 2) == [0]
-    assert study._settled(importance[[1, 0]], 2) == [1]
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -246,23 +196,45 @@ def test_settled():
         ("small-lama", "Unknown model 'small-lama'.* Or did you mean the series 'small-llama'"),
     ],
 )
-def test_series_that_cannot_be_had(name, message):
+def test_series_that_are_unavailable(name, message):
     with pytest.raises(LLMDropError, match=message):
         locate_series(name)
 
 
-def test_of_several_series_the_others_are_followed(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "Store", lambda: Store(tmp_path / "records"))
-    profile = load_profile("smoke")
-    both = dataclasses.replace(profile.stages, series=["map-neo-7b-stages", "tiny-llama"])
-    profile = dataclasses.replace(profile, stages=both)
-    tables = studies.training_stages(profile)
-    assert list(tables["not_run"]["what"]) == ["map-neo-7b-stages"]
-    assert set(tables["runs"]["model"]) == {"tiny-llama"}
-    assert isinstance(tables["losses"], pd.DataFrame)
-    assert tables["losses"].empty
-    assert math.isnan(tables["runs"]["unigram_entropy"][0])
+def test_a_directory_of_checkpoints(tmp_path, cache):
+    """In the order of their steps; one that cannot be used is named."""
+    for step in (100, 20, 3):
+        checkpoint(tmp_path / "run" / f"step-{step}", step)
+    (tmp_path / "run" / "step-20" / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "run" / "step-3", tmp_path / "run" / ".step-4")
+    (tmp_path / "run" / "step-5").mkdir()  # no model
+    ((series,), missing) = locate_series(str(tmp_path / "run"))
+    assert [(stage.name, stage.step, stage.tokens) for stage in series.stages] == [("step-3", 3, None), ("step-100", 100, None)]
+    assert list(missing) == ["run, step-20"]
+    assert "has no *.safetensors" in missing["run, step-20"]
+
+
+def test_known_models(hub, cache):
+    """A series with a recipe is not trained for it; of several series one that is unavailable is named."""
+    models, missing = known_models(["tiny-series", "hub-series", "lost", "tiny-llama"])
+    assert [model.name for model in models] == [
+        "hub-series, random weights 0", "hub-series, step1", "hub-series, step10", "hub-series, step100",
+        "tiny-llama, random weights 0", "tiny-llama"]  # fmt: skip
+    assert list(missing) == ["lost", "hub-series, step50"]
+    assert not series_folder("tiny-series").exists()
+    assert known_models(["tiny-series"]) == ([], {})
+    with pytest.raises(NotAvailable, match="No checkpoint of lost"):
+        known_models(["lost"])
+
+
+def test_what_is_at_hand(hub, cache):
+    assert is_at_hand("tiny-llama")
+    assert not is_at_hand("hub-series")
+    assert not is_at_hand("map-neo-7b-stages")
+    assert not is_at_hand("tiny-series"), "it is not trained yet"
+    (series_folder("tiny-series") / "seed-0").mkdir(parents=True)
+    (series_folder("tiny-series") / "seed-0" / "run.json").write_text("{}")
+    assert is_at_hand("tiny-series")
 
 
 def test_small_files_hold_no_weights():

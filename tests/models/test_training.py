@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from llmdrop_utils import LLMDropError, load_documents
-from llmdrop_utils.base.files import REFERENCE
+from llmdrop_utils.base.errors import DiskFull
+from llmdrop_utils.cli import main
 from llmdrop_utils.models import training
-from llmdrop_utils.models.training import Recipe, load_recipe, series_folder, train_seeds, train_series
-from llmdrop_utils.report.tables import read_tables
+from llmdrop_utils.models.recipe import Recipe, load_recipe, series_folder, training_documents, unigram_entropy
+from llmdrop_utils.models.training import train_seeds, train_series
 from llmdrop_utils.sources.catalogue import catalogue
-from llmdrop_utils.studies.training_stages import study
 
 NAME = "tiny-series"
-COMMAND = [sys.executable, "-m", "llmdrop_utils.training", NAME, "--seed"]
+COMMAND = [sys.executable, "-m", "llmdrop_utils", "train", NAME, "--seed"]
 
 
 def content(folder):
@@ -76,8 +76,7 @@ def test_same_seed_same_weights(cache, whole):
     assert abs(losses["loss"][0] - np.log(recipe.vocab_size)) < 0.1, "it starts at guessing"
 
 
-def test_seeds_side_by_side(cache, whole, monkeypatch):
-    monkeypatch.setenv("LLMDROP_CACHE", str(cache))
+def test_seeds_side_by_side(cache, whole):
     done = []
     folders = train_seeds(NAME, [0, 1], done.append)
     assert content(folders[0]) == whole
@@ -87,21 +86,39 @@ def test_seeds_side_by_side(cache, whole, monkeypatch):
     assert sum(done) == 2 * 4096, "nothing is trained twice"
 
 
-def test_killed_parent(cache, whole, monkeypatch):
+def test_killed_parent(cache, whole):
     """Kill what started the training, not the training itself: that ends too, and the next run goes on from there."""
-    monkeypatch.setenv("LLMDROP_CACHE", str(cache))
     die = "import os; from llmdrop_utils.models.training import *; train_seeds({!r}, [0], lambda _: os.kill(os.getpid(), 9))"
-    assert subprocess.run([sys.executable, "-c", die.format(NAME)], check=False).returncode == -9
+    dead = subprocess.run([sys.executable, "-c", die.format(NAME)], env=environment(cache), check=False)
+    assert dead.returncode == -9
     assert content(train_seeds(NAME, [0])[0]) == whole
 
 
-def test_a_training_that_fails_says_why(cache, monkeypatch):
-    monkeypatch.setenv("LLMDROP_CACHE", str(cache))
-    monkeypatch.setenv("LLMDROP_OUTPUT", str(cache))
+def test_a_training_that_fails_says_why(cache):
     series_folder(NAME).mkdir(parents=True)
     (series_folder(NAME) / "seed-0").write_text("in the way")
     with pytest.raises(LLMDropError, match=f"Training {NAME} with seed 0 failed: NotADirectoryError"):
         train_seeds(NAME, [0])
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "reason"),
+    [
+        ("echo 'error: The disk is full: no room' >&2; exit 1", DiskFull, "The disk is full: no room"),
+        ("echo 'ValueError: first' >&2; echo >&2; exit 3", LLMDropError, "ValueError: first"),
+        ("exit 1", LLMDropError, "it gave no reason"),
+        ("kill -9 $$", LLMDropError, "it was stopped by signal 9; memory may have run out"),
+    ],
+)
+def test_why_a_training_ended(cache, tmp_path, monkeypatch, ends, kind, reason):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{ends}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(LLMDropError) as error:
+        train_seeds(NAME, [7])
+    assert type(error.value) is kind
+    assert str(error.value) == f"Training {NAME} with seed 7 failed: {reason}"
 
 
 def test_full_disk(cache, monkeypatch):
@@ -118,35 +135,17 @@ def test_full_disk(cache, monkeypatch):
 
 def test_held_out_text_is_not_trained_on():
     recipe = load_recipe(NAME)
-    trained = training.training_documents(recipe)
+    trained = training_documents(recipe)
     documents = load_documents("random-words")
     assert set(trained).isdisjoint(documents[: recipe.held_out])
     assert sorted(trained) == sorted(documents[recipe.held_out :])
 
 
-def test_what_is_measured_was_held_out(cache):
-    """As many blocks as the profile asks for fit into the documents that were held out; otherwise it says so."""
-    import dataclasses
-
-    from llmdrop_utils import load_profile
-
-    profile = load_profile("smoke")
-    profile = dataclasses.replace(profile, stages=dataclasses.replace(profile.stages, n_samples=100))
-    (series,) = training_stub(cache)
-    with pytest.raises(LLMDropError, match="asks for 102 blocks .* that tiny-series was not trained on hold"):
-        study._tokens(series, profile)
-
-
-def training_stub(cache):
-    from llmdrop_utils.models.series import locate_series
-
-    train_series(NAME, 0)
-    return locate_series(NAME)[0]
-
-
 def test_unigram_entropy():
-    assert training.unigram_entropy(torch.arange(8).repeat(3)) == pytest.approx(np.log(8))
-    assert training.unigram_entropy(torch.zeros(5, dtype=torch.long)) == 0
+    assert unigram_entropy(torch.arange(8).repeat(3)) == pytest.approx(np.log(8))
+    assert unigram_entropy(torch.zeros(5, dtype=torch.long)) == 0
+    by_hand = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert unigram_entropy(torch.tensor([[3, 3], [3, 5]])) == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize(
@@ -167,25 +166,24 @@ def test_wrong_recipes(change, message, monkeypatch):
 
 
 def test_unknown_recipe(capsys):
-    assert training.main(["huge-llama"]) == 1
-    assert "error: No series 'huge-llama' is trained here. data/sources.yaml has: small-llama" in capsys.readouterr().err
+    assert main(["train", "huge-llama"]) == 1
+    assert "error: There is no recipe for a series 'huge-llama'. data/sources.yaml has: small-llama" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("small-llama", "small-llama-be58a553d725"),
+        ("medium-llama", "medium-llama-f0aadbf240d9"),
+        ("tiny-series", "tiny-series-2045762d16ea"),
+    ],
+)
+def test_series_that_are_trained_already_are_found(name, folder):
+    """A change of recipe, corpus or VERSION is another series; a change of the code that reads them is not."""
+    assert series_folder(name).name == folder
 
 
 def test_nothing_left_to_train_on():
     recipe = Recipe(**catalogue()["series"][NAME]["trained"] | {"held_out": 1000})
     with pytest.raises(LLMDropError, match="Nothing is left to train on once 1000 documents"):
-        training.training_documents(recipe)
-
-
-def test_committed_series_learned_something():
-    """The reference runs end below what token frequencies alone would give."""
-    found = list(REFERENCE.glob("*/07_training_stages"))
-    assert {folder.parent.name for folder in found} >= {"cpu", "cpu-medium-llama"}
-    for folder in found:
-        content = read_tables(folder)
-        trained = content["runs"].dropna(subset=["unigram_entropy"])  # the others were not trained here
-        assert len(trained) >= 2
-        for run in trained.itertuples():
-            stages = content["stages"].query("model == @run.model and seed == @run.seed")
-            assert len(stages) >= 8
-            assert stages["nll"].iloc[-1] < run.unigram_entropy < stages["nll"].iloc[0]
+        training_documents(recipe)

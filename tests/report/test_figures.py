@@ -1,5 +1,7 @@
 """Figures from the committed reference tables: complete, and the same to the byte whoever draws them."""
 
+import re
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -42,6 +44,18 @@ def test_many_models_share_a_figure():
         panels = len(one_row.axes)
         assert len(two_rows.axes) in (2 * panels, 2 * panels - 1), name  # a colour bar is shared
         plt.close("all")
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_says_what_to_see(name):
+    """A caption from its docstring, and a takeaway with numbers of the run: others if the numbers are others."""
+    spec = figures.FIGURES[name]
+    drawing = spec.draw(ALL[spec.notebook])
+    plt.close(drawing.figure)
+    assert spec.caption
+    assert 20 < len(drawing.takeaway) < 900
+    assert re.search(r"\d", drawing.takeaway)
+    assert "nan" not in drawing.takeaway.split()
 
 
 def test_one_corpus_has_nothing_to_compare(tmp_path):

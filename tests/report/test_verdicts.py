@@ -1,9 +1,11 @@
 """Every claim has a home and a rule, and each rule can come out either way."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
+import yaml
 
 from llmdrop_utils.base.files import ROOT
 from llmdrop_utils.report import verdicts as claims
@@ -149,6 +151,12 @@ def same_layers(low):
     return {"agreement": rows.assign(seed=0)}
 
 
+def apply(check, tables):
+    """The findings of a rule with the thresholds of data/claims.yaml."""
+    (claim,) = [claim for claim in claims.load_claims() if claim.get("check") == check]
+    return list(claims.CHECKS[check](tables, **claim.get("thresholds", {})))
+
+
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
@@ -177,29 +185,29 @@ def same_layers(low):
     ],
 )
 def test_rules_come_out_both_ways(check, good, bad):
-    assert [holds for _, holds, _ in claims.CHECKS[check](good)] == [True]
-    assert [holds for _, holds, _ in claims.CHECKS[check](bad)] == [False]
+    assert [holds for _, holds, _ in apply(check, good)] == [True]
+    assert [holds for _, holds, _ in apply(check, bad)] == [False]
 
 
 def test_larger_models_lose_less():
     """The pair that both models of are there is judged; the other is not run."""
     for retained, verdict in ((0.96, True), (0.9, False)):
-        found = list(claims.CHECKS["larger_models_lose_less"](series(retained)))
+        found = apply("larger_models_lose_less", series(retained))
         assert [holds for _, holds, _ in found] == [verdict, None]
 
 
 def test_claims_about_other_models_are_not_run():
-    ((_, holds, reason),) = claims.CHECKS["half_of_attention"](half(2.0, model="smollm2-135m"))
+    ((_, holds, reason),) = apply("half_of_attention", half(2.0, model="smollm2-135m"))
     assert holds is None
     assert "the claim is about a 70B model" in reason
 
 
 def test_speed_of_other_models_is_told_but_not_judged():
     tables = half_speed(1.5)
-    ((_, holds, reason),) = claims.CHECKS["half_of_attention_is_faster"](tables | {"models": frame(n_layers=[80])})
+    ((_, holds, reason),) = apply("half_of_attention_is_faster", tables | {"models": frame(n_layers=[80])})
     assert holds is None
     assert "the claim is about Llama-2-70B on a GPU" in reason
-    ((_, holds, reason),) = claims.CHECKS["attention_is_best_trade"](trade(0.2) | {"trade": pd.DataFrame()})
+    ((_, holds, reason),) = apply("attention_is_best_trade", trade(0.2) | {"trade": pd.DataFrame()})
     assert holds is None
     assert "no quality and speed of two kinds" in reason
 
@@ -207,14 +215,14 @@ def test_speed_of_other_models_is_told_but_not_judged():
 def test_a_speed_up_within_noise_is_no_evidence():
     tables = trade(0.2)
     tables["trade"].loc[0, ["sdr_low", "sdr_high"]] = float("nan")
-    ((_, holds, reason),) = claims.CHECKS["attention_is_best_trade"](tables)
+    ((_, holds, reason),) = apply("attention_is_best_trade", tables)
     assert holds is None
     assert "within noise" in reason
 
 
 def test_windows_are_not_judged_by_share():
     own = frame(full_attention=[False], formula_bytes=1, counted_bytes=1, dense_bytes=1, n_layers=2, n=1)
-    (_, (_, holds, reason)) = claims.CHECKS["cache_shrinks_in_proportion"](caches(500) | {"caches": own})
+    (_, (_, holds, reason)) = apply("cache_shrinks_in_proportion", caches(500) | {"caches": own})
     assert holds is None
     assert "sliding windows" in reason
 
@@ -222,7 +230,7 @@ def test_windows_are_not_judged_by_share():
 def test_joint_that_never_differs_from_attention_is_not_run():
     tables = gaps(0.01, "joint", "text")
     tables["gaps"]["same_plan"] = True
-    ((_, holds, _),) = claims.CHECKS["joint_goes_furthest"](tables)
+    ((_, holds, _),) = apply("joint_goes_furthest", tables)
     assert holds is None
 
 
@@ -234,19 +242,19 @@ def test_a_single_trained_checkpoint_has_no_course():
         ("same_layers_at_every_stage", "agreement"),
         ("redundant_from_the_start", "means"),
     ):
-        ((_, holds, reason),) = claims.CHECKS[check](tables | {table: tables[table][tables[table]["position"] != 1]})
+        ((_, holds, reason),) = apply(check, tables | {table: tables[table][tables[table]["position"] != 1]})
         assert holds is None
         assert "it has no" in reason
 
 
 def test_every_seed_must_hold():
     good, bad = means(-0.1, 0.1)["means"], means(-0.1, -0.01)["means"].assign(seed=1)
-    ((_, holds, text),) = claims.CHECKS["redundant_from_the_start"]({"means": pd.concat([good, bad])})
+    ((_, holds, text),) = apply("redundant_from_the_start", {"means": pd.concat([good, bad])})
     assert holds is False
     assert "all layers: least at step-1 of seed 1, where" in text
     assert "so from step-9 on" in text
     never = means(-0.1, -0.1)["means"].assign(above_low=-0.1)
-    ((_, holds, text),) = claims.CHECKS["redundant_from_the_start"]({"means": never})
+    ((_, holds, text),) = apply("redundant_from_the_start", {"means": never})
     assert holds is False
     assert "not so at the last stage" in text
 
@@ -254,14 +262,39 @@ def test_every_seed_must_hold():
 def test_without_the_first_layer_too():
     """What holds for all layers only because of the first does not hold."""
     both = pd.concat([means(0.1, 0.1)["means"], means(0.1, -0.01)["means"].assign(layers="all but the first")])
-    ((_, holds, _),) = claims.CHECKS["redundant_from_the_start"]({"means": both})
+    ((_, holds, _),) = apply("redundant_from_the_start", {"means": both})
     assert holds is False
 
 
 def test_no_list_is_not_run():
-    ((_, holds, reason),) = claims.CHECKS["published_lists"](published(None))
+    ((_, holds, reason),) = apply("published_lists", published(None))
     assert holds is None
     assert "no published drop list is known for m" in reason
+
+
+def test_thresholds_are_what_rule_and_code_share(monkeypatch):
+    """Every threshold stands in its rule's sentence, and another number there is another verdict."""
+    for claim in yaml.safe_load((ROOT / "data" / "claims.yaml").read_text()):
+        for name in claim.get("thresholds", {}):
+            assert f"{{{name}" in claim["rule"], f"{claim['id']}: {name}"
+        own = re.sub(r"95 %|\{[^}]*\}", "", claim["rule"])  # of the numbers in the sentence, all but the thresholds
+        assert not re.search(r"\d\.\d", own), f"{claim['id']}: a number that the code does not read"
+    rule = next(c["rule"] for c in claims.load_claims() if c["id"] == "attention-drop-keeps-quality")
+    assert "nearest to 25 %, the mean task score is at least 99 % of" in rule
+    for retained, holds in ((0.99, False), (0.98, True)):
+        check = claims.CHECKS["quarter_of_attention_keeps_quality"]
+        assert [found for _, found, _ in check(average(0.985), layers=0.25, retained=retained)] == [holds]
+
+
+def test_every_notebook_has_advice():
+    assert set(claims.ADVICE) == {c["notebook"] for c in claims.load_claims() if "check" in c}
+
+
+def test_verdicts_in_a_notebook_fold_their_evidence():
+    verdict = claims.Verdict("a", "A claim.", "Sec. 1", "01_x", claims.REPRODUCED, "The evidence.", "The rule.")
+    page = claims.as_html([verdict])
+    assert "The evidence" not in page.split("<details>")[0]
+    assert "<summary>A claim.</summary>\n\nThe evidence.\n\n*Rule: The rule.*" in page
 
 
 def test_scorecard_lists_every_claim(tmp_path):

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from llmdrop_utils import LLMDropError, measure_importance
-from llmdrop_utils.drop.plan import DropPlan
-from llmdrop_utils.drop.units import skipping
+from llmdrop_utils.dropping.plan import DropPlan
+from llmdrop_utils.dropping.units import skipping
 from llmdrop_utils.measure.importance import Importance, drop_order
 from llmdrop_utils.measure.metrics import KINDS
-from llmdrop_utils.models.families import find_anatomy
 from llmdrop_utils.selection.methods import (
     select_at_random,
     select_consecutive_blocks,
@@ -47,16 +46,10 @@ def model_of(name: str, seed: int = 0) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def silenced(name: str, gone: set[tuple[str, int]], seed: int = 0) -> nn.Module:
     """A copy in which the output projections of these sub-layers are zero."""
-    model, case = copy.deepcopy(model_of(name, seed)), families.CASES[name]
-    for kind, layer in gone:
-        projection = {"attention": case.attention, "mlp": case.mlp}[kind]
-        found = [p for n, p in find_anatomy(model).layers[layer].block.named_parameters() if projection in n]
-        assert found
-        for parameter in found:
-            parameter.zero_()
+    model = copy.deepcopy(model_of(name, seed))
+    families.silence(name, model, *([layer for k, layer in gone if k == kind] for kind in ("attention", "mlp")))
     return model
 
 
@@ -94,7 +87,7 @@ def test_one_shot_by_hand():
 
 
 @pytest.mark.parametrize("kind", SELECTIONS)
-def test_what_is_gone_is_not_selected_again(kind):
+def test_what_is_dropped_is_not_selected_again(kind):
     model = model_of("llama")
     gone = DropPlan((0, 3), (3, 5))
     left = {"attention": {1, 2, 4, 5}, "mlp": {0, 1, 2, 4}, "block": {0, 1, 2, 4, 5}}
@@ -300,7 +293,7 @@ def test_relative_magnitude_by_brute_force(name):
             assert found[kind][i] == pytest.approx(ratio(*pair), rel=1e-4), (kind, i)
 
 
-def test_metrics_rank_differently_and_what_is_gone_has_none():
+def test_metrics_rank_differently_and_what_is_dropped_has_none():
     model = model_of("llama")
     with skipping(model, DropPlan((2,), (4,))):
         found = {metric: measure_importance(model, TOKENS, metric=metric) for metric in ("cosine", "relative magnitude")}

@@ -1,22 +1,20 @@
 """Notebook 02: quality against the number of dropped attention, MLP or block layers."""
 
-from ...base import files
-from ...report.tables import Tables, write_tables
-from ..curves import SINGLE, collect, measure, paper_name, paper_rows
-from ..profile import Profile
-from ..queue import not_run_table
+from ...report.tables import Column, Tables, table
+from .. import curve_rows, paper
+from ..curves import SINGLE, Tasks, Text, collect, measure_curves, rank_layers
+from ..profile import Calibration
+from ..run import Run, study
+
+TABLES = curve_rows.TABLES | {
+    "paper": table("model kind", Column("n", "Dropped", "d"), Column("what", "What"), Column("paper", "The paper's number")),
+}
 
 
-def drop_curves(profile: Profile, force: bool = False) -> Tables:
-    """Notebook 02: quality of each of the profile's models with n attention, MLP or block layers dropped.
-
-    Measures what is missing (everything if `force`), writes the tables to data/results/<run>/02_drop_curves and returns
-    them. Raises LLMDropError if the profile's only model, its corpus or all of its tasks cannot be used; of several models
-    or tasks, one that cannot is listed in the table `not_run`.
-    """
-    measured, provenance, not_run = measure(profile, force, SINGLE)
-    tables = collect(
-        measured, lambda m: m.model_rows() | m.text_rows() | m.task_rows() | {"paper": paper_rows(paper_name(m.model))}
-    )
-    tables["not_run"] = not_run_table(not_run)
-    return write_tables(tables, files.RESULTS / profile.run / "02_drop_curves", provenance)
+@study("02_drop_curves", needs=[Calibration, Text, Tasks], tables=TABLES)
+def drop_curves(run: Run) -> Tables:
+    """Notebook 02: quality of each of the profile's models with n attention, MLP or block layers dropped."""
+    scoring, tasks = rank_layers(run)
+    measured = measure_curves(run, scoring, tasks, SINGLE)
+    rows = collect(measured, lambda m: {"paper": paper.rows_for(m.model)}, TABLES)
+    return run.write(rows, [*run.measured(scoring), *(item for m in measured for item in m.work)])

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ...report.tables import Tables
-from ...report.verdicts import Finding, check
+from ...report.verdicts import Finding, advice, check
 
 
 @check
@@ -16,8 +16,36 @@ def cache_shrinks_in_proportion(tables: Tables) -> Iterator[Finding]:
         yield row.model, bool(exact and share), text
     for model, rows in tables["caches"].groupby("model", sort=False):
         if not rows["full_attention"].astype(bool).all():
-            yield model, None, "its sliding windows hold a fixed number of tokens, so the share depends on which layers go"
+            yield model, None, "its sliding windows hold a fixed number of tokens, so the share depends on which are dropped"
             continue
         exact = (rows["counted_bytes"] == rows["formula_bytes"]).all()
         share = (rows["counted_bytes"] * rows["n_layers"] == rows["dense_bytes"] * (rows["n_layers"] - rows["n"])).all()
         yield model, bool(exact and share), f"{len(rows)} caches, each to the byte as the formula says"
+
+
+@advice("06_kv_cache")
+def what_to_do(tables: Tables) -> str:
+    """What each dropped attention layer saves on the models of the run."""
+    text = []
+    for model, rows in tables["caches"].groupby("model", sort=False):
+        longest = rows[rows["length"] == rows["length"].max()]
+        most = longest.loc[longest["n"].idxmax()]
+        left = most["counted_bytes"] / most["dense_bytes"]
+        if most["full_attention"]:
+            per_token = most["dense_bytes"] / most["length"]
+            found = (
+                f"the cache takes {per_token:,.0f} bytes per token, and every attention layer that you drop saves "
+                f"{per_token / most['n_layers']:,.0f} of them, whichever it is."
+            )
+        else:
+            found = (
+                "some of its layers are sliding windows, which hold a fixed number of tokens however long the context. At long "
+                "contexts, dropping a layer that sees every token saves more than its share, dropping a window less."
+            )
+        if left > 0 and most["n"]:
+            found += (
+                f" With {most['n']} of {most['n_layers']} dropped, {most['length']:,} tokens take {100 * left:.0f} % of the "
+                f"dense cache, so the same memory holds {1 / left:.1f} times as many sequences."
+            )
+        text.append(f"**{model}**: {found}")
+    return "\n\n".join(text)

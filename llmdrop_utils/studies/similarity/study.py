@@ -1,68 +1,78 @@
 """Notebook 01: importance of every sub-layer on each corpus, and what follows from it."""
 
 import itertools
-import json
 
 import numpy as np
-import pandas as pd
 
-from ...base import files, stats
-from ...base.errors import NotAvailable
-from ...base.store import Store
-from ...measure.importance import KINDS, Importance, drop_order
-from ...models.locate import LocatedModel, locate_available
-from ...report.tables import Tables, write_tables
-from ..profile import Profile
-from ..queue import measure_all, not_run_table, one_of_many
-from ..run import available_corpora, importance_of, importance_work
-
-MAYBE_EMPTY = {  # columns of the tables that can be without rows
-    "published": ["model", "corpus", "kind", "n_drop", "shared", "by_chance", "theirs", "ours"],
-    "sample_agreement": ["model", "corpus", "kind", "n_samples", "groups", "correlation", "low", "high"],
-    "corpora": ["model", "a", "b", "kind", "correlation", "low", "high"],
-}
+from ...base import stats
+from ...measure.importance import Importance, drop_order
+from ...measure.metrics import KINDS
+from ...models.locate import LocatedModel
+from ...report.tables import Column, Tables, table
+from .. import paper
+from ..profile import Calibration
+from ..run import Run, importance_work, study
+from ..work import ImportanceWork
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+IMPORTANCE = Column("importance", "Importance", ".4f", "low", "high")
+CORRELATION = Column("correlation", "Rank correlation", ".2f", "low", "high")
+TABLES = {
+    "importance": table("model corpus kind layer n_samples", IMPORTANCE, "low high"),
+    "order": table("model corpus kind position layer"),
+    "distribution": table("model corpus kind layer " + " ".join(QUANTILES)),
+    "contrast": table(
+        "model corpus",
+        Column("other", "Compared with"),
+        Column("attention", "Attention", ".3f"),
+        Column("compared", "The other", ".3f"),
+        Column("attention_median", "Attention, median", ".3f"),
+        Column("compared_median", "The other, median", ".3f"),
+        Column("difference", "Attention minus the other", "+.3f", "low", "high"),
+        "low high",
+        Column("layers_lower", "Layers in which attention is lower", "d"),
+        Column("n_layers", "Layers", "d"),
+    ),
+    "depth": table("model corpus kind", CORRELATION, "low high"),
+    "corpora": table(
+        "model", Column("a", "Corpus"), Column("b", "And corpus"), "kind", CORRELATION, "low high",
+        Column("shared_*", "Shared of the most droppable", "d"),
+    ),
+    "sample_count": table("model corpus kind n_samples layer", Column("importance", "Importance", ".4f")),
+    "sample_agreement": table(
+        "model corpus kind", Column("n_samples", "Samples", "d"), Column("groups", "Groups", "d"),
+        Column("correlation", "Rank correlation (range)", ".3f", "low", "high"), "low high",
+    ),
+    "published": table(
+        "model corpus kind", Column("n_drop", "Dropped", "d"), Column("shared", "Shared", "d"),
+        Column("by_chance", "By chance", ".1f"), Column("theirs", "The authors' layers"), Column("ours", "Ours"),
+    ),
+}  # fmt: skip
 
 
-def similarity(profile: Profile, force: bool = False) -> Tables:
-    """Notebook 01: importance of every attention, MLP and block of the profile's models on its corpora.
-
-    Measures what is missing (everything if `force`), writes the tables to data/results/<run>/01_similarity and returns
-    them. Raises LLMDropError if the profile's only model cannot be used; of several models, one that cannot is listed in
-    the table `not_run` with the reason.
-    """
-    store, not_run = Store(), {}
-    corpora = available_corpora(profile, not_run)
-    located, missing = locate_available(profile.models)
-    not_run |= missing
-    work = []
-    for model in located:
-        with one_of_many(model, profile.several, not_run):
-            work += importance_work(model, corpora, profile)
-    measure_all(work, store, force, profile.several, not_run)
-    work = [item for item in work if item.model.name not in not_run]
-    if not work:
-        raise NotAvailable("Nothing could be measured:\n" + "\n".join(not_run.values()))
-    rows: dict[str, list[dict]] = {}
-    provenance = []
-    for _, items in itertools.groupby(work, key=lambda item: item.model):
-        items = list(items)
-        scores = {item.corpus: importance_of(item, store) for item in items}
-        for table, more in _similarity_rows(scores, items[0].model, profile).items():
-            rows.setdefault(table, []).extend({"model": items[0].model.name} | row for row in more)
-        provenance += [store.get(item.keys[0])["provenance"] for item in items]
-    tables = {name: pd.DataFrame(r) if r else pd.DataFrame(columns=MAYBE_EMPTY[name]) for name, r in rows.items()}
-    tables["not_run"] = not_run_table(not_run)
-    return write_tables(tables, files.RESULTS / profile.run / "01_similarity", provenance)
+@study("01_similarity", needs=[Calibration], tables=TABLES)
+def similarity(run: Run) -> Tables:
+    """Notebook 01: importance of every attention, MLP and block of the profile's models on its corpora."""
+    corpora, calibration = run.corpora(), run.section(Calibration)
+    work: list[ImportanceWork] = []
+    for model in run.models():
+        with run.one_of(model):
+            work += importance_work(model, corpora, calibration)
+    run.measure(work)
+    rows: dict[str, list[dict]] = {name: [] for name in TABLES}
+    done = run.measured(work)
+    for model, items in itertools.groupby(done, key=lambda item: item.model):
+        scores = {item.corpus: run.importance(item) for item in items}
+        for name, more in _rows(scores, model, calibration).items():
+            rows[name] += [{"model": model.name} | row for row in more]
+    return run.write(rows, done)
 
 
-# ---- notebook 01: from scores to rows -------------------------------------------------------------------------------
+# ---- from scores to rows -------------------------------------------------------------------------------
 
 
-def _similarity_rows(scores: dict[str, Importance], located: LocatedModel, profile: Profile) -> dict[str, list[dict]]:
+def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calibration) -> dict[str, list[dict]]:
     """All rows of one model, without the column `model`. `scores`: corpus -> all samples of it."""
-    calibration = profile.calibration
     first = next(iter(scores))
     same_n = {corpus: s.first(calibration.n_samples) for corpus, s in scores.items()}
     draws = {  # kinds share their samples, corpora do not
@@ -85,10 +95,10 @@ def _similarity_rows(scores: dict[str, Importance], located: LocatedModel, profi
         ],
         "contrast": _contrast_rows(same_n, draws),
         "depth": _depth_rows(same_n, draws),
-        "corpora": _corpora_rows(same_n, draws, profile.n_drop),
+        "corpora": _corpora_rows(same_n, draws, calibration.n_drop),
         "sample_count": _sample_count_rows(scores[first], calibration.sample_counts, first),
         "sample_agreement": _sample_agreement_rows(scores[first], calibration.sample_counts, first),
-        "published": _published_rows(same_n, located),
+        "published": _published_rows(same_n, model),
     }
 
 
@@ -177,15 +187,10 @@ def _sample_agreement_rows(scores: Importance, counts: list[int], corpus: str) -
     return rows
 
 
-def _published_rows(scores: dict[str, Importance], located: LocatedModel) -> list[dict]:
+def _published_rows(scores: dict[str, Importance], model: LocatedModel) -> list[dict]:
     """Our n most droppable layers against the drop lists that the authors published for this model."""
-    claims = json.loads((files.ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))
     rows = []
-    for published in claims["published_drop_lists"]:
-        kind = {"Attn": "attention", "MLP": "mlp", "Block": "block"}.get(published["method"])
-        if published["model"] != located.published_lists or kind is None:
-            continue
-        theirs = published["layers"]
+    for kind, theirs in paper.drop_lists(model.published_lists):
         for corpus, s in scores.items():
             ours = drop_order(s.importance[kind])[: len(theirs)]
             rows.append({"corpus": corpus, "kind": kind, "n_drop": len(theirs), "shared": len({*ours} & {*theirs}),

@@ -4,17 +4,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from ...report.style import COLORS, LINES, MARKERS, NAMES, WIDTH, figure
+from ...report.style import COLORS, LINES, MARKERS, NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
-
-GENERATION = "generation from samples"
+from .crossover import in_words
+from .generation import GENERATION
 
 FILLS = {"eager": "full", "compiled": "none"}  # filled markers: eager; open ones: compiled
+LAYERS = {"attention": "attention layers", "mlp": "MLP layers", "block": "blocks", "joint": "attention and MLP layers"}
+NOTE = "dotted: predicted from bytes and operations; bars: 95 % intervals over repeats"
+NOISY_NOTE = "; ring: noisy timing"
+
+# ---- on one pair of axes --------------------------------------------------------------------------------------------
 
 
-def _line(ax: Axes, rows: pd.DataFrame, x: str, kind: str, label: str, backend: str) -> None:
-    """Speed-up with its interval; the prediction as a thin grey line; noisy timings are ringed."""
+def speedup_line(ax: Axes, rows: pd.DataFrame, x: str, kind: str, label: str, backend: str) -> None:
+    """Speed-up with its interval; the prediction as a thin dotted line; noisy timings are ringed."""
     rows = rows.sort_values(x)
     error = [rows["speedup"] - rows["speedup_low"], rows["speedup_high"] - rows["speedup"]]
     ax.errorbar(rows[x], rows["speedup"], np.clip(error, 0, None), color=COLORS[kind], marker=MARKERS[kind], label=label,
@@ -24,70 +32,137 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, kind: str, label: str, backend: 
     ax.plot(noisy[x], noisy["speedup"], linestyle="none", marker="o", markersize=9, fillstyle="none", color="0.4")
 
 
+def speedup_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Speed-up over the number dropped, a line for each kind and back end, from the dense model on."""
+    for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
+        start = line.iloc[:1].assign(n=0, speedup=1, speedup_low=1, speedup_high=1, predicted=1, noisy=False)
+        speedup_line(ax, pd.concat([start, line]), "n", kind, NAMES[kind] + _compiled(backend), backend)
+    ax.axhline(1, color="0.5", linewidth=0.8)
+    ax.set(title=title, xlabel="Layers dropped")
+
+
+def context_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Speed-up over the context, a line for each kind at one number dropped."""
+    for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
+        name = f"{line['n'].iloc[0]} {LAYERS[kind]} dropped{_compiled(backend)}"
+        speedup_line(ax, line.drop_duplicates("context"), "context", kind, name, backend)
+    ax.axhline(1, color="0.5", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ticks = sorted(rows["context"].unique())
+    shown = [t for i, t in enumerate(ticks) if i == 0 or np.log2(t / ticks[i - 1]) > 0.7]
+    ax.set_xticks(shown, [f"{t:,}" for t in shown])
+    ax.minorticks_off()
+    ax.set(title=title, xlabel="Tokens in the cache")
+
+
+def limit_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Milliseconds per token over the context; dotted in the same colour, the least that the device would need."""
+    first = rows["backend"].iloc[0]
+    for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
+        line, n = line.sort_values("context"), line["n"].iloc[0]
+        name = (f"{n} {LAYERS[kind]} dropped" if n else NAMES[kind]) + _compiled(backend)
+        ax.plot(line["context"], 1e3 * line["seconds"], label=name, color=COLORS[kind], marker=MARKERS[kind],
+                fillstyle=FILLS[backend])  # fmt: skip
+        if backend == first:
+            least = 1e3 * line["seconds"] * line["share_of_limit"]
+            ax.plot(line["context"], least, color=COLORS[kind], linewidth=0.8, linestyle=":")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.set(title=title, xlabel="Tokens in the cache", ylabel="Milliseconds per token")
+    ax.set_ylim(bottom=0)
+
+
+def trade_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Points lost over speed-up, a line for each kind and back end; every point carries its number dropped."""
+    for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
+        line = line.sort_values("n")
+        x, y = 100 * (line["speedup"] - 1), line["points_lost"]
+        x_error = [100 * (line["speedup"] - line["speedup_low"]), 100 * (line["speedup_high"] - line["speedup"])]
+        y_error = [y - line["points_lost_low"], line["points_lost_high"] - y]
+        ax.errorbar(x, y, np.clip(y_error, 0, None), np.clip(x_error, 0, None), color=COLORS[kind], marker=MARKERS[kind],
+                    linestyle=LINES[kind], fillstyle=FILLS[backend], label=NAMES[kind] + _compiled(backend),
+                    elinewidth=0.6)  # fmt: skip
+        for a, b, n in zip(x, y, line["n"], strict=True):
+            ax.annotate(str(n), (a, b), (3, 3), textcoords="offset points", fontsize=7, color=COLORS[kind])
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set(title=title, xlabel="Speed-up of the generation, %", ylabel="Points lost, mean of tasks")
+
+
+# ---- the figures ----------------------------------------------------------------------------------------------------
+
+
 @figure("05_speedup")
-def figS8_speedup(tables: Tables):
+def figS8_speedup(tables: Tables) -> Drawing:
     """Speed-up against the number dropped: reading a prompt, decoding behind it, and both as in the paper."""
     data = tables["speed"].query("kind != 'dense'")
     generation = data[data["what"] == GENERATION]
+    if generation.empty:
+        return nothing_to_show("No whole generation could be composed", data)
     models, prompt = list(generation["model"].unique()), generation["context"].max()
+    protocol = generation[generation["context"] == prompt]
     panels = {
         f"Prefill, {prompt:,} tokens": data.query("what == 'prefill' and context == @prompt"),
         f"Decode, context {prompt:,}": data.query("what == 'decode' and context == @prompt"),
-        f"{prompt:,} tokens in and out": generation[generation["context"] == prompt],
+        f"{prompt:,} tokens in and {protocol['new_tokens'].iloc[0]:,} out": protocol,
     }
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.5 + 2.1 * len(models)), squeeze=False, sharey="row")
+    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.7 + 2.1 * len(models)), squeeze=False, sharey="row")
     for row, model in zip(axes, models, strict=True):
+        batch = generation[generation["model"] == model]["batch_size"].iloc[0]
         for ax, (title, rows) in zip(row, panels.items(), strict=True):
-            rows = rows[rows["model"] == model]
-            batch = generation[generation["model"] == model]["batch_size"].iloc[0]
-            rows = rows[rows["batch_size"] == batch].drop_duplicates(["backend", "kind", "n"])
-            for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
-                name = NAMES[kind] + (", compiled" if backend == "compiled" else "")
-                start = line.iloc[:1].assign(n=0, speedup=1, speedup_low=1, speedup_high=1, predicted=1, noisy=False)
-                _line(ax, pd.concat([start, line]), "n", kind, name, backend)
-            ax.axhline(1, color="0.5", linewidth=0.8)
-            ax.set_title(title if len(models) == 1 else f"{title}\n{model}")
-            ax.set_xlabel("Layers dropped")
+            rows = rows[(rows["model"] == model) & (rows["batch_size"] == batch)]
+            speedup_panel(ax, rows.drop_duplicates(["backend", "kind", "n"]), _titled(title, model, models))
         row[0].set_ylabel(f"Speed-up over dense\n(batch {batch})")
     axes.flat[0].legend(loc="upper left")
-    fig.supxlabel(
-        "dotted: predicted from bytes and operations; bars: 95 % intervals over repeats; ring: noisy timing", fontsize=7
-    )
-    return fig, data
+    _about(fig, tables, models, data)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        kinds = [set(of_kind["n"]) for _, of_kind in rows.groupby("kind")]
+        shared = set.intersection(*kinds) or {max(rows["n"])}
+        same = rows[rows["n"] == max(shared)].drop_duplicates("kind")
+        found = [
+            f"{r.speedup:.2f} with {r.n} {LAYERS[r.kind]} dropped (predicted: {r.predicted:.2f})" for r in same.itertuples()
+        ]
+        return f"The speed-up of the whole generation is {', '.join(found)}."
+
+    eager = protocol[protocol["backend"] == protocol["backend"].iloc[0]]
+    return Drawing(fig, data, for_each_model(eager, sentence))
 
 
 @figure("05_speedup")
-def figS9_context(tables: Tables):
+def figS9_context(tables: Tables) -> Drawing:
     """Where dropping attention starts to gain more than dropping MLP: decoding over contexts and batches."""
     data = _swept(tables)
     models, batches = list(data["model"].unique()), sorted(data["batch_size"].unique())
-    shape = {"figsize": (WIDTH * min(1, 0.4 * len(batches) + 0.1), 0.5 + 2.1 * len(models)), "squeeze": False}
+    if not models:
+        return nothing_to_show("Attention and MLP were not timed at several contexts", data)
+    shape = {"figsize": (WIDTH * min(1, 0.4 * len(batches) + 0.1), 0.7 + 2.1 * len(models)), "squeeze": False}
     fig, axes = plt.subplots(len(models), len(batches), sharey="row", **shape)
     for row, model in zip(axes, models, strict=True):
         for ax, batch in zip(row, batches, strict=True):
             rows = data[(data["model"] == model) & (data["batch_size"] == batch)]
-            for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
-                name = f"{NAMES[kind]}-{line['n'].iloc[0]}" + (", compiled" if backend == "compiled" else "")
-                _line(ax, line.drop_duplicates("context"), "context", kind, name, backend)
-            ax.axhline(1, color="0.5", linewidth=0.8)
-            ax.set_xscale("log", base=2)
-            ticks = sorted(rows["context"].unique())
-            shown = [t for i, t in enumerate(ticks) if i == 0 or np.log2(t / ticks[i - 1]) > 0.7]
-            ax.set_xticks(shown, [f"{t:,}" for t in shown])
-            ax.minorticks_off()
-            ax.set_xlabel("Tokens in the cache")
-            ax.set_title(f"Decode, batch {batch}" + (f"\n{model}" if len(models) > 1 else ""))
+            if rows.empty:
+                ax.axis("off")
+                continue
+            context_panel(ax, rows, _titled(f"Decode, batch {batch}", model, models))
         row[0].set_ylabel("Speed-up over dense")
     axes.flat[0].legend(loc="upper left")
-    fig.supxlabel(
-        "dotted: predicted from bytes and operations; bars: 95 % intervals over repeats; ring: noisy timing", fontsize=7
-    )
-    return fig, data
+    _about(fig, tables, models, data)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        found = [
+            f"At batch {r.batch_size} the lines cross {in_words(r.measured, r.tried_from, r.tried_to)} (predicted: "
+            f"{in_words(r.predicted, r.tried_from, r.tried_to)})."
+            for r in rows.itertuples()
+        ]
+        n = rows["n"].iloc[0]
+        return f"{' '.join(found)} Beyond that, dropping {n} attention layers gains more than dropping {n} MLP layers."
+
+    return Drawing(fig, data, for_each_model(tables["crossover"].query("what == 'decode'"), sentence))
 
 
 @figure("05_speedup")
-def figS10_limit(tables: Tables):
-    """Time of a decode step, dense and with the most attention gone, above what the device could do at best."""
+def figS10_limit(tables: Tables) -> Drawing:
+    """Time of a decode step, dense and with the most attention dropped, above what the device could do at best."""
     data = tables["speed"].query("what == 'decode' and batch_size == 1 and kind in ('dense', 'attention')")
     data = data[data["room"].isna()]
     most = data.groupby("model")["n"].max()
@@ -95,59 +170,81 @@ def figS10_limit(tables: Tables):
         ["model", "backend", "kind", "context"]
     )
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.5 * len(models)), 2.5), squeeze=False)
+    if not models:
+        return nothing_to_show("No single sequence was timed", data)
+    width = WIDTH * min(1, 0.55 * len(models))
+    fig, axes = plt.subplots(1, len(models), figsize=(width, 2.7), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
-        rows = data[data["model"] == model]
-        for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
-            line = line.sort_values("context")
-            n = line["n"].iloc[0]
-            name = (f"Attn-{n}" if n else "Dense") + (", compiled" if backend == "compiled" else "")
-            style = {"color": COLORS[kind], "marker": MARKERS[kind], "fillstyle": FILLS[backend]}
-            ax.plot(line["context"], 1e3 * line["seconds"], label=name, **style)
-            if backend == rows["backend"].iloc[0]:
-                least = 1e3 * line["seconds"] * line["share_of_limit"]
-                ax.plot(line["context"], least, color=COLORS[kind], linewidth=0.8, linestyle=":")
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("Tokens in the cache")
-        ax.set_ylabel("Milliseconds a token")
-        ax.set_title(f"{model}, batch 1\n(dotted: the device's limit)")
-    axes.flat[0].legend(loc="upper left")
-    return fig, data
+        limit_panel(ax, data[data["model"] == model], _titled("Decode, batch 1", model, models))
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    limit = Line2D([], [], color="0.4", linewidth=0.8, linestyle=":")
+    axes.flat[0].legend([*handles, limit], [*names, "least the device would need"], loc="upper left", fontsize=7)
+    axes.flat[0].margins(y=0.3)
+    axes.flat[0].set_ylim(bottom=0)
+    fig.suptitle(_where(tables, models), fontsize=8)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        dense = rows[rows["n"] == 0].sort_values("context")
+        few, many = dense.iloc[0], dense.iloc[-1]
+        return (
+            f"Dense decoding takes {1 / few['share_of_limit']:.1f} times the least that the device would need with "
+            f"{few['context']:,} tokens in the cache, and {1 / many['share_of_limit']:.1f} times with {many['context']:,}."
+        )
+
+    return Drawing(fig, data, for_each_model(data, sentence))
 
 
 @figure("05_speedup")
-def figS11_trade(tables: Tables):
+def figS11_trade(tables: Tables) -> Drawing:
     """What a speed-up costs: points lost against speed-up, one line for each kind (the slope is the paper's SDR)."""
     data = tables["trade"]
     if not len(data) or data["points_lost"].isna().all():
-        fig, ax = plt.subplots(figsize=(WIDTH * 0.5, 1.0))
-        ax.text(0.5, 0.5, "no quality was measured in this run", ha="center", va="center")
-        ax.axis("off")
-        return fig, data
+        return nothing_to_show("No quality was measured in this run", data)
     data = data.dropna(subset=["points_lost"])
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.55 * len(models)), 2.7), squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.6 * len(models)), 3.0), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
-        for (backend, kind), line in data[data["model"] == model].groupby(["backend", "kind"], sort=False):
-            line = line.sort_values("n")
-            x, y = 100 * (line["speedup"] - 1), line["points_lost"]
-            x_error = [100 * (line["speedup"] - line["speedup_low"]), 100 * (line["speedup_high"] - line["speedup"])]
-            y_error = [y - line["points_lost_low"], line["points_lost_high"] - y]
-            name = NAMES[kind] + (", compiled" if backend == "compiled" else "")
-            ax.errorbar(x, y, np.clip(y_error, 0, None), np.clip(x_error, 0, None), color=COLORS[kind], marker=MARKERS[kind],
-                        linestyle=LINES[kind], fillstyle=FILLS[backend], label=name, elinewidth=0.6)  # fmt: skip
-            for a, b, n in zip(x, y, line["n"], strict=True):
-                ax.annotate(str(n), (a, b), (3, 3), textcoords="offset points", fontsize=7, color=COLORS[kind])
-        ax.axhline(0, color="0.5", linewidth=0.8)
-        ax.set_xlabel("Speed-up of the generation, %")
-        ax.set_ylabel("Points lost, mean of tasks")
-        ax.set_title(f"{model} (numbers: layers dropped)")
+        trade_panel(ax, data[data["model"] == model], model if len(models) > 1 else "")
     axes.flat[0].legend(loc="upper right")  # much speed at much loss: no line goes there
-    return fig, data
+    fig.suptitle(_where(tables, models), fontsize=8)
+    fig.supxlabel("numbers: layers dropped; bars: 95 % intervals; lower right is better", fontsize=7)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        rows = rows[rows["sdr_low"].notna() & (rows["backend"] == rows["backend"].iloc[0])]
+        shared = rows.groupby("n")["kind"].nunique()
+        if not len(shared) or shared.max() < 2:
+            return "No two kinds have a speed-up beyond noise at the same number dropped."
+        n = shared[shared == shared.max()].index.max()
+        found = [f"{r.sdr:.2f} for {LAYERS[r.kind]}" for r in rows[rows["n"] == n].itertuples()]
+        return f"Points lost per percent of speed-up, with {n} dropped: {', '.join(found)}."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+# ---- what they share --------------------------------------------------------------------------------------------------
+
+
+def _compiled(backend: str) -> str:
+    return ", compiled" if backend == "compiled" else ""
+
+
+def _titled(title: str, model: str, models: list[str]) -> str:
+    return title if len(models) == 1 else f"{title}\n{model}"
+
+
+def _where(tables: Tables, models: list[str]) -> str:
+    """The device, and the model if it is the only one: times mean nothing without them."""
+    device = tables["models"]["device"].iloc[0]
+    return f"{models[0]} on {device}" if len(models) == 1 else f"on {device}"
+
+
+def _about(fig: Figure, tables: Tables, models: list[str], data: pd.DataFrame) -> None:
+    fig.suptitle(_where(tables, models), fontsize=8)
+    fig.supxlabel(NOTE + (NOISY_NOTE if data["noisy"].astype(bool).any() else ""), fontsize=7)
 
 
 def _swept(tables: Tables) -> pd.DataFrame:
-    """Decoding with attention or MLP layers gone, at the contexts and batches where both were timed."""
+    """Decoding with attention or MLP layers dropped, at the contexts and batches where both were timed."""
     data = tables["speed"].query("what == 'decode' and kind in ('attention', 'mlp')")
     data = data[data["room"].isna() & ~data["fill"].astype(bool)]
     kinds = data.groupby(["model", "backend", "batch_size", "context", "n"])["kind"].transform("nunique")

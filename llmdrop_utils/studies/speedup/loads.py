@@ -1,101 +1,196 @@
-"""Notebook 05: which loads are timed, under which plans."""
+"""Notebook 05, what is timed: which models, under which plans, at which loads."""
 
-import json
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator
 
-from ...base.errors import DiskFull, LLMDropError, NotAvailable
-from ...base.store import Store
-from ...drop.plan import DropPlan
-from ...measure.speed import Load
-from ...models.families import learned_positions
+from ...base.errors import DiskFull, LLMDropError, each_available
+from ...base.provenance import code_provenance
+from ...base.settings import Counts, Positive, Settings
+from ...dropping.plan import DropPlan, PlanKey
+from ...measure.metrics import KINDS
+from ...measure.speed import VERSION, Load, device_limits, largest_batch, measure_speed
+from ...models.families import cache_geometry, learned_positions
 from ...models.load import load_config
 from ...models.locate import LocatedModel, locate_model
 from ...selection.methods import select_last
 from ...selection.ranking import drop_sequence, select
 from ...sources.catalogue import catalogue
-from ..profile import Profile
-from ..queue import measure_all
-from ..run import available_corpora, identity_of, importance_of, importance_work
-from ..work import SpeedWork, plan_key
-
-Cell = tuple[str, int]  # kind, how many are dropped
+from ..profile import Calibration, CountsByKind, Profile, section
+from ..run import Run, identity_of, importance_work
+from ..work import DENSE, Cell, Work
 
 
-# ---- models, plans, work --------------------------------------------------------------------------------------------
+def _two(values: list[int]) -> list[int]:
+    if len(values) != 2:
+        raise ValueError(f"The key 'whole' in {{where}} must hold a prompt and new tokens, but holds {len(values)} numbers.")
+    return values
 
 
-def models_or_shapes(profile: Profile, not_run: dict[str, str]) -> list[LocatedModel]:
-    """The profile's models; those that cannot be had go into `not_run`, and random weights take their place if the shape is
-    known."""
-    located = []
-    for name in profile.models:
+@section("speed")
+class Speed(Settings):
+    """What is timed: generation as in the paper (Sec. 5: 2,048 tokens in and out), and a sweep over batch and context."""
+
+    repeats: Positive
+    batch_size: Positive | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
+    prompt: Positive
+    new_tokens: Positive
+    contexts: Counts  # tokens in the cache at which decoding is timed; both ends of the protocol among them
+    steps: Positive  # decode steps that are timed together
+    n_drop: CountsByKind
+    sweep_batches: Counts  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers dropped
+    sweep_n: Positive
+    compiled: CountsByKind | None  # what is also timed on the compiled back end, as in the paper (compiling is slow)
+    whole: Annotated[Counts, AfterValidator(_two)]  # prompt and new tokens of a generation that is timed in one piece too
+
+
+# ---- models and plans -------------------------------------------------------------------------------------------------
+
+
+def models_or_shapes(profile: Profile) -> tuple[list[LocatedModel], dict[str, str]]:
+    """The profile's models, and why some are unavailable (name -> reason).
+
+    Random weights take the place of an unavailable model whose shape is known: speed and memory are the same. Raises what
+    `each_available` raises if there is neither model nor shape.
+    """
+    replaced: dict[str, str] = {}
+
+    def locate(name: str) -> LocatedModel:
         try:
-            located.append(locate_model(name))
+            return locate_model(name)
         except DiskFull:
             raise
         except LLMDropError as reason:
             if name not in catalogue()["shapes"]:
-                if len(profile.models) == 1:
-                    raise
-                not_run[name] = str(reason)
-                continue
-            not_run[name] = f"{reason} Its shape with random weights was taken instead."
-            located.append(locate_model(f"random:{name}"))
-    if not located:
-        raise NotAvailable("None of these models can be had here:\n" + "\n".join(not_run.values()))
-    return located
+                raise
+            replaced[name] = f"{reason} Its shape with random weights was taken instead."
+            return locate_model(f"random:{name}")
 
-
-def plans_of(model: LocatedModel, profile: Profile, store: Store, not_run: dict[str, str]) -> dict[Cell, DropPlan]:
-    """What notebook 02 drops; for random weights the last layers, since layers of one shape cost the same."""
-    counts = {(kind, n) for kind, several in profile.speed.n_drop.items() for n in several}
-    counts |= {("attention", profile.speed.sweep_n), ("mlp", profile.speed.sweep_n)}
-    n_layers = n_layers_of(model)
-    cells = [(kind, n) for kind, n in sorted(counts) if n < n_layers]
-    if model.is_random:
-        return {(kind, n): select_last(n_layers, kind, n) for kind, n in cells}
-    (item,) = importance_work(model, available_corpora(profile, not_run)[:1], profile)
-    measure_all([item], store, False, profile.several, not_run)
-    if store.get(item.keys[0]) is None:  # one of several models, and in `not_run` by now
-        return {}
-    scores = importance_of(item, store).first(profile.calibration.n_samples)
-    return {(kind, n): select(scores, kind, n) for kind, n in cells if n < len(drop_sequence(scores, kind))}
-
-
-def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profile) -> list[SpeedWork]:
-    """The loads of a model: the paper's protocol in samples, a generation timed whole, and the sweep."""
-    part = profile.speed
-    batch, fill = part.batch_size or 1, part.batch_size is None
-    wanted = {cell: plan for cell, plan in plans.items() if cell[1] in part.n_drop.get(cell[0], [])}
-    swept = {cell: plan for cell, plan in plans.items() if cell[0] in ("attention", "mlp") and cell[1] == part.sweep_n}
-    one = dict(list((swept or wanted).items())[:1])
-    prompt, new_tokens = part.whole
-    loads: list[tuple[Load, bool, dict[Cell, DropPlan]]] = [(Load("prefill", part.prompt, batch_size=batch), fill, wanted)]
-    for context in part.contexts:
-        loads.append((Load("decode", context, part.steps), False, wanted))
-        loads += [(Load("decode", context, part.steps, size), False, swept) for size in part.sweep_batches]
-    protocol = [c for c in part.contexts if part.prompt <= c <= part.prompt + part.new_tokens]
-    loads += [(Load("decode", context, part.steps, batch), fill, wanted) for context in protocol]
-    room = part.prompt + part.new_tokens + part.steps
-    compiled = {cell: plan for cell, plan in plans.items() if cell[1] in (part.compiled or {}).get(cell[0], [])}
-    loads.append((Load("decode", part.prompt, part.steps, batch, "compiled", room), fill, compiled))
-    loads += [(Load("decode", context, part.steps), False, one) for context in (prompt, prompt + new_tokens)]
-    loads.append((Load("generation", prompt, new_tokens), False, one))
-    loads += [(Load("prefill", context), False, swept) for context in part.contexts if context <= part.prompt]
-    loads.append((Load("prefill", prompt), False, one))
-    shared, work, longest = identity_of(model), {}, part.prompt + part.new_tokens + part.steps
-    for load, full, cells in loads:  # the same load for several purposes is timed once, under all their plans
-        plans_of = work.setdefault((load, full), {})
-        plans_of.update({json.dumps(plan_key(plan)): plan for plan in cells.values()})
-    known = learned_positions(load_config(model)) or np.inf
-    return [
-        SpeedWork(**shared, load=load, fill=full, longest=longest, repeats=part.repeats, plans=tuple(plans_of.values()))
-        for (load, full), plans_of in work.items()
-        if plans_of and load.context + load.new_tokens <= known
-    ]
+    located, reasons = each_available(profile.models, locate, "models")
+    return located, reasons | replaced
 
 
 def n_layers_of(model: LocatedModel) -> int:
-    config = load_config(model).get_text_config()
-    return getattr(config, "num_hidden_layers", None) or config.n_layer
+    """How many layers a model has, without loading it."""
+    return len(cache_geometry(load_config(model).get_text_config()))
+
+
+def plans_of(run: Run, model: LocatedModel, corpora: list[str]) -> dict[Cell, DropPlan]:
+    """What notebook 02 drops. Without scores (random weights, or no corpus to measure them on) the last layers are dropped.
+
+    Layers of one shape cost the same, so which of them are dropped does not matter to speed. A count that the model does not
+    have is left out: a profile serves several models. Empty if the model could not be measured; the run says why.
+    """
+    settings = run.section(Speed)
+    counts = [Cell(kind, n) for kind, several in settings.n_drop.items() for n in several]
+    cells = sorted({*counts, Cell("attention", settings.sweep_n), Cell("mlp", settings.sweep_n)})
+    if model.is_random or not corpora:
+        n_layers = n_layers_of(model)
+        cells = [cell for cell in cells if cell.kind in KINDS and cell.n < n_layers]  # a joint ranking needs scores
+        return {cell: select_last(n_layers, cell.kind, cell.n) for cell in cells}
+    calibration = run.section(Calibration)
+    (item,) = importance_work(model, corpora[:1], calibration)
+    run.measure([item], force=False)  # notebook 01 has measured it already
+    if model.name in run.not_run:
+        return {}
+    scores = run.importance(item).first(calibration.n_samples)
+    return {cell: select(scores, cell.kind, cell.n) for cell in cells if cell.n < len(drop_sequence(scores, cell.kind))}
+
+
+# ---- loads ------------------------------------------------------------------------------------------------------------
+
+
+def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], settings: Speed) -> list["SpeedWork"]:
+    """One item for each load of a model, with all plans that it is timed under."""
+    timed: dict[tuple[Load, bool], dict[PlanKey, DropPlan]] = {}
+    for load, fill, cells in _loads(settings, list(plans)):  # one that serves several purposes is timed once
+        timed.setdefault((load, fill), {}).update({plans[cell].key: plans[cell] for cell in cells})
+    longest = settings.prompt + settings.new_tokens + settings.steps
+    known = learned_positions(load_config(model)) or np.inf
+    shared = identity_of(model) | {"longest": longest, "repeats": settings.repeats}
+    return [
+        SpeedWork(**shared, load=load, fill=fill, plans=tuple(under.values()))
+        for (load, fill), under in timed.items()
+        if under and load.context + load.new_tokens <= known
+    ]
+
+
+def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, list[Cell]]]:
+    """Each load, whether its batch is to fill the GPU, and what is dropped."""
+    s, (prompt, new_tokens) = settings, settings.whole
+    batch, fill = s.batch_size or 1, s.batch_size is None
+    listed = [cell for cell in cells if cell.n in s.n_drop.get(cell.kind, [])]
+    swept = [cell for cell in cells if cell.kind in ("attention", "mlp") and cell.n == s.sweep_n]
+    compiled = [cell for cell in cells if cell.n in (s.compiled or {}).get(cell.kind, [])]
+    one = (swept or listed)[:1]
+
+    # 1. The paper's protocol in samples. Its prompt:
+    yield Load("prefill", s.prompt, batch_size=batch), fill, listed
+    # 2. Decoding at every context, one sequence at a time, and the sweep over batches.
+    for context in s.contexts:
+        yield Load("decode", context, s.steps), False, listed
+        for size in s.sweep_batches:
+            yield Load("decode", context, s.steps, size), False, swept
+    # 3. The protocol's decode steps at its own batch.
+    for context in s.contexts:
+        if s.prompt <= context <= s.prompt + s.new_tokens:
+            yield Load("decode", context, s.steps, batch), fill, listed
+    # 4. The same on the compiled back end: a static cache attends over its whole room, so one context stands for all.
+    room = s.prompt + s.new_tokens + s.steps
+    yield Load("decode", s.prompt, s.steps, batch, "compiled", room), fill, compiled
+    # 5. A generation in samples and in one piece, to check the samples.
+    for context in (prompt, prompt + new_tokens):
+        yield Load("decode", context, s.steps), False, one
+    yield Load("generation", prompt, new_tokens), False, one
+    # 6. The sweep over prompts.
+    for context in s.contexts:
+        if context <= s.prompt:
+            yield Load("prefill", context), False, swept
+    yield Load("prefill", prompt), False, one
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedWork(Work):
+    """Seconds of one load under each of several plans, each beside the dense model's of the same rounds."""
+
+    load: Load
+    fill: bool  # take as many sequences as fit the GPU beside the dense model
+    longest: int  # tokens that these sequences grow to
+    repeats: int
+    plans: tuple[DropPlan, ...]
+
+    @property
+    def keys(self) -> list[dict]:
+        code = code_provenance()
+        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
+        libraries = {name: code["versions"][name] for name in ("torch", "transformers")}
+        load = dataclasses.asdict(self.load) | ({"batch_size": None, "longest": self.longest} if self.fill else {})
+        more = {"machine": machine, "libraries": libraries, "load": load, "repeats": self.repeats}
+        return [self._key("speed", VERSION, plan=plan.key.to_json(), **more) for plan in self.plans]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        load, steps = self.load, self.load.new_tokens
+        # A step costs about what 16 tokens of a prompt do: weights are read for one token instead of for many.
+        tokens = {"prefill": load.context, "decode": 16 * steps, "generation": load.context + 16 * steps}[load.what]
+        return tokens * load.batch_size * self.repeats * (1 + len(self.plans))
+
+    @property
+    def about(self) -> dict:
+        return dataclasses.asdict(self.load) | {"repeats": self.repeats}
+
+    def only(self, missing: list[int]) -> "SpeedWork":
+        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        load, plans = self.load, (DENSE, *self.plans)
+        if self.fill:
+            load = dataclasses.replace(load, batch_size=largest_batch(model, self.longest))
+        each = self.tokens_to_pass / self.repeats / len(plans)
+        found = measure_speed(model, load, plans, self.repeats, on_repeat=lambda: update(each))
+        limits = dataclasses.asdict(device_limits(model.get_input_embeddings().weight.device, model.dtype))
+        dense = dataclasses.asdict(found[0])
+        return [{"dense": dense, "plan": dataclasses.asdict(each), "limits": limits} for each in found[1:]]

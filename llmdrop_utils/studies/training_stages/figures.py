@@ -1,56 +1,77 @@
 """Figures of notebook 07: stages of training."""
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, figure
+from ...report.panels import importance_bar, importance_map
+from ...report.style import COLORS, DASHES, KIND_NAMES, MARKERS, WIDTH, Drawing, figure, for_each_model
 from ...report.tables import Tables
-from ..similarity.figures import HEATMAP_TICKS, heatmap
+from .rows import LAYERS
+
+IN_TEXT = {"attention": "attention", "mlp": "MLP", "block": "blocks"}
+LABELS = 20  # of stages that fit beside each other in a figure's width
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
 
-def over_training(ax: Axes, data: pd.DataFrame, value: str) -> None:
+def over_training(ax: Axes, data: pd.DataFrame, value: str, legend: bool) -> None:
     """A line for each kind over the stages: mean over seeds, the band from the lowest to the highest end of their intervals."""
+    markers = {kind: MARKERS[kind] for kind in KIND_NAMES}  # seaborn mixes no filled markers with others
+    sns.lineplot(data, x="position", y=value, hue="kind", style="kind", hue_order=KIND_NAMES, style_order=KIND_NAMES,
+                 palette=COLORS, markers=markers, dashes=DASHES, errorbar=None, markeredgewidth=0, legend=legend,
+                 ax=ax)  # fmt: skip
     for kind in KIND_NAMES:
         rows = data[data["kind"] == kind].groupby("position")
-        mean = rows[value].mean()
-        ax.fill_between(mean.index, rows["low"].min(), rows["high"].max(), color=COLORS[kind], alpha=0.2, linewidth=0)
-        ax.plot(mean.index, mean, color=COLORS[kind], marker=MARKERS[kind], linestyle=LINES[kind], label=KIND_NAMES[kind])
+        low, high = rows["low"].min(), rows["high"].max()
+        ax.fill_between(low.index, low, high, color=COLORS[kind], alpha=0.2, linewidth=0)
+    if legend:
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles, [KIND_NAMES[name] for name in names], loc="best", fontsize=7)
 
 
-def name_stages(ax: Axes, stages: pd.DataFrame) -> None:
-    """Stages stand at equal distances; ticks say how much training each has seen."""
+def name_stages(ax: Axes, stages: pd.DataFrame, n_panels: int) -> None:
+    """Stages are evenly spaced; ticks say how much training each has seen, as many as fit with `n_panels` in a row."""
+    places = sorted(stages["position"].unique())
     labels = stage_labels(stages)
-    ax.set_xticks(
-        sorted(stages["position"].unique()),
-        labels,
-        rotation=45 if len(labels) > 4 else 0,
-        ha="right" if len(labels) > 4 else "center",
-    )
-    ax.set_xlabel("Tokens seen" if stages["tokens"].notna().all() else "Stage")
+    every = max(1, math.ceil(len(labels) * n_panels / LABELS))
+    shown = range(len(labels) - 1, -1, -every)  # the last one among them
+    slanted = len(shown) > 4
+    ax.set_xticks([places[i] for i in shown], [labels[i] for i in shown], rotation=45 if slanted else 0,
+                  ha="right" if slanted else "center")  # fmt: skip
+    ax.set_xticks(places, minor=True)
+    ax.set_xlabel(stage_heading(stages))
 
 
 def loss_curve(ax: Axes, stages: pd.DataFrame, losses: pd.DataFrame, runs: pd.DataFrame) -> None:
     """Loss on held-out text at the stages, the training loss between them, and what token frequencies alone would give."""
-    first = stages[stages["seed"] == stages["seed"].iloc[0]]
-    tokens, position = first["tokens"].to_numpy(float), first["position"].to_numpy(float)
-    for _, rows in losses.groupby("seed"):
-        # Between stages a logarithmic scale, as the stages themselves lie; before the first step there is no loss.
-        x = np.interp(np.log(rows["tokens"]), np.log(tokens[1:]), position[1:])
-        ax.plot(x, rows["loss"], color="0.65", linewidth=0.8, label="training" if rows["seed"].iloc[0] == 0 else None)
-    for seed, rows in stages.groupby("seed"):
-        ax.plot(rows["position"], rows["nll"], color=COLORS["dense"], marker=MARKERS["dense"], linewidth=1.0,
-                label="held-out text" if seed == stages["seed"].iloc[0] else None)  # fmt: skip
+    first = stages[(stages["seed"] == stages["seed"].iloc[0]) & (stages["tokens"] > 0)]
+    if len(losses):  # between stages on a logarithmic scale, as the stages themselves are spaced
+        shown = losses[losses["tokens"] >= first["tokens"].min()]
+        x = np.interp(np.log(shown["tokens"].astype(float)), np.log(first["tokens"].astype(float)), first["position"])
+        sns.lineplot(x=x, y=shown["loss"], units=shown["seed"], estimator=None, color="0.65", linewidth=0.8, ax=ax)
+        ax.lines[0].set_label("training text")
+    known = len(ax.lines)
+    sns.lineplot(stages, x="position", y="nll", units="seed", estimator=None, color=COLORS["dense"], marker=MARKERS["dense"],
+                 markeredgecolor=COLORS["dense"], linewidth=1.0, ax=ax)  # fmt: skip
+    ax.lines[known].set_label("held-out text")
     if runs["unigram_entropy"].notna().any():
         ax.axhline(runs["unigram_entropy"].iloc[0], color="0.3", linestyle=":", linewidth=1.0, label="token frequencies alone")
     ax.legend(loc="best", fontsize=7)
 
 
+def stage_heading(stages: pd.DataFrame) -> str:
+    """What the labels of stages are."""
+    return "Tokens seen" if stages["tokens"].notna().all() else "Stage"
+
+
 def stage_labels(stages: pd.DataFrame) -> list[str]:
-    """Tokens seen, in short ("1.2M"), or the names of the stages where tokens are not known."""
+    """Tokens seen, in short ("1.2M"), or the names of the stages where tokens are unknown."""
     one = stages.drop_duplicates("position").sort_values("position")
     if one["tokens"].isna().any():
         return list(one["stage"])
@@ -68,8 +89,8 @@ def _short(number: float) -> str:
 
 
 @figure("07_training_stages")
-def fig07_training_stages(tables: Tables):
-    """Paper, Fig. 7: importance by stage and layer; mean over seeds."""
+def fig07_training_stages(tables: Tables) -> Drawing:
+    """Importance by stage and layer; mean over seeds (paper, Fig. 7)."""
     data = tables["importance"].groupby(["model", "kind", "position", "layer"], sort=False)["importance"].mean().reset_index()
     models = list(data["model"].unique())
     heights = [0.9 + 0.17 * data[data["model"] == model]["position"].nunique() for model in models]
@@ -80,66 +101,120 @@ def fig07_training_stages(tables: Tables):
         stages = tables["stages"][tables["stages"]["model"] == model]
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             rows = data[(data["model"] == model) & (data["kind"] == kind)].sort_values(["position", "layer"])
-            image = heatmap(ax, rows, "position", f"{KIND_NAMES[kind]}, {model}")
+            importance_map(ax, rows, "position", f"{KIND_NAMES[kind]}, {model}")
         labels = stage_labels(stages)
-        row[0].set_yticks(range(len(labels)), labels)
-        row[0].set_ylabel("Tokens seen" if stages["tokens"].notna().all() else "Stage")
-    bar = fig.colorbar(image, ax=axes, label="Importance\n(bright: redundant)", extend="both", shrink=0.9, pad=0.01)
-    bar.set_ticks(HEATMAP_TICKS, labels=map(str, HEATMAP_TICKS))
-    return fig, data
+        row[0].set_yticks(np.arange(len(labels)) + 0.5, labels)  # the middle of a cell
+        row[0].set_ylabel(stage_heading(stages))
+    importance_bar(fig, axes)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        ends = [rows[rows["position"] == end].set_index(["kind", "layer"])["importance"] for end in _ends(rows)]
+        layers = {kind: [end[kind].idxmin() for end in ends] for kind in KIND_NAMES}
+        moves = [f"{IN_TEXT[kind]} {first} to {last}" for kind, (first, last) in layers.items()]
+        return f"Most redundant layer, first stage to last: {', '.join(moves)}."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
 
 
 @figure("07_training_stages")
-def figS13_stage_means(tables: Tables):
-    """Mean importance of each kind over training, over all layers and without the first; and the loss below it."""
+def figS13_stage_means(tables: Tables) -> Drawing:
+    """Mean importance of each kind over training, over all layers and without the first; and the loss at the same stages.
+    Lines of importance are means over seeds, lines of loss single seeds. Bands run from the lowest to the highest end of the
+    seeds' 95 % intervals.
+    """
     models = list(tables["means"]["model"].unique())
     fig, axes = plt.subplots(3, len(models), figsize=(WIDTH, 5.6), squeeze=False, sharex="col")
     for column, model in zip(axes.T, models, strict=True):
         own = {name: tables[name][tables[name]["model"] == model] for name in ("means", "stages", "losses", "runs")}
-        for ax, left, layers in zip(column, axes[:, 0], ("all layers", "all but the first"), strict=False):
-            over_training(ax, own["means"][own["means"]["layers"] == layers], "importance")
+        for ax, left, layers in zip(column, axes[:, 0], LAYERS, strict=False):
+            shown = own["means"][own["means"]["layers"] == layers]
+            over_training(ax, shown, "importance", legend=ax is axes[0, 0])
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
             if ax is not left:
                 ax.sharey(left)
         column[0].set_title(model)
         loss_curve(column[2], own["stages"], own["losses"], own["runs"])
-        name_stages(column[2], own["stages"])
-    labels = ("Mean importance,\nall layers", "Mean importance,\nall but the first", "Loss,\nnats a token")
+        name_stages(column[2], own["stages"], len(models))
+    for ax in axes.flat:
+        ax.set_ylabel("")
+    labels = ("Mean importance,\nall layers", "Mean importance,\nall but the first", "Loss,\nnats per token")
     for ax, label in zip(axes[:, 0], labels, strict=True):
         ax.set_ylabel(label)
-    axes[0, 0].legend(loc="best", fontsize=7)
-    return fig, tables["means"]
+
+    def sentence(rows: pd.DataFrame) -> str:
+        mean = rows.groupby(["layers", "position", "kind"])["importance"].mean().unstack("kind")
+        lowest = mean["attention"] < mean[["mlp", "block"]].min(axis=1)
+        found = [f"{lowest[layers].sum()} of {len(lowest[layers])} stages ({layers})" for layers in rows["layers"].unique()]
+        ends = [mean.loc["all layers"].loc[end] for end in _ends(rows)]
+        moves = [f"{IN_TEXT[kind]} {ends[0][kind]:.3f} to {ends[1][kind]:.3f}" for kind in KIND_NAMES]
+        return (
+            f"Attention is the most redundant kind at {' and '.join(found)}. Mean importance over all layers, first stage to "
+            f"last: {', '.join(moves)}."
+        )
+
+    return Drawing(fig, tables["means"], for_each_model(tables["means"], sentence))
 
 
 @figure("07_training_stages")
-def figS14_stage_agreement(tables: Tables):
-    """How well each stage ranks the layers as the last one does."""
+def figS14_stage_agreement(tables: Tables) -> Drawing:
+    """Rank correlation of each stage's importance with that of the last stage.
+    Bands run from the lowest to the highest end of the seeds' 95 % intervals.
+    """
     data = tables["agreement"]
-    models = list(data["model"].unique())
-    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False, sharey=True)
-    for ax, model in zip(axes.flat, models, strict=True):
-        rows = data[data["model"] == model]
-        over_training(ax, rows, "correlation")
-        ax.axhline(0, color="0.6", linewidth=0.6)
-        name_stages(ax, rows)
-        ax.set_title(model)
-    axes.flat[0].set_ylabel("Rank correlation with the last stage")
-    axes.flat[0].legend(loc="best")
-    return fig, data
+    fig, axes = _panels(data, "correlation")
+    for ax in axes:
+        ax.set_ylim(top=1.05)
+    axes[0].set_ylabel("Rank correlation with the last stage")
+
+    def sentence(rows: pd.DataFrame) -> str:
+        earlier = rows[rows["progress"] < 1]
+        if earlier.empty:
+            return "There is no earlier stage."
+        mean = earlier.groupby(["kind", "position"])["correlation"].mean().unstack("kind")
+        names = earlier.drop_duplicates("position").set_index("position")["stage"]
+        ends = dict.fromkeys(_ends(earlier))
+        text = [f"{names[end]} {', '.join(f'{mean.loc[end, k]:.2f} for {IN_TEXT[k]}' for k in KIND_NAMES)}" for end in ends]
+        return f"Correlation with the last stage: at {'; at '.join(text)}."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
 
 
 @figure("07_training_stages")
-def figS15_stage_cost(tables: Tables):
-    """What it costs, at each stage, to drop the quarter of a kind that the last stage would drop."""
+def figS15_stage_cost(tables: Tables) -> Drawing:
+    """Loss added at each stage by dropping the quarter of a kind that the last stage would drop.
+    Bands run from the lowest to the highest end of the seeds' 95 % intervals.
+    """
     data = tables["cost"].query("share == 'quarter'")
-    models = list(data["model"].unique())
-    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False)
-    for ax, model in zip(axes.flat, models, strict=True):
-        rows = data[data["model"] == model]
-        over_training(ax, rows, "cost")
-        ax.axhline(0, color="0.6", linewidth=0.6)
-        name_stages(ax, rows)
+    fig, axes = _panels(data, "cost", sharey=False)
+    for ax, (model, rows) in zip(axes, data.groupby("model", sort=False), strict=True):
         ax.set_title(f"{model}, {rows['n'].iloc[0]} layers of a kind")
-    axes.flat[0].set_ylabel("Loss added by dropping, nats a token")
-    axes.flat[0].legend(loc="best")
-    return fig, data
+    axes[0].set_ylabel("Added loss, nats per token")
+
+    def sentence(rows: pd.DataFrame) -> str:
+        mean = rows.groupby(["kind", "position"])["cost"].mean()
+        first, last = _ends(rows)
+        moves = [f"{mean[kind, first]:+z.3f} to {mean[kind, last]:+z.3f} for {IN_TEXT[kind]}" for kind in KIND_NAMES]
+        return f"Added loss, first stage to last: {', '.join(moves)}."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+def _panels(data: pd.DataFrame, value: str, sharey: bool = True) -> tuple[plt.Figure, np.ndarray]:
+    """A row of panels, one for each model, with a line for each kind over the stages."""
+    models = list(data["model"].unique())
+    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False, sharey=sharey)
+    for ax, model in zip(axes[0], models, strict=True):
+        rows = data[data["model"] == model]
+        over_training(ax, rows, value, legend=ax is axes[0, 0])
+        ax.axhline(0, color="0.6", linewidth=0.6)
+        name_stages(ax, rows, len(models))
+        ax.set(title=model, ylabel="")
+    return fig, axes[0]
+
+
+def _ends(rows: pd.DataFrame) -> tuple[int, int]:
+    """The first and the last position."""
+    return rows["position"].min(), rows["position"].max()

@@ -1,0 +1,61 @@
+"""Derived models: folders like those of any other model, and a `derived.json` that says from which model and how.
+
+A derived model has the shape of its base, and other weights. Repair, healing and quantisation make such models. Because the
+shape is the same, a drop plan that was made for the base is accepted on what is derived from it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..base.errors import LLMDropError
+from ..base.files import building, short_name
+from ..dropping.units import left
+from ..models.families import find_anatomy
+from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, folder_identity, locate_folder
+
+
+def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: LocatedModel, recipe: dict) -> LocatedModel:
+    """Write a model whose weights were changed to a new folder, in one step, and locate it.
+
+    Parameters
+    ----------
+    model: the whole model, outside of `dropped`: what is dropped is not stored, so it belongs in a drop plan.
+    tokenizer: None for a model without one.
+    folder: must not exist yet.
+    base: the model that the weights come from. It may be derived itself; its own bases are recorded too.
+    recipe: what was done, as plain JSON. With `base`, it should be enough to do it again.
+
+    Raises LLMDropError if the model lacks sub-layers or comes from another base, and if the folder exists.
+    """
+    folder = Path(folder)
+    try:
+        recipe = json.loads(json.dumps(recipe, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise LLMDropError(f"A recipe must be plain JSON: numbers, text, lists and mappings ({error}).") from error
+    _check(model, base)
+    bases = (base.identity, *base.bases)
+    with building(folder) as temporary:
+        if folder.exists():
+            raise LLMDropError(f"{folder} exists already. Give a derived model a folder of its own.")
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        digest = derived_hash(bases, recipe, folder_identity(temporary))
+        about = {"format": DERIVED_FORMAT, "base": bases[0], "bases": bases[1:], "recipe": recipe, "hash": digest}
+        (temporary / "derived.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return locate_folder(short_name(str(folder)), folder)
+
+
+def _check(model: torch.nn.Module, base: LocatedModel) -> None:
+    anatomy = find_anatomy(model)
+    for kind, name in (("attention", "attention"), ("mlp", "MLP")):
+        if lacks := sorted(set(range(len(anatomy))) - set(left(anatomy, kind))):
+            raise LLMDropError(
+                f"The {name} of layer {lacks[0]} is dropped, so its weights could not be stored. Save the whole model, outside "
+                "of `dropped`, and save the drop plan beside it."
+            )
+    known = getattr(model, "llmdrop_identity", None)
+    if known not in (None, base.identity):
+        raise LLMDropError(f"The model was loaded from {known}, but the base is {base.identity}. Give the model's own base.")

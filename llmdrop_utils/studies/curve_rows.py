@@ -1,0 +1,211 @@
+"""From values to rows: what the tables of notebooks 02 and 03 are made of. Arrays have one column for each cell.
+
+The first cell is the dense model. Intervals are 95 % bootstrap intervals over samples of text or over documents of tasks; cells
+share their samples, so differences are paired.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..base import stats
+from ..dropping.plan import DropPlan
+from ..report.tables import Column, table
+from .work import Cell
+
+AGAINST = {"attention": ("mlp", "block"), "joint": ("attention", "mlp", "block")}  # what a kind is compared with at equal n
+KEEP = 0.9  # "retained" means this share of the dense model's quality (paper, Sec. 7: 90 % of MMLU)
+
+SCORE = Column("value", "Score", ".3f", "low", "high")
+RETAINED = Column("retained", "Retained", ".1%", "retained_low", "retained_high")
+TABLES = {
+    "models": table("model", Column("n_layers", "Layers", "d")),
+    "plans": table(
+        "model kind", Column("n", "Dropped", "d"), Column("attention", "Attention of layers"), Column("mlp", "MLP of layers")
+    ),
+    "text": table(
+        "model corpus kind", Column("n", "Dropped", "d"), Column("sub_layers", "Sub-layers", "d"),
+        Column("perplexity", "Perplexity", ".1f", "perplexity_low", "perplexity_high"), "perplexity_low perplexity_high",
+        Column("accuracy", "Next-token accuracy", ".1%", "accuracy_low", "accuracy_high"), "accuracy_low accuracy_high",
+        Column("kl", "KL from dense, nats per token", ".3f", "kl_low", "kl_high"), "kl_low kl_high",
+        RETAINED, "retained_low retained_high",
+    ),
+    "reach": table(
+        "model kind", Column("n", "Retains 90 % of next-token accuracy up to", "d", "low", "high"), "low high",
+        Column("tried_up_to", "Tried up to", "d"),
+    ),
+    "tasks": table(
+        "model task kind", Column("n", "Dropped", "d"), "metric", Column("num_fewshot", "Shots", "d"),
+        Column("documents", "Documents", ",d"), SCORE, Column("stderr", "Standard error", ".3f"), "low high",
+        Column("chance", "By guessing", ".3f"),
+    ),
+    "average": table(
+        "model kind", Column("n", "Dropped", "d"), Column("tasks", "Tasks", "d"),
+        Column("value", "Mean score", ".3f", "low", "high"), "low high", Column("chance", "By guessing", ".3f"),
+        RETAINED, "retained_low retained_high",
+        Column("points_lost", "Points lost", ".1f", "points_lost_low", "points_lost_high"), "points_lost_low points_lost_high",
+    ),
+    "gaps": table(
+        "model", Column("n", "Dropped", "d"), "kind", Column("other", "Minus"), "measure",
+        Column("difference", "Difference", "+.3f", "low", "high"), "low high", Column("same_plan", "The same plan"),
+    ),
+}  # fmt: skip
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TextValues:
+    """How well held-out text is predicted in each cell: float64 (n_samples, n_cells)."""
+
+    cells: list[Cell]
+    nll: np.ndarray  # negative log-probability, nats per token
+    hits: np.ndarray  # share of tokens that were the most probable
+    kl: np.ndarray  # divergence from the dense model, nats per token
+
+    def draws(self, name: str) -> np.ndarray:
+        """Bootstrap over samples of the mean of "nll", "hits" or "kl": (REPEATS, n_cells)."""
+        rows = getattr(self, name)
+        return stats.bootstrap_means(rows, np.ones(len(rows)), seed=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskValues:
+    """The scores of one task in each cell."""
+
+    task: str
+    metric: str
+    num_fewshot: int
+    scores: np.ndarray  # float64 (n_documents, n_cells)
+    chance: float  # the score of guessing
+    seed: int  # of the bootstrap: one for each task, since tasks share no documents
+
+    @functools.cached_property
+    def draws(self) -> np.ndarray:
+        """Bootstrap over documents of the mean score: (REPEATS, n_cells)."""
+        return stats.bootstrap_means(self.scores, np.ones(len(self.scores)), self.seed)
+
+
+def share_of_dense(values: np.ndarray) -> np.ndarray:
+    """Of the dense model's value, the first along the last axis; NaN where that is zero (a random model may know nothing)."""
+    dense = values[..., :1]
+    return np.divide(values, dense, out=np.full(values.shape, np.nan), where=dense != 0)
+
+
+# ---- rows of one model, without the column `model` --------------------------------------------------------------------
+
+
+def plan_rows(plans: Mapping[Cell, DropPlan]) -> list[dict]:
+    """Which layers are dropped in each cell, most droppable first."""
+    listed = lambda layers: " ".join(map(str, layers))  # noqa: E731
+    return [
+        {"kind": cell.label, "n": cell.n, "attention": listed(plan.attention), "mlp": listed(plan.mlp)}
+        for cell, plan in plans.items()
+    ]
+
+
+def text_rows(text: TextValues, corpus: str, plans: Mapping[Cell, DropPlan]) -> list[dict]:
+    """Perplexity (exp of the mean of `nll`), next-token accuracy and divergence, with intervals over samples."""
+    points = {"perplexity": np.exp(text.nll.mean(0)), "accuracy": text.hits.mean(0), "kl": text.kl.mean(0)}
+    points["retained"] = share_of_dense(points["accuracy"])
+    draws = {"perplexity": np.exp(text.draws("nll")), "accuracy": text.draws("hits"), "kl": text.draws("kl")}
+    draws["retained"] = share_of_dense(draws["accuracy"])
+    intervals = {name: stats.interval(values) for name, values in draws.items()}
+    rows = []
+    for i, cell in enumerate(text.cells):
+        if not cell.on_curve:
+            continue
+        row = {"corpus": corpus, "kind": cell.kind, "n": cell.n, "sub_layers": plans[cell].n_drop}
+        for name, (low, high) in intervals.items():
+            row |= {name: points[name][i], f"{name}_low": low[i], f"{name}_high": high[i]}
+        rows.append(row)
+    return rows
+
+
+def reach_rows(text: TextValues) -> list[dict]:
+    """How many of a kind can be dropped before less than 90 % of the dense model's next-token accuracy is retained.
+
+    Counts are tried in order, and the last before the first that fails is given: 0.95, 0.85, 0.92 at n = 1, 2, 3 reach 1.
+    """
+    retained = share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")]))  # the value, then its bootstrap
+    rows = []
+    for kind in dict.fromkeys(cell.kind for cell in text.cells[1:] if cell.on_curve):
+        counts = sorted(cell.n for cell in text.cells if cell.kind == kind and cell.on_curve)
+        holds = retained[:, [text.cells.index(Cell(kind, n)) for n in counts]] >= KEEP
+        without_break = np.where(holds.all(1), len(counts), holds.argmin(1))
+        reach = np.array([0, *counts])[without_break]
+        low, high = stats.interval(reach[1:])
+        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": counts[-1]})
+    return rows
+
+
+def task_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
+    """The mean score of each task, its standard error (NaN for a single document) and its interval over documents."""
+    rows = []
+    for task in tasks:
+        n_documents = len(task.scores)
+        low, high = stats.interval(task.draws)
+        error = task.scores.std(0, ddof=1) / np.sqrt(n_documents) if n_documents > 1 else np.full(len(cells), np.nan)
+        for i, cell in enumerate(cells):
+            rows.append({"task": task.task, "kind": cell.kind, "n": cell.n, "metric": task.metric,
+                         "num_fewshot": task.num_fewshot, "documents": n_documents, "value": task.scores[:, i].mean(),
+                         "stderr": error[i], "low": low[i], "high": high[i], "chance": task.chance})  # fmt: skip
+    return rows
+
+
+def mean_score(tasks: Sequence[TaskValues]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over tasks, each counting as one: (n_cells,), and its bootstrap over documents, (REPEATS, n_cells)."""
+    return np.mean([task.scores.mean(0) for task in tasks], axis=0), np.mean([task.draws for task in tasks], axis=0)
+
+
+def average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
+    """The mean over tasks, what share of the dense model's is retained, and the points (hundredths) that are lost."""
+    mean, draws = mean_score(tasks)
+    columns = {
+        "value": (mean, draws),
+        "retained": (share_of_dense(mean), share_of_dense(draws)),
+        "points_lost": (100 * (mean[0] - mean), 100 * (draws[:, :1] - draws)),
+    }
+    low, high = {}, {}
+    for name, (_, drawn) in columns.items():
+        low[name], high[name] = stats.interval(drawn)
+    return [
+        {
+            "kind": cell.kind,
+            "n": cell.n,
+            "tasks": len(tasks),
+            "value": mean[i],
+            "low": low["value"][i],
+            "high": high["value"][i],
+            "chance": np.mean([task.chance for task in tasks]),
+            "retained": columns["retained"][0][i],
+            "retained_low": low["retained"][i],
+            "retained_high": high["retained"][i],
+            "points_lost": columns["points_lost"][0][i],
+            "points_lost_low": low["points_lost"][i],
+            "points_lost_high": high["points_lost"][i],
+        }
+        for i, cell in enumerate(cells)
+    ]
+
+
+def gap_rows(
+    cells: Sequence[Cell], point: np.ndarray, draws: np.ndarray, plans: Mapping[Cell, DropPlan], measure: str
+) -> list[dict]:
+    """Attention and joint minus the other kinds at equal n, paired; more is better (text: minus nats per token).
+
+    point: (n_cells,). draws: its bootstrap, (REPEATS, n_cells). measure: "tasks" or "text".
+    """
+    rows = []
+    for (i, cell), (j, other) in itertools.product(enumerate(cells), enumerate(cells)):
+        if cell.n != other.n or other.kind not in AGAINST.get(cell.kind, ()) or not (cell.on_curve and other.on_curve):
+            continue
+        low, high = stats.interval(draws[:, i] - draws[:, j])
+        rows.append({"n": cell.n, "kind": cell.kind, "other": other.kind, "measure": measure,
+                     "difference": point[i] - point[j], "low": low, "high": high,
+                     "same_plan": plans[cell].key == plans[other].key})  # fmt: skip
+    return rows

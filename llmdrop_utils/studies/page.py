@@ -1,0 +1,80 @@
+"""What a notebook shows of its study: figures with takeaways, tables, advice and verdicts."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from ..base import files
+from ..models.load import load_located
+from ..models.locate import LocatedModel, locate_available
+from ..report.show import show
+from ..report.style import FIGURES, draw
+from ..report.tables import read_tables
+from ..report.verdicts import ADVICE, as_html, judge
+from .profile import load_profile
+from .run import NOT_RUN, STUDIES
+
+TABLES = "LLMDROP_TABLES"  # a folder with the tables of a run: pages are made from them, and nothing is measured
+
+
+class Page:
+    """The study of a notebook, opened: measured, or read from the store where it was measured before."""
+
+    def __init__(self, notebook: str, profile: str = "cpu", model: str = ""):
+        """notebook: "01_similarity"; profile, model: the notebook's parameters. Raises what the study raises."""
+        self.study = STUDIES[notebook]
+        self.profile = load_profile(profile, model or None)
+        self.folders = files.local(self.profile.run)
+        if folder := os.environ.get(TABLES):
+            self.scratch = tempfile.TemporaryDirectory()  # the run's own figures stay as they are
+            self.folders = dataclasses.replace(self.folders, tables=Path(folder), figures=Path(self.scratch.name))
+            self.tables = read_tables(self.folders.tables / notebook)
+        else:
+            self.tables = self.study(self.profile)
+        self.say(f"Run `{self.profile.run}`: {self.profile.description}")
+        for row in self.tables["not_run"].itertuples():
+            self.say(f"**Not run:** {row.what}: {row.reason}")
+
+    def say(self, text: str) -> None:
+        """Show a sentence."""
+        display(Markdown(text))
+
+    def figure(self, name: str) -> None:
+        """Draw a figure into the run's folder, and show it with its caption and what to see in it."""
+        drawing = draw(name, self.tables, self.folders.figures)
+        display(drawing.figure)
+        number = name.split("_")[0].removeprefix("fig")
+        self.say(f"*Figure {number}. {FIGURES[name].caption}*\n\n{drawing.takeaway}".rstrip())
+
+    def table(self, name: str, *columns: str, where: str = "") -> None:
+        """Show columns of a table (none named: all that stand for themselves), those rows for which `where` holds.
+
+        Ends of intervals are shown behind their value, so they need not be named.
+        """
+        rows: pd.DataFrame = self.tables[name].query(where) if where else self.tables[name]
+        declared = {column.name: column for column in {**self.study.tables, **NOT_RUN}[name]}
+        ends = {end for column in declared.values() for end in (column.low, column.high)}
+        chosen = [declared[column] for column in columns] or [c for c in declared.values() if c.name not in ends]
+        self.say(show(rows, chosen) if len(rows) else "Nothing to show: this run has no such rows.")
+
+    def example_model(self, name: str | None = None):
+        """One model of the run (the first, or the one of this name) and its tokenizer, for a live example."""
+        located = self.located(name)
+        return load_located(located)
+
+    def located(self, name: str | None = None) -> LocatedModel:
+        """One model of the run: the first, or the one of this name."""
+        models = {model.name: model for model in locate_available(self.profile.models)[0]}
+        return models[name] if name else next(iter(models.values()))
+
+    def advice(self) -> None:
+        """What the run's numbers mean for somebody who wants to use a model like these."""
+        self.say(ADVICE[self.study.notebook](self.tables))
+
+    def verdicts(self) -> None:
+        """The verdict on each claim of the notebook; evidence and rules are folded away."""
+        self.say(as_html(judge(self.folders.tables, self.study.notebook)))

@@ -1,0 +1,299 @@
+"""What documents say about results: sentences with the numbers of the committed tables in them."""
+
+import json
+import math
+
+import pandas as pd
+import yaml
+from documents import MEDIUM, judged, only, row, scorecard, signed, span, table
+
+from llmdrop_utils.base.files import REFERENCE, ROOT
+
+# ---- what README says about results -----------------------------------------------------------------------------------
+
+
+def counts_of_claims() -> list[str]:
+    listed = yaml.safe_load((ROOT / "data" / "claims.yaml").read_text())
+    verdicts = scorecard()["verdict"].value_counts()
+    return [
+        f"So far {sum('check' in claim for claim in listed)} of {len(listed)} claims have a rule. On one small model "
+        f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviate and {verdicts['not run']} are not run."
+    ]
+
+
+def importance() -> list[str]:
+    contrast = table("01_similarity/contrast")
+    mlp, block = (contrast[contrast["other"] == kind] for kind in ("mlp", "block"))
+    nearest = mlp.loc[mlp["high"].idxmax()]
+    return [
+        f"It is less important (1 − cosine of input and output) than MLP in {only(mlp['layers_lower'])} of "
+        f"{only(mlp['n_layers'])} layers, on each of {mlp['corpus'].nunique()} corpora. The mean is "
+        f"{mlp['attention'].mean():.3f} for attention, {mlp['compared'].mean():.3f} for MLP and {block['compared'].mean():.3f} "
+        f"for blocks; attention minus MLP is {signed(nearest['difference'], '.3f')} {span(nearest, form='.3f')} on the corpus "
+        "where the interval comes closest to zero."
+    ]
+
+
+def dropping() -> list[str]:
+    reach = {kind: row("02_drop_curves/reach", kind=kind) for kind in ("attention", "mlp", "block")}
+    far = {kind: f"{found['n']} {{}} {span(found, form='.0f')}" for kind, found in reach.items()}
+    at_8 = {kind: row("02_drop_curves/average", kind=kind, n=8) for kind in reach}
+    dense = row("02_drop_curves/average", kind="dense")
+    lost = {
+        kind: f"{found['points_lost']:.1f} {{}}{span(found, 'points_lost_low', 'points_lost_high')}"
+        for kind, found in at_8.items()
+    }
+    assert only(table("02_drop_curves/models")["n_layers"]) == 30
+    return [
+        f"On held-out {only(table('02_drop_curves/text')['corpus'])} text {far['attention'].format('attention layers')} can be "
+        f"dropped before less than 90 % of the dense model's next-token accuracy is left, but {far['mlp'].format('MLP')} and "
+        f"{far['block'].format('blocks')}.",
+        f"Without 8 layers the mean of {dense['tasks']} tasks, {100 * dense['value']:.1f} % for the dense model and "
+        f"{100 * dense['chance']:.1f} % for guessing, falls by {lost['attention'].format('points ')} for attention, "
+        f"{lost['mlp'].format('')} for MLP and {lost['block'].format('')} for blocks.",
+    ]
+
+
+def generation(kind: str, n: int) -> pd.Series:
+    return row("05_speedup/speed", what="generation from samples", context=2048, kind=kind, n=n)
+
+
+def speed() -> list[str]:
+    eight, fifteen, dense = generation("attention", 8), generation("attention", 15), generation("dense", 0)
+    smaller = [f"{100 * (1 - found['kv_bytes'] / dense['kv_bytes']):.0f} %" for found in (eight, fifteen)]
+    ends = {"low": "speedup_low", "high": "speedup_high", "form": ".2f"}
+    device = only(table("05_speedup/models")["device"])
+    return [
+        f"For {eight['context']:,} tokens in and {eight['new_tokens']:,} out on {device}, the model is {eight['speedup']:.2f} "
+        f"times as fast {span(eight, **ends)} without 8 attention layers and {fifteen['speedup']:.2f} times "
+        f"{span(fifteen, **ends)} without 15. Its key-value cache shrinks by {smaller[0]} and {smaller[1]}."
+    ]
+
+
+def limits() -> list[str]:
+    tasks, average = table("02_drop_curves/tasks"), table("02_drop_curves/average")
+    dense, attention, mlp = (
+        average[(average["kind"] == kind) & (average["n"] == n)].iloc[0]
+        for kind, n in (("dense", 0), ("attention", 8), ("mlp", 8))
+    )
+    above = lambda found: (found["value"] - found["chance"]) / (dense["value"] - dense["chance"])  # noqa: E731
+    boolq = row("02_drop_curves/tasks", task="boolq", kind="dense")
+    return [
+        f"They are {only(tasks['num_fewshot'])}-shot, on {only(tasks['documents'])} documents each.",
+        f"Guessing alone retains {100 * dense['chance'] / dense['value']:.0f} % of the dense mean.",
+        f"Of what is above guessing, {100 * above(attention):.0f} % is left without 8 attention layers and "
+        f"{100 * above(mlp):.0f} % without 8 MLPs.",
+        f"On these BoolQ passages the dense model scores {100 * boolq['value']:.1f} %, guessing {100 * boolq['chance']:.1f} %.",
+        f"Intervals of their medians, over {repeats()} repeats, cover {100 * coverage(repeats()):.0f} %, not 95 %.",
+        f"The dense generation reaches {100 * generation('dense', 0)['share_of_limit']:.0f} % of what the processor can do",
+    ]
+
+
+def repeats() -> int:
+    records = json.loads((REFERENCE / "cpu" / "05_speedup" / "provenance.json").read_text())
+    return only(record["repeats"] for record in records if "repeats" in record)
+
+
+def coverage(n: int) -> float:
+    """How often the second and the second but last of n values have the median between them: 1 - 2 P(at most 1 of n below)."""
+    return 1 - 2 * (math.comb(n, 0) + math.comb(n, 1)) / 2**n
+
+
+def longer_training() -> list[str]:
+    here, longer = (card[card["notebook"] == "07_training_stages"]["verdict"] for card in (scorecard(), scorecard(MEDIUM)))
+    assert only([*here, *longer]) == "deviates"
+    return [
+        f"The {(scorecard()['verdict'] == 'not run').sum()} claims that are not run, and why, are in the [scorecard].",
+        f"Rows of notebook 07 are about a small Llama that is trained here; a [longer training] deviates on the same "
+        f"{len(longer)} claims.",
+    ]
+
+
+def verdict_cells() -> dict[str, str]:
+    """What the table of claims says, by the claim's id: the verdict, and for some the number behind it."""
+    depth = table("01_similarity/depth").groupby("kind")["correlation"].mean()
+    corpora = table("01_similarity/corpora").query("kind == 'attention'")
+    apart = corpora.loc[corpora["correlation"].idxmin()]
+    quarter = row("02_drop_curves/average", kind="attention", n=8)
+    assert quarter["retained_low"] < 0.99 < quarter["retained_high"]
+    gap = row("02_drop_curves/gaps", n=4, other="block", measure="tasks")
+    furthest = table("03_joint_drop/text").query("kind == 'joint'")
+    furthest = furthest.loc[furthest["n"].isin(table("03_joint_drop/text").query("kind == 'attention'")["n"])].iloc[-1]
+    dense = row("03_joint_drop/text", kind="dense")
+    lowest = stages("agreement", "attention").loc[lambda rows: rows["progress"] < 1]
+    lowest = lowest.loc[lowest["correlation"].idxmin()]
+    assert trades_overlap()
+    assert attention_is_least("cpu", "all layers")
+    assert not attention_is_least("cpu", "all but the first")
+    assert mlp_is_least_at_random()
+    assert attention_changes_most()
+    numbers = {
+        "deeper-more-redundant": f"rank correlation {signed(depth['attention'], '.2f')} for attention",
+        "corpus-does-not-matter": f"{apart['correlation']:.2f} {span(apart, form='.2f')} for attention, {apart['a']} and "
+        f"{apart['b']}",
+        "attention-drop-keeps-quality": f"{100 * quarter['retained']:.1f} % "
+        f"{span(quarter, 'retained_low', 'retained_high', 100)}, an interval that holds 99",
+        "attention-beats-mlp-and-block": f"Attn-4 over Block-4 by {100 * gap['difference']:.1f} points {span(gap, scale=100)}",
+        "joint-goes-furthest": f"at {furthest['n']} sub-layers, where next-token accuracy is {furthest['accuracy']:.3f} (dense "
+        f"{dense['accuracy']:.3f})",
+        "best-trade-off": "the intervals of attention and block overlap",
+        "redundant-from-the-start": "so with all layers, not without the first",
+        "others-rise": "attention changes by more than MLP",
+        "same-layers-at-every-stage": f"rank correlation {signed(lowest['correlation'], '.2f')} {span(lowest, form='.2f')} "
+        "at the lowest",
+        "redundant-at-random": "MLP is",
+    }
+    return {v.id: v.verdict + (f": {numbers[v.id]}" if v.id in numbers else "") for v in judged().itertuples()}
+
+
+# ---- training stages --------------------------------------------------------------------------------------------------
+
+
+def stages(name: str, kind: str | None = None, run: str = "cpu") -> pd.DataFrame:
+    """A table of notebook 07 for the series that was trained here, from a ninth of the training on."""
+    rows = table(f"07_training_stages/{name}", run)
+    rows = rows[(rows["model"] == rows["model"].iloc[0]) & (rows["progress"] >= 1 / 9)]
+    return rows if kind is None else rows[rows["kind"] == kind]
+
+
+def attention_is_least(run: str, layers: str) -> bool:
+    """Is attention less important than MLP and block at every stage of every seed, clear of zero?"""
+    rows = stages("means", run=run)
+    others = rows[(rows["layers"] == layers) & (rows["kind"] != "attention")]
+    assert len(others)
+    return bool((others["above_low"] > 0).all())
+
+
+def others_rise(run: str, layers: str) -> bool:
+    """Do MLP and block rise from the first such stage on, clear of zero and by more than attention changes, in every seed?"""
+    rows = stages("change", run=run)
+    rows = rows[rows["layers"] == layers]
+    holds = []
+    for _, of_seed in rows.groupby("seed"):
+        first = of_seed[of_seed["position"] == of_seed["position"].min()].set_index("kind")
+        for kind in ("mlp", "block"):
+            change = first.loc[kind]
+            holds.append(change["low"] > 0 and change["change"] > abs(first.loc["attention", "change"]))
+    return all(holds)
+
+
+def attention_changes_most() -> bool:
+    """Does attention change by more than MLP does, in every seed, with the first layer and without?"""
+    rows = stages("change")
+    first = (
+        rows[rows["position"] == rows["position"].min()].set_index(["seed", "layers", "kind"])["change"].abs().unstack("kind")
+    )
+    return bool((first["attention"] > first["mlp"]).all())
+
+
+def mlp_is_least_at_random(run: str = "cpu", layers: tuple[str, ...] = ("all layers", "all but the first")) -> bool:
+    rows = table("07_training_stages/means", run)
+    rows = rows[(rows["progress"] == 0) & rows["layers"].isin(layers)]
+    random = rows[rows["kind"] == "mlp"]
+    assert len(random) >= 2 * len(layers)
+    return bool((random["above_high"] < 0).all())
+
+
+def trades_overlap() -> bool:
+    """Do the intervals of attention and block overlap at every n for which both have one?"""
+    trade = table("05_speedup/trade").dropna(subset="sdr_low").set_index(["kind", "n"])
+    both = [n for n in (4, 8) if ("attention", n) in trade.index and ("block", n) in trade.index]
+    assert both
+    return all(trade.loc[("block", n), "sdr_low"] <= trade.loc[("attention", n), "sdr_high"] for n in both)
+
+
+# ---- what docs/ says about results ------------------------------------------------------------------------------------
+
+
+def of_checkpoints() -> list[str]:
+    runs = table("07_training_stages/runs", MEDIUM)
+    seen, text = only(runs["tokens"]), only(runs["text_tokens"])
+    last = table("07_training_stages/stages", MEDIUM).groupby("seed").last()
+    perplexity = last["nll"].map(math.exp)
+    means = table("07_training_stages/means", MEDIUM)
+    mlp = means[means["kind"] == "mlp"].set_index(["layers", "tokens", "seed"])[["above_low", "above_high"]]
+    all_layers, without = (mlp.loc[layers].groupby("tokens") for layers in ("all layers", "all but the first"))
+    others = means[(means["layers"] == "all layers") & (means["kind"] != "attention")].groupby("tokens")["above_low"].min()
+    first = others[others > 0].index.min()
+    assert (others[others.index >= first] > 0).all()
+    assert (all_layers["above_high"].max()[lambda high: high.index < first] < 0).all()
+    assert mlp_is_least_at_random(MEDIUM)
+    more = without["above_low"].min()[lambda low: low > 0].index
+    assert list(more) == list(others.index[others.index >= first][: len(more)])
+    assert (without["above_high"].max()[lambda high: high.index > more.max()] < 0).all()
+    return [
+        f"The committed run of `medium-llama` has {only(runs['n_layers'])} layers and {only(runs['parameters']) / 1e6:.1f} "
+        f"million parameters. It was trained on {seen / 1e6:.1f} million tokens.",
+        f"Its text has {text / 1e6:.2f} million tokens, so each was read {seen / text:.1f} times. Perplexity on held-out text "
+        f"is {perplexity[0]:.0f} for seed 0 and {perplexity[1]:.0f} for seed 1.",
+        f"From {first:,} tokens on it is attention, over all layers and in both seeds.",
+        f"without the first layer, MLP is more important than attention at {' and '.join(f'{n:,}' for n in more)} tokens only",
+    ]
+
+
+def of_costs() -> list[str]:
+    dense, eight = (row("05_speedup/protocol", kind=kind) for kind in ("dense", "attention"))
+    shares = [100 * generation(kind, n)["share_of_limit"] for kind, n in (("dense", 0), ("attention", 8))]
+    found = generation("attention", 8)
+    assert repeats() == 7  # second to sixth
+    return [
+        f"The long generation of notebook 05 ({found['context']:,} tokens in, {found['new_tokens']:,} out) is not timed whole.",
+        f"{dense['prompt']} tokens in and {dense['new_tokens']} out take {dense['ratio']:.2f} times as long from samples as "
+        f"in one piece for the dense model, and {eight['ratio']:.2f} times without {eight['n']} attention layers.",
+        f"The dense long generation reaches {shares[0]:.0f} % of the processor's measured limit, and without 8 attention "
+        f"layers {shares[1]:.0f} %.",
+        f"The floor predicts a speed-up of {found['predicted']:.2f} without 8 attention layers, and {found['speedup']:.2f} was "
+        "measured",
+        f"An interval of a median of {repeats()} repeats runs from the second to the sixth of them. It covers the true median "
+        f"in {100 * coverage(repeats()):.0f} % of cases, not in 95 %.",
+    ]
+
+
+def of_tasks() -> list[str]:
+    tasks, dense = table("02_drop_curves/tasks"), row("02_drop_curves/average", kind="dense")
+    boolq = row("02_drop_curves/tasks", task="boolq", kind="dense")
+    means = tasks[tasks["task"] != "boolq"].groupby(["kind", "n"])["value"].mean()
+    lead = {(kind, n): 100 * (means["attention", n] - means[kind, n]) for kind in ("mlp", "block") for n in (4, 8)}
+    documents, shots = only(tasks["documents"]), only(tasks["num_fewshot"])
+    return [
+        f"Tasks are {shots}-shot, on {documents} documents each: the first {documents}, except for BoolQ.",
+        f"BoolQ uses the {documents} questions with the shortest passages",
+        f"HellaSwag: the first {documents} documents all come from ActivityNet",
+        f"On these the dense model scores {100 * boolq['value']:.1f} %, where guessing gives {100 * boolq['chance']:.1f} %",
+        f"Without BoolQ, attention leads by {lead['mlp', 4]:.1f} points over MLP and {lead['block', 4]:.1f} over blocks at 4 "
+        f"layers, and by {lead['mlp', 8]:.1f} and {lead['block', 8]:.1f} at 8 layers.",
+        f"Guessing gives {100 * dense['chance']:.1f} % in the mean of the six tasks, and the dense model "
+        f"{100 * dense['value']:.1f} %. A retained share of {100 * dense['chance'] / dense['value']:.0f} % is therefore what "
+        "guessing alone reaches.",
+    ]
+
+
+def of_rules() -> list[str]:
+    """What deviations.md says about rules; first the table of rules that changed."""
+    paper = json.loads((ROOT / "data" / "paper_claims.json").read_text())
+    cache = table("06_kv_cache/paper")
+    llama = cache[cache["model"] == "Llama-2-13B"].sort_values("n")
+    printed, counted = llama["paper_gib"], llama["formula_bytes"] / 2**30
+    joint, dense = row("03_joint_drop/text", kind="joint", n=28), row("03_joint_drop/text", kind="dense")
+    word = lambda holds: "reproduced" if holds else "deviates"  # noqa: E731
+    at_every, rising, random = (
+        [word(holds(run)) for run in ("cpu", MEDIUM)]
+        for holds in (
+            lambda run: attention_is_least(run, "all layers"),
+            lambda run: others_rise(run, "all layers"),
+            lambda run: not mlp_is_least_at_random(run, ("all layers",)),
+        )
+    )
+    assert trades_overlap()  # so it deviates whatever a noisy speed-up does
+    rows = [
+        ('Attention is the most redundant kind at every stage | "with the first layer and without it"', at_every),
+        ('MLP and block become more important | "with the first layer and without it"', rising),
+        ('Redundant with random weights | "with the first layer and without it"', random),
+    ]
+    return [
+        *(f"| {claim} | {first} | {second} | deviates on both |" for claim, (first, second) in rows),
+        f"for {len(cache)} of the {len(paper['claims'])} numbers in [data/paper_claims.json]",
+        f"is judged where next-token accuracy is {joint['accuracy']:.3f} (dense {dense['accuracy']:.3f})",
+        f"Table 4 prints {printed.iloc[0]:.0f} and {printed.iloc[1]:.0f} GB for Llama-2-13B, where the formula that gives its "
+        f"other rows yields {counted.iloc[0]:.0f} and {counted.iloc[1]:.0f} GiB.",
+    ]

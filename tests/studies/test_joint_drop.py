@@ -1,0 +1,203 @@
+"""Notebook 03: each number that it adds to those of notebook 02, from values that are worked out by hand."""
+
+import types
+import zlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from llmdrop_utils import DropPlan, load_profile
+from llmdrop_utils.base import files
+from llmdrop_utils.measure.importance import Importance
+from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.report.tables import read_tables
+from llmdrop_utils.report.verdicts import ADVICE
+from llmdrop_utils.studies import run as run_module
+from llmdrop_utils.studies.curve_rows import TextValues, plan_rows
+from llmdrop_utils.studies.joint_drop.study import (
+    ITERATIVE,
+    SAME_SAMPLES,
+    first_mlp_row,
+    iterative_plans,
+    iterative_rows,
+    iterative_work,
+    order_rows,
+)
+from llmdrop_utils.studies.run import STUDIES
+from llmdrop_utils.studies.work import DENSE, DENSE_CELL, Cell, ImportanceWork, IterativeWork, TextWork
+
+NOTEBOOK = "03_joint_drop"
+
+
+def importance(attention, mlp, weights=(8,)):
+    """Rows are samples, columns layers."""
+    attention, mlp = np.atleast_2d(attention), np.atleast_2d(mlp)
+    return Importance({"attention": attention, "mlp": mlp, "block": attention + mlp}, np.array(weights), {})
+
+
+# ---- the joint ranking ------------------------------------------------------------------------------------------------
+
+
+def test_joint_order():
+    """One list for both kinds; a tie goes to attention, and within a kind to the lower layer."""
+    rows = order_rows(importance([0.3, 0.1, 0.9], [0.3, 0.5, 0.3]))
+    assert [(row["position"], row["kind"], row["layer"], row["importance"]) for row in rows] == [
+        (1, "attention", 1, 0.1), (2, "attention", 0, 0.3), (3, "mlp", 0, 0.3), (4, "mlp", 2, 0.3), (5, "mlp", 1, 0.5),
+        (6, "attention", 2, 0.9),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attention", "mlp", "ahead"),
+    [
+        ([0.3, 0.1, 0.9], [0.3, 0.5, 0.4], 2),
+        ([0.3, 0.4, 0.9], [0.2, 0.5, 0.4], 0),
+        ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 3),
+    ],
+)
+def test_attention_layers_before_the_first_mlp(attention, mlp, ahead):
+    assert first_mlp_row(importance(attention, mlp)) == {"attention_before": ahead, "low": ahead, "high": ahead, "n_layers": 3}
+
+
+def test_the_interval_of_the_first_mlp():
+    """In one of four equal samples, attention 1 is far above all MLPs: by its draws, it comes after the first."""
+    scores = importance([[0.1, 0.2]] * 3 + [[0.1, 0.9]], [[0.4, 0.5]] * 4, weights=(8, 8, 8, 8))
+    row = first_mlp_row(scores)
+    assert row["attention_before"] == 2  # (3 x 0.2 + 0.9) / 4 = 0.375
+    assert (row["low"], row["high"]) == (1, 2)
+
+
+# ---- one by one, or all at once ---------------------------------------------------------------------------------------
+
+
+def plans():
+    """On few samples the order at once is 2, 0, 1; one by one it is 2, 1."""
+    return {DENSE_CELL: DENSE} | iterative_plans(importance([0.2, 0.3, 0.1], [1, 1, 1]), [2, 1], [1, 2])
+
+
+def test_both_ways_have_their_cells():
+    cells = plans()
+    assert [(cell.kind, cell.n, cell.method) for cell in cells][1:3] == [
+        ("attention", 1, "one-shot on the same samples"), ("attention", 1, "iterative"),
+    ]  # fmt: skip
+    assert plan_rows(cells)[3:] == [
+        {"kind": "one-shot", "n": 2, "attention": "2 0", "mlp": ""},
+        {"kind": "iterative", "n": 2, "attention": "2 1", "mlp": ""},
+    ]
+
+
+def test_iterative_minus_one_shot():
+    """Attn-1 is the same layer either way; with two, iterative predicts 0.25 nats better in every sample: it is below zero."""
+    by_sample = np.log([[2.0], [8.0]])
+    nll = by_sample + np.array([0, 0.1, 0.1, 0.5, 0.25])
+    text = TextValues(list(plans()), nll, nll, nll)
+    one, two = iterative_rows(text, plans())
+    assert (one["n"], one["shared"], one["difference"], one["low"], one["high"]) == (1, 1, 0, 0, 0)
+    assert (two["n"], two["shared"], two["one_shot_layers"], two["layers"]) == (2, 1, "2 0", "2 1")
+    assert (two["difference"], two["low"], two["high"]) == pytest.approx((-0.25,) * 3)
+    assert two["one_shot"] == pytest.approx(4 * np.exp(0.5))
+    assert two["iterative"] == pytest.approx(4 * np.exp(0.25))
+
+
+def test_both_ways_see_the_same_samples(monkeypatch):
+    monkeypatch.setattr("llmdrop_utils.studies.joint_drop.study.identity_of", lambda model: {
+        "model": model, "dtype": None, "attention": "eager"
+    })  # fmt: skip
+    item = types.SimpleNamespace(tokens=np.arange(12).reshape(4, 3), batch_size=2, model="hand")
+    work = iterative_work(item, n_samples=2, n_drop=5)
+    assert (work.tokens.tolist(), work.batch_size, work.n_drop) == ([[0, 1, 2], [3, 4, 5]], 2, 5)
+
+
+# ---- the study, on values that are made up -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Instead of measuring, values follow from what is dropped. Returns the profile."""
+
+    def value(item, key):
+        draws = np.random.default_rng(zlib.crc32(repr(key).encode()))
+        if isinstance(item, ImportanceWork):
+            n = len(item.tokens)
+            rows = {"attention": [0.4, 0.1, 0.3, 0.2, 0.5, 0.6], "mlp": [0.35, 0.7, 0.7, 0.7, 0.7, 0.7], "block": [1.0] * 6}
+            return {
+                "per_sample": {k: [v] * n for k, v in rows.items()},
+                "weights": [64] * n,
+                "histogram": {k: [[0]] for k in rows},
+            }
+        if isinstance(item, IterativeWork):
+            return {"attention": [1, 2]}
+        plan = key["plan"]
+        lost = len(plan["attention"]) + 3 * len(plan["mlp"])
+        if isinstance(item, TextWork):
+            base = draws.normal(0, 0.01, len(item.tokens))
+            return {"nll": [*(3 + lost / 10 + base)], "hits": [*(0.5 - lost / 25 + base / 10)], "kl": [lost / 10 for _ in base]}
+        correct = [float(i >= lost) for i in range(10)]
+        return {"metrics": {"acc": correct, "acc_norm": correct}, "chance": 0.25}
+
+    def measure_missing(work, store, force, several):
+        for item in work:
+            for key in item.keys:
+                store.put(key, value(item, key), {"made": "up"})
+        return {}
+
+    monkeypatch.setattr(run_module, "measure_missing", measure_missing)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    return load_profile("smoke")
+
+
+def test_tables_of_the_study(made_up):
+    """tiny-llama has six layers: 9 of them cannot be dropped one by one, and only that is left out."""
+    tables = STUDIES[NOTEBOOK](made_up.replacing(iterative={"n_drop": [2, 9]}))
+    for name, content in read_tables(files.REFERENCE / "cpu" / NOTEBOOK).items():
+        assert list(tables[name].columns) == list(content.columns), name
+    plans = tables["plans"].set_index(["kind", "n"])["attention"]
+    assert (plans["one-shot", 2], plans["iterative", 2]) == ("1 3", "1 2")
+    assert set(tables["plans"]["kind"]) == {"dense", "attention", "mlp", "block", "joint", "one-shot", "iterative"}
+    assert set(tables["text"]["kind"]) == {"dense", "attention", "mlp", "block", "joint"}
+    assert set(tables["tasks"]["kind"]) == {"dense", "attention", "mlp", "block", "joint"}
+    (row,) = tables["iterative"].to_dict("records")
+    assert (row["n"], row["shared"]) == (2, 1)
+    assert tables["first_mlp"].iloc[0].to_dict() == {
+        "model": "tiny-llama", "attention_before": 3, "low": 3, "high": 3, "n_layers": 6
+    }  # fmt: skip
+    same = tables["gaps"].query("kind == 'joint' and other == 'attention' and measure == 'text'").set_index("n")["same_plan"]
+    assert same.astype(bool).to_dict() == {1: True, 2: True, 3: True, 4: False}
+    assert tables["not_run"].empty
+
+
+def test_no_number_to_compare_leaves_the_rest(made_up):
+    tables = STUDIES[NOTEBOOK](made_up.replacing(iterative={"n_drop": [6]}))
+    assert tables["iterative"].empty
+    assert not tables["text"].empty
+    drawing = FIGURES["fig09_iterative"].draw(tables)
+    assert drawing.takeaway == ""
+    plt.close(drawing.figure)
+    assert "Measuring again" not in ADVICE[NOTEBOOK](tables)
+
+
+def test_takeaways_and_advice(made_up):
+    tables = STUDIES[NOTEBOOK](made_up)
+    takeaways = {name: spec.draw(tables).takeaway for name, spec in FIGURES.items() if spec.notebook == NOTEBOOK}
+    plt.close("all")
+    assert (
+        "3 of 6 attention layers (95 % interval 3 to 3) are dropped before the first MLP, that of layer 0."
+        in takeaways["figS7_joint_order"]
+    )
+    # Attn-4 loses 0.4 nats, joint-4 (three attention, one MLP) 0.6.
+    assert "Up to 3 dropped, joint drop is attention drop." in takeaways["fig08_joint_drop"]
+    assert "With 4 dropped, joint minus attention is -0.2" in takeaways["fig08_joint_drop"]
+    assert "the same plan as attention drop" in takeaways["figS6_joint_tasks"]
+    assert takeaways["fig09_iterative"].startswith("Attn-2: ")
+    advice = ADVICE[NOTEBOOK](tables)
+    assert "begins with 3 attention layers" in advice
+    assert "They differ first at 4: attention drop predicts text better there" in advice
+
+
+def test_labels_of_methods():
+    assert Cell("attention", 2).label == "attention"
+    assert Cell("attention", 2, SAME_SAMPLES).label == "one-shot"
+    assert Cell("attention", 2, ITERATIVE).label == "iterative"
+    assert [Cell("joint", 2).on_curve, Cell("attention", 2, SAME_SAMPLES).on_curve] == [True, False]
+    assert DropPlan(attention=(1, 0)).key == DropPlan(attention=(0, 1)).key
