@@ -18,7 +18,7 @@ from .report.terminal import aligned, count, duration, size, wrapped
 from .sources.sizes import Download, has_token
 from .studies import effort
 from .studies.effort import Device, Piece
-from .studies.needs import OF_MODELS, OF_SHAPES, SECTIONS, Needed, look_up
+from .studies.needs import OF_SHAPES, Needed, is_of_models, look_up
 from .studies.profile import Profile
 
 LARGE_GPU = effort.gpu("NVIDIA H100", int(80e9))  # what a long run is compared with on a machine without a GPU
@@ -70,6 +70,8 @@ def _downloads(needed: Needed) -> list[str]:
     if pages := dict.fromkeys(d.page for d in downloads if d.page and not d.granted and not d.is_stored):
         text.append("  Gated: accept the licence on each of these pages, and set HF_TOKEN to a token of that account.")
         text += [f"    {page}" for page in pages]
+        if {*OF_SHAPES} & set(needed.chosen):
+            text.append("  Without access, 05 and 06 take random weights of a model's shape where data/sources.yaml has it.")
         text.append("  Disk, memory and time are given as if access were granted.")
     if any(d.origin == "hub" for d in downloads):
         text.append(f"  Token for the hub: {'set' if has_token() else 'none is set (HF_TOKEN, or hf auth login)'}.")
@@ -170,8 +172,8 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
     rows, sums, seen = [["", *devices, "estimated from"]], [0.0] * n, set[tuple]()
     of_models: dict[str, list[float]] = {}
     for number, source in needed.sources.items():
-        if number in needed.not_run or number not in SECTIONS:
-            reason = needed.not_run.get(number, "nothing: the plan does not know this notebook")
+        if number in needed.not_run or number not in effort.ESTIMATED:
+            reason = needed.not_run.get(number, "nothing: llmdrop_utils/studies/effort.py has no estimate for this notebook")
             rows.append([source.stem, *["not run" if number in needed.not_run else "unknown"] * n, reason])
             continue
         new = [piece for piece in pieces[number] if piece.key not in seen]
@@ -198,6 +200,7 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
         rows += [[f"- {name}", *map(duration, each), ""] for name, each in of_models.items()]
     text = ["", "TIME, about, without downloads", *aligned(rows, right=tuple(range(1, 1 + n)))]
     text += [f"  {device.name}: {device.basis}." for device in devices.values()]
+    text.append(f"  Of each notebook, {effort.OVERHEAD:.0f} s are for reading texts, drawing and rendering.")
     text.append("  What several notebooks need counts for the first of them. What is stored is not measured again.")
     unknown = [model.name for model in needed.models.values() if model.shape is None]
     unknown += [series.name for series in needed.series if series.shape is None]
@@ -243,7 +246,7 @@ def _is_at_hand(needed: Needed, number: str) -> bool:
     downloads = [item.download for item in needed.items if number in item.notebooks and item.what != "series"]
     if not all(download.is_stored for download in downloads):
         return False
-    if number in OF_MODELS:
+    if is_of_models(number):
         models = [needed.models.get(name) for name in needed.profile.models]
         return all(model is not None and model.identity for model in models)
     known = all(

@@ -22,7 +22,6 @@ from llmdrop_utils.report import terminal
 from llmdrop_utils.sources import fetch, sizes
 from llmdrop_utils.sources.catalogue import catalogue
 from llmdrop_utils.studies import effort, needs
-from llmdrop_utils.studies.profile import SECTIONS
 from llmdrop_utils.studies.run import STUDIES
 
 GB = 10**9
@@ -163,6 +162,7 @@ def test_gpu_from_descriptions_alone(gpu_hub):
     pages = re.findall(rf"^    {gpu_hub.address}/(.*)$", report, re.MULTILINE)
     assert sorted(pages) == sorted(name for name in gpu_hub.gated)
     assert "none is set (HF_TOKEN, or hf auth login)" in report
+    assert "Without access, 05 and 06 take random weights of a model's shape" in report
     assert "Left out: map-neo-7b-stages: its checkpoints cannot be read: they are published as shards of Megatron-LM" in report
     here, large = (part for part in report.split("\n\n") if part.startswith("MEMORY"))
     assert row(here, "llama-2-70b")[-1] == "too large: memory runs out"
@@ -442,11 +442,11 @@ def test_memory_by_hand():
     assert effort.working_memory(["02"], profile, shape, CPU) == text + effort.PYTHON
 
 
-def test_sections_are_those_that_the_studies_need():
-    keys = {cls: key for key, cls in SECTIONS.items()}
-    assert {name[:2]: {keys[cls] for cls in study.needs} for name, study in STUDIES.items()} == {
-        number: set(sections) for number, sections in needs.SECTIONS.items()
-    }
+def test_what_a_notebook_needs_comes_from_its_study():
+    assert needs.sections_of("03") == ["calibration", "text", "tasks", "iterative"]
+    assert needs.sections_of("07") == ["stages"]
+    assert [name[:2] for name in STUDIES if not needs.is_of_models(name[:2])] == ["07"]
+    assert {name[:2] for name in STUDIES} == set(effort.ESTIMATED)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers import cache_utils
@@ -9,8 +10,10 @@ from transformers import cache_utils
 from ..base.errors import LLMDropError
 from ..models.families import Anatomy
 
+_Base: Any = getattr(cache_utils, "DummyLayer", object)  # transformers 5.17 has none; later ones look for it
 
-class NoCache(getattr(cache_utils, "DummyLayer", object)):  # transformers 5.17 has none; later ones look for it
+
+class NoCache(_Base):
     """Stands for the cache of an attention that was dropped; a cache takes its length from the others."""
 
     # Masks are made for the first layer that is True (sliding) or False (full); this is neither.

@@ -25,6 +25,9 @@ class LinearMap:
     bias: torch.Tensor | None = None
 
     def __post_init__(self):
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(tensor, torch.Tensor) and (name, tensor) != ("bias", None):
+                raise LLMDropError(f"The {name} of a linear map must be a torch tensor, but is a {type(tensor).__name__}.")
         shape = tuple(self.weight.shape)
         if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
             raise LLMDropError(f"The weight of a linear map must be a square matrix (d, d), but its shape is {shape}.")
@@ -35,9 +38,10 @@ class LinearMap:
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise LLMDropError(f"The {name} of a linear map must hold finite floating-point numbers ({tensor.dtype}).")
-            object.__setattr__(self, name, _copied(tensor))
+            copied = _copied(tensor)
+            if not tensor.is_floating_point() or not bool(copied.isfinite().all()):
+                raise LLMDropError(f"The {name} of a linear map must hold numbers that are finite in float32 ({tensor.dtype}).")
+            object.__setattr__(self, name, copied)
 
     def __repr__(self) -> str:
         return f"LinearMap({self.width}{'' if self.bias is None else ' with bias'}, {self.fingerprint[:12]})"

@@ -91,12 +91,12 @@ class DropPlan:
 
     def state_of(self, layer: int) -> tuple[str, str]:
         """What stands for attention and MLP of a layer: "kept", "dropped" or a map's fingerprint."""
-        states = []
-        for kind in NAMES:
+
+        def state(kind: str) -> str:
             linear = self.map_of(kind, layer)
-            dropped = layer in getattr(self, kind)
-            states.append(linear.fingerprint if linear else "dropped" if dropped else "kept")
-        return tuple(states)
+            return linear.fingerprint if linear else "dropped" if layer in getattr(self, kind) else "kept"
+
+        return state("attention"), state("mlp")
 
     def save(self, path: Path | str) -> Path:
         """Write the plan to a JSON file, and its maps to a .safetensors file beside it; each in one step."""
@@ -174,8 +174,8 @@ def _indices(values, name: str) -> tuple[int, ...]:
         given = tuple(values)
     except TypeError:
         given = (None,)
-    indices = tuple(_whole(value) for value in given)
-    if None in indices:
+    indices = tuple(index for value in given if (index := _whole(value)) is not None)
+    if len(indices) < len(given):
         raise LLMDropError(f"The {name} drop list must hold whole numbers, the indices of layers, but is {values!r}.")
     if min(indices, default=0) < 0:
         raise LLMDropError(f"The {name} drop list holds layer {min(indices)}, but layers are counted from 0.")

@@ -166,7 +166,8 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tupl
     swaps, lacks_attention = [], set()
     for index, layer in enumerate(anatomy.layers):
         child = functools.partial(_child, anatomy, layer.block)
-        kept, idle = set(), []  # modules that something still reads or writes, and those that a dropped unit leaves idle
+        kept: set[str] = set()  # modules that something still reads or writes
+        idle: list[str] = []  # and those that a dropped unit leaves idle
         for kind, unit, in_pair, full in (
             ("attention", family.attention_unit, True, False),
             ("mlp", family.mlp_unit, family.mlp_returns_router, family.mlp_is_added_to),

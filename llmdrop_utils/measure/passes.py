@@ -120,7 +120,7 @@ class Passes:
             return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits[0]
 
     def _plans(self, tokens, positions, mask, caches) -> Iterator[torch.Tensor]:
-        kept: dict[tuple[int, int], torch.Tensor] = {}  # step, layer -> its input; the last layer's output is under n
+        kept: dict[tuple[int | None, int], torch.Tensor] = {}  # step, layer -> its input; the last layer's output is under n
         mask = None if mask is None else mask.to(self.device)
         for i, (step, cache) in enumerate(zip(self.steps, caches, strict=True)):
             if step.start == len(self.blocks):

@@ -128,7 +128,7 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     rates = []
     for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         square = torch.randn(n, n, device=device).to(dtype)
-        rates.append(2 * n**3 / _best(lambda square=square: square @ square, device))
+        rates.append(2 * n**3 / _best(functools.partial(torch.matmul, square, square), device))
     return Limits(bandwidth=max(copied, read), rate=max(rates))
 
 
@@ -154,7 +154,7 @@ def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repe
     limits = device_limits(device, model.dtype)
     turns, each = (repeats, 1) if load.backend == "eager" and device.type == "cpu" else (1, repeats)
     seconds: list[list[float]] = [[] for _ in plans]
-    facts = [{} for _ in plans]
+    facts: list[dict] = [{} for _ in plans]
     for turn in range(turns):
         for i, plan in enumerate(plans):
             with dropped(model, plan):
@@ -222,7 +222,7 @@ def _generation(model, load: Load):
     """Prompt and decoding, to the last token."""
     tokens = random_tokens(model, load.batch_size, load.context)
     room = load.room or load.context + load.new_tokens
-    state = {}
+    state: dict = {}
 
     def generate() -> None:
         cache = state["cache"]

@@ -137,6 +137,7 @@ def _answers(lm: FastLM, instances: list) -> list[list]:
     (kind,) = {instance.request_type for instance in instances}
     if kind == "loglikelihood":
         lm.loglikelihood(instances, disable_tqdm=True)
+        assert lm.scores is not None
         return [lm.scores.answers(i) for i in range(len(lm.plans))]
     answers = []
     plans = lm.plans

@@ -121,7 +121,7 @@ def _located_hub(name: str, repository: str, revision: str | None) -> LocatedMod
     folder = fetch_hub(repository, revision)
     _check_folder(name, folder)
     # A model of the paper that is asked for by its hub id is still that model.
-    known = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
+    known: dict = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>
     return LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer"))
 

@@ -48,7 +48,7 @@ def load_task(name: str, num_fewshot: int | None = None, source: str = "package"
         raise LLMDropError(f"No package holds data for the task {name!r}. data/tasks.yaml has: {', '.join(known_tasks())}.")
     if num_fewshot is None and here is not None:
         num_fewshot = here["num_fewshot"]
-    members = _from_package(name, here) if source == "package" else _from_hub(name)
+    members = _from_package(name, here) if source == "package" and here is not None else _from_hub(name)
     if num_fewshot is not None:  # the paper has no number for other tasks: they keep lm-eval's
         for task in members:
             task.set_config("num_fewshot", num_fewshot)

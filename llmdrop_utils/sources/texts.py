@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def _read(file: Path, form: str, fields: list[str]) -> Iterator[str]:
 
 def _value(row: dict, field: str) -> str:
     """The text under a dotted path such as "doc.problem"; the turns of a list become paragraphs."""
-    value = row
+    value: Any = row
     for key in field.split("."):
         value = value[key]
     return "\n\n".join(value) if isinstance(value, list) else value

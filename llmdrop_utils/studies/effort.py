@@ -17,6 +17,7 @@ from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 
+ESTIMATED = ("01", "02", "03", "05", "06", "07")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each

@@ -13,15 +13,22 @@ from ..report.notebooks import choose_notebooks
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, task_set
 from ..sources.task_data import known_tasks
-from .profile import Profile
+from .profile import SECTIONS, Profile
+from .run import STUDIES
 
 QUALITY = ("calibration", "text", "tasks")
-SECTIONS = {  # notebook -> the sections without which it is not run
-    "01": ("calibration",), "02": QUALITY, "03": (*QUALITY, "iterative"),
-    "05": ("speed",), "06": ("speed",), "07": ("stages",),
-}  # fmt: skip
-OF_MODELS = ("01", "02", "03", "05", "06")  # notebooks about the profile's models; 07 is about series
 OF_SHAPES = ("05", "06")  # those that random weights serve
+
+
+def sections_of(number: str) -> list[str]:
+    """The sections of a profile without which a notebook is not run."""
+    keys = {cls: key for key, cls in SECTIONS.items()}
+    return [keys[cls] for name, study in STUDIES.items() if name[:2] == number for cls in study.needs]
+
+
+def is_of_models(number: str) -> bool:
+    """Is a notebook about the profile's models? 07 is about series of checkpoints."""
+    return "stages" not in sections_of(number)
 
 
 @dataclasses.dataclass
@@ -83,13 +90,13 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     settings = needed.settings
     needed.not_run = {number: reason for number in needed.sources if (reason := _lacking(number, profile, settings))}
     for number in needed.chosen:
-        for name in profile.models if number in OF_MODELS else []:
+        for name in profile.models if is_of_models(number) else []:
             _add_model(needed, name, number, profile.several)
     for name in settings["stages"]["series"] if "07" in needed.chosen else []:
         _add_series(needed, name)
     with_scores = any(not model.is_random for model in needed.models.values())
     for number in needed.chosen:
-        sections = set(SECTIONS.get(number, ())) | (set(QUALITY) & set(settings) if number == "05" and with_scores else set())
+        sections = set(sections_of(number)) | (set(QUALITY) & set(settings) if number == "05" and with_scores else set())
         for corpus in settings["calibration"]["corpora"] if "calibration" in sections else []:
             needed.add("text", corpus, _text(corpus, needed.hub), [number])
         for name in settings["tasks"]["names"] if set(QUALITY) <= sections else []:
@@ -103,12 +110,12 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
 
 def _lacking(number: str, profile: Profile, settings: dict) -> str | None:
     """Why a notebook is not run at all."""
-    lacking = [key for key in SECTIONS.get(number, ()) if key not in settings]
+    lacking = [key for key in sections_of(number) if key not in settings]
     if lacking:
         return f"the profile {profile.name} has no section {lacking[0]!r}"
-    if number in OF_MODELS and all(name in catalogue()["series"] for name in profile.models):
+    if is_of_models(number) and all(name in catalogue()["series"] for name in profile.models):
         return f"{profile.models[0]} is a series of checkpoints: notebook 07 follows it"
-    if number not in OF_SHAPES and number in OF_MODELS and all(name.startswith("random:") for name in profile.models):
+    if number not in OF_SHAPES and is_of_models(number) and all(name.startswith("random:") for name in profile.models):
         return "random weights have no tokenizer: they serve notebooks 05 and 06 alone"
     return None
 

@@ -173,8 +173,11 @@ def test_keys():
         ((torch.zeros(2, 3),), r"must be a square matrix \(d, d\), but its shape is \(2, 3\)"),
         ((torch.zeros(4),), r"its shape is \(4,\)"),
         ((torch.eye(3), torch.zeros(2)), r"bias of a linear map \(3, 3\) must have the shape \(3,\), but its shape is \(2,\)"),
-        ((torch.eye(3, dtype=torch.long),), "weight of a linear map must hold finite floating-point numbers"),
-        ((torch.eye(3), torch.tensor([0.0, torch.nan, 0.0])), "bias of a linear map must hold finite"),
+        ((np.eye(3),), "weight of a linear map must be a torch tensor, but is a ndarray"),
+        ((torch.eye(3), 0.0), "bias of a linear map must be a torch tensor, but is a float"),
+        ((torch.eye(3, dtype=torch.long),), "weight of a linear map must hold numbers that are finite in float32"),
+        ((torch.eye(3), torch.tensor([0.0, torch.nan, 0.0])), "bias of a linear map must hold numbers"),
+        ((torch.full((3, 3), 1e300, dtype=torch.float64),), "weight of a linear map must hold numbers"),
     ],
 )
 def test_what_is_no_map(tensors, message):

@@ -10,6 +10,7 @@ import torch
 
 from llmdrop_utils import DropPlan, NotAvailable, load_profile
 from llmdrop_utils.base import files
+from llmdrop_utils.models import locate as models_locate
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.locate import locate_folder, locate_model
 from llmdrop_utils.report.style import FIGURES
@@ -119,6 +120,7 @@ def tables(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loads, "locate_model", locate)
+        patch.setattr(models_locate, "locate_model", locate)
         patch.setattr(files, "RESULTS", tmp_path_factory.mktemp("results"))
         return STUDIES["06_kv_cache"](dataclasses.replace(profile, sections={Speed: profile.section(Speed)}))
 

@@ -17,6 +17,7 @@ from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.measure.metrics import KINDS
 from llmdrop_utils.measure.speed import Limits
 from llmdrop_utils.measure.speed import Speed as Measured
+from llmdrop_utils.models import locate as models_locate
 from llmdrop_utils.models.locate import LocatedModel, locate_model
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE
@@ -59,6 +60,7 @@ def some_models_unavailable(monkeypatch):
         return LocatedModel(name, files.CACHE, f"{'random' if name.startswith('random:') else 'sha256'}:{name}")
 
     monkeypatch.setattr(loads, "locate_model", locate)
+    monkeypatch.setattr(models_locate, "locate_model", locate)
     return load_profile("smoke")
 
 
@@ -296,6 +298,7 @@ def test_both_ends_must_be_sampled_but_for_a_static_cache():
 def test_the_generation_in_one_piece_is_composed_too():
     short = [
         timed([2.0], what="prefill", context=16),
+        timed([9.0], what="prefill", context=64),
         timed([1.0], what="decode", context=16),
         timed([3.0], what="decode", context=24),
     ]

@@ -53,7 +53,8 @@ def figS6_joint_tasks(tables: Tables) -> Drawing:
         of_model = pairs[pairs["model"] == rows["model"].iloc[0]]
         differ = of_model[~of_model["same_plan"].astype(bool)]
         if differ.empty:
-            return "The tasks say nothing of joint drop: at every number tried for both, it is the same plan as attention drop."
+            tried = ", ".join(map(str, of_model["n"])) or "no number"
+            return f"The tasks say nothing of joint drop: at {tried} dropped it is the same plan as attention drop."
         text = [f"{100 * r.difference:+.1f} at {r.n} ({100 * r.low:+.1f} to {100 * r.high:+.1f})" for r in differ.itertuples()]
         return f"Joint minus attention drop, in points of the mean score: {', '.join(text)}."
 

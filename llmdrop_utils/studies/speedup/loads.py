@@ -7,15 +7,15 @@ from typing import Annotated
 import numpy as np
 from pydantic import AfterValidator
 
-from ...base.errors import DiskFull, LLMDropError, each_available
+from ...base.errors import each_available
 from ...base.provenance import code_provenance
 from ...base.settings import Counts, Positive, Settings
 from ...dropping.plan import DropPlan, PlanKey
 from ...measure.metrics import KINDS
 from ...measure.speed import VERSION, Load, device_limits, largest_batch, measure_speed
-from ...models.families import cache_geometry, learned_positions
+from ...models.families import cache_geometry, input_device, learned_positions
 from ...models.load import load_config
-from ...models.locate import LocatedModel, locate_model
+from ...models.locate import LocatedModel, locate_available, locate_model
 from ...selection.methods import select_last
 from ...selection.ranking import drop_sequence, select
 from ...sources.catalogue import catalogue
@@ -54,23 +54,13 @@ def models_or_shapes(profile: Profile) -> tuple[list[LocatedModel], dict[str, st
     """The profile's models, and why some are unavailable (name -> reason).
 
     Random weights take the place of an unavailable model whose shape is known: speed and memory are the same. Raises what
-    `each_available` raises if there is neither model nor shape.
+    `locate_available` raises if there is neither model nor shape.
     """
-    replaced: dict[str, str] = {}
-
-    def locate(name: str) -> LocatedModel:
-        try:
-            return locate_model(name)
-        except DiskFull:
-            raise
-        except LLMDropError as reason:
-            if name not in catalogue()["shapes"]:
-                raise
-            replaced[name] = f"{reason} Its shape with random weights was taken instead."
-            return locate_model(f"random:{name}")
-
-    located, reasons = each_available(profile.models, locate, "models")
-    return located, reasons | replaced
+    with_shape = [name for name in profile.models if name in catalogue()["shapes"]]
+    _, reasons = each_available(with_shape, locate_model, "models", several=True)
+    located, others = locate_available([f"random:{name}" if name in reasons else name for name in profile.models])
+    instead = "Its shape with random weights was taken instead."
+    return located, others | {name: f"{reason} {instead}" for name, reason in reasons.items()}
 
 
 def n_layers_of(model: LocatedModel) -> int:
@@ -191,6 +181,6 @@ class SpeedWork(Work):
             load = dataclasses.replace(load, batch_size=largest_batch(model, self.longest))
         each = self.tokens_to_pass / self.repeats / len(plans)
         found = measure_speed(model, load, plans, self.repeats, on_repeat=lambda: update(each))
-        limits = dataclasses.asdict(device_limits(model.get_input_embeddings().weight.device, model.dtype))
+        limits = dataclasses.asdict(device_limits(input_device(model), model.dtype))
         dense = dataclasses.asdict(found[0])
         return [{"dense": dense, "plan": dataclasses.asdict(each), "limits": limits} for each in found[1:]]

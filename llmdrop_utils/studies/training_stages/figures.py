@@ -16,6 +16,7 @@ from .rows import LAYERS
 
 IN_TEXT = {"attention": "attention", "mlp": "MLP", "block": "blocks"}
 LABELS = 20  # of stages that fit beside each other in a figure's width
+COLUMNS = 3  # panels beside each other
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
@@ -123,26 +124,23 @@ def figS13_stage_means(tables: Tables) -> Drawing:
     seeds' 95 % intervals.
     """
     models = list(tables["means"]["model"].unique())
-    fig, axes = plt.subplots(3, len(models), figsize=(WIDTH, 5.6), squeeze=False, sharex="col")
-    for column, model in zip(axes.T, models, strict=True):
+    fig, axes, n_columns = _grid(len(models), 5.6, rows_each=3)
+    labels = ("Mean importance,\nall layers", "Mean importance,\nall but the first", "Loss,\nnats per token")
+    for i, (model, column) in enumerate(zip(models, axes, strict=True)):
         own = {name: tables[name][tables[name]["model"] == model] for name in ("means", "stages", "losses", "runs")}
-        for ax, left, layers in zip(column, axes[:, 0], LAYERS, strict=False):
-            shown = own["means"][own["means"]["layers"] == layers]
-            over_training(ax, shown, "importance", legend=ax is axes[0, 0])
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            if ax is not left:
-                ax.sharey(left)
+        for ax, first, layers in zip(column, axes[0], LAYERS, strict=False):
+            over_training(ax, own["means"][own["means"]["layers"] == layers], "importance", legend=ax is axes[0][0])
+            _plain_log_scale(ax)
+            ax.sharex(column[2])
+            ax.tick_params(labelbottom=False)
+            ax.set_xlabel("")
+            if ax is not first:
+                ax.sharey(first)
         column[0].set_title(model)
         loss_curve(column[2], own["stages"], own["losses"], own["runs"])
-        name_stages(column[2], own["stages"], len(models))
-    for ax in axes.flat:
-        ax.set_ylabel("")
-    labels = ("Mean importance,\nall layers", "Mean importance,\nall but the first", "Loss,\nnats per token")
-    for ax, label in zip(axes[:, 0], labels, strict=True):
-        ax.set_ylabel(label)
+        name_stages(column[2], own["stages"], n_columns)
+        for ax, label in zip(column, labels, strict=True):
+            ax.set_ylabel(label if i % n_columns == 0 else "")
 
     def sentence(rows: pd.DataFrame) -> str:
         mean = rows.groupby(["layers", "position", "kind"])["importance"].mean().unstack("kind")
@@ -164,10 +162,9 @@ def figS14_stage_agreement(tables: Tables) -> Drawing:
     Bands run from the lowest to the highest end of the seeds' 95 % intervals.
     """
     data = tables["agreement"]
-    fig, axes = _panels(data, "correlation")
+    fig, axes = _panels(data, "correlation", "Rank correlation\nwith the last stage")
     for ax in axes:
         ax.set_ylim(top=1.05)
-    axes[0].set_ylabel("Rank correlation with the last stage")
 
     def sentence(rows: pd.DataFrame) -> str:
         earlier = rows[rows["progress"] < 1]
@@ -188,10 +185,9 @@ def figS15_stage_cost(tables: Tables) -> Drawing:
     Bands run from the lowest to the highest end of the seeds' 95 % intervals.
     """
     data = tables["cost"].query("share == 'quarter'")
-    fig, axes = _panels(data, "cost", sharey=False)
+    fig, axes = _panels(data, "cost", "Added loss,\nnats per token")
     for ax, (model, rows) in zip(axes, data.groupby("model", sort=False), strict=True):
-        ax.set_title(f"{model}, {rows['n'].iloc[0]} layers of a kind")
-    axes[0].set_ylabel("Added loss, nats per token")
+        ax.set_title(f"{model}, {rows['n'].iloc[0]} layers")
 
     def sentence(rows: pd.DataFrame) -> str:
         mean = rows.groupby(["kind", "position"])["cost"].mean()
@@ -202,17 +198,37 @@ def figS15_stage_cost(tables: Tables) -> Drawing:
     return Drawing(fig, data, for_each_model(data, sentence))
 
 
-def _panels(data: pd.DataFrame, value: str, sharey: bool = True) -> tuple[plt.Figure, np.ndarray]:
-    """A row of panels, one for each model, with a line for each kind over the stages."""
+def _panels(data: pd.DataFrame, value: str, label: str) -> tuple[plt.Figure, list[Axes]]:
+    """A panel for each model, with a line for each kind over the stages."""
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(1, len(models), figsize=(WIDTH, 2.6), squeeze=False, sharey=sharey)
-    for ax, model in zip(axes[0], models, strict=True):
+    fig, axes, n_columns = _grid(len(models), 2.6)
+    for i, (model, (ax,)) in enumerate(zip(models, axes, strict=True)):
         rows = data[data["model"] == model]
-        over_training(ax, rows, value, legend=ax is axes[0, 0])
+        over_training(ax, rows, value, legend=i == 0)
         ax.axhline(0, color="0.6", linewidth=0.6)
-        name_stages(ax, rows, len(models))
-        ax.set(title=model, ylabel="")
-    return fig, axes[0]
+        name_stages(ax, rows, n_columns)
+        ax.set(title=model, ylabel=label if i % n_columns == 0 else "")
+    return fig, [ax for (ax,) in axes]
+
+
+def _grid(n_models: int, height: float, rows_each: int = 1) -> tuple[plt.Figure, list[list[Axes]], int]:
+    """Axes for each model, `rows_each` below each other and as high as `height` in inches; and how many models are in a row."""
+    n_columns = min(n_models, COLUMNS)
+    n_rows = math.ceil(n_models / n_columns)
+    fig, axes = plt.subplots(n_rows * rows_each, n_columns, figsize=(WIDTH, height * n_rows), squeeze=False)
+    places = [divmod(i, n_columns) for i in range(n_rows * n_columns)]
+    of_model = [list(axes[row * rows_each : (row + 1) * rows_each, column]) for row, column in places]
+    for ax in (ax for spare in of_model[n_models:] for ax in spare):
+        ax.remove()
+    return fig, of_model[:n_models], n_columns
+
+
+def _plain_log_scale(ax: Axes) -> None:
+    """A logarithmic axis with plain numbers: 0.02 instead of 2 x 10^-2."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _ends(rows: pd.DataFrame) -> tuple[int, int]:
