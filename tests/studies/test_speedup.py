@@ -32,7 +32,7 @@ from llmdrop_utils.studies.speedup.study import limit_rows, protocol_rows, sdr, 
 from llmdrop_utils.studies.work import Cell
 
 SETTINGS = Speed(
-    repeats=2, batch_size=3, prompt=64, new_tokens=64, contexts=[16, 64, 128], steps=4, n_drop={"attention": [2, 3]},
+    repeats=2, batch_size=3, prompt=64, new_tokens=64, contexts=[16, 64, 128, 256], steps=4, n_drop={"attention": [2, 3]},
     sweep_batches=[1, 8], sweep_n=2, compiled={"attention": [3]}, whole=[16, 8],
 )  # fmt: skip
 A2, A3, M2 = Cell("attention", 2), Cell("attention", 3), Cell("mlp", 2)
@@ -138,6 +138,8 @@ def test_every_load_is_timed_once_for_all_its_purposes():
         ("decode", 64, 4, 8, "eager", False, "a2 m2"),
         ("decode", 128, 4, 1, "eager", False, "a2 a3 m2"),
         ("decode", 128, 4, 8, "eager", False, "a2 m2"),
+        ("decode", 256, 4, 1, "eager", False, "a2 a3 m2"),  # beyond the protocol
+        ("decode", 256, 4, 8, "eager", False, "a2 m2"),
         ("decode", 64, 4, 3, "eager", False, "a2 a3"),  # the protocol's decoding at its own batch, at both ends
         ("decode", 128, 4, 3, "eager", False, "a2 a3"),
         ("decode", 64, 4, 3, "compiled", False, "a3"),
@@ -148,15 +150,20 @@ def test_every_load_is_timed_once_for_all_its_purposes():
     ]
 
 
+def test_a_static_cache_has_room_for_the_whole_generation(tiny):
+    work = speed_work(tiny, {A3: select_last(6, "attention", 3)}, SETTINGS)
+    assert {(item.load.backend, item.load.room) for item in work} == {("eager", None), ("compiled", 64 + 64 + 4)}
+
+
 def test_a_batch_that_fills_the_gpu_and_positions_that_end(monkeypatch):
     filled = SETTINGS.model_copy(update={"batch_size": None, "compiled": None})
-    monkeypatch.setattr(loads, "learned_positions", lambda config: 100)
+    monkeypatch.setattr(loads, "learned_positions", lambda config: 130)
     assert list(timed_loads(filled, [A2, M2])) == [
         ("prefill", 64, 0, 1, "eager", True, "a2"),
         ("decode", 16, 4, 1, "eager", False, "a2 m2"),
         ("decode", 16, 4, 8, "eager", False, "a2 m2"),
         ("decode", 64, 4, 1, "eager", False, "a2 m2"),
-        ("decode", 64, 4, 8, "eager", False, "a2 m2"),  # 128 tokens are more than the model knows
+        ("decode", 64, 4, 8, "eager", False, "a2 m2"),  # at 128 the four steps would end beyond what the model knows
         ("decode", 64, 4, 1, "eager", True, "a2"),
         ("decode", 24, 4, 1, "eager", False, "a2"),
         ("generation", 16, 8, 1, "eager", False, "a2"),
@@ -375,7 +382,7 @@ def decode_at(contexts, attention, mlp, half_width=0.01, **more):
 
 
 def test_crossover_lies_where_the_lines_meet():
-    rows = [*decode_at([1024, 2048, 4096], [1.0, 1.1, 1.3], [1.2, 1.2, 1.2])]
+    rows = [*decode_at([1024, 2048, 4096], [1.0, 1.1, 1.3], [1.2, 1.2, 1.2], 0.06)]
     (row,) = crossover_rows(speed_table(*rows), 2)
     assert row == {"model": "m", "backend": "eager", "what": "decode", "batch_size": 1, "n": 2, "tried_from": 1024,
                    "tried_to": 4096, "measured": pytest.approx(np.sqrt(2048 * 4096)), "predicted": 0.0,
@@ -388,9 +395,9 @@ def test_crossover_lies_where_the_lines_meet():
 def test_crossover_takes_what_was_swept():
     """Both kinds at one n, at several contexts; batches apart; no static caches, no batch that fills the GPU."""
     rows = [
+        *decode_at([16, 64], [1.3, 1.3], [1.2, 1.2], n=3),
         *decode_at([64, 16], [1.3, 1.0], [1.2, 1.2]),
         *decode_at([16, 64], [1.0, 1.0], [1.2, 1.2], batch_size=8),
-        *decode_at([16, 64], [1.3, 1.3], [1.2, 1.2], n=3),
         *decode_at([16, 64], [1.3, 1.3], [1.2, 1.2], batch_size=4, fill=True),
         *decode_at([16, 64], [1.3, 1.3], [1.2, 1.2], batch_size=5, room=99),
         *decode_at([16], [1.3], [1.2], what="prefill"),

@@ -168,6 +168,17 @@ def test_settled_row():
     assert block["layers"] == "3 1"
 
 
+def test_settled_has_an_interval_over_samples():
+    """The second, larger sample ranks layer 2 lowest from the start, as the last stage does; the first sample does not."""
+    scores = [importance(ATTENTION[2], MLP[2], BLOCK[2]) for _ in range(3)]
+    scores[0].per_sample["attention"][:] = [[0.4, 0.0, 0.1, 0.3], [0.4, 0.2, 0.1, 0.3]]
+    text = {DENSE.key: {"nll": [1.0, 1.0], "kl": [0.0, 0.0]}}
+    values = {i: StageValues(at_stage, text) for i, at_stage in enumerate(scores)}
+    row = Followed(series(), study._plans(scores[2]), values)._settled_row("attention", "quarter")
+    assert (row["stage"], row["low_stage"], row["high_stage"]) == ("step-0", "step-0", "step-5")
+    assert (row["progress"], row["low"], row["high"]) == (0, 0, 0.25)
+
+
 def test_first_settled():
     """Two layers of three: the last set {0, 1} is there at the first stage, lost at the second, and stays from the third on."""
     values = np.array([[[1, 2, 3]], [[3, 2, 1]], [[2, 1, 3]], [[1, 2, 3]]], dtype=float)
@@ -263,8 +274,13 @@ def content(**more):
 def test_advice():
     assert ADVICE[NOTEBOOK](content()) == (
         "**hand**: choose layers on the final checkpoint. Its 1 least important attention layers stand out only once 25 % of "
-        "the training is done (range over seeds). Dropping these 1 adds +1.000 nats per token at the end."
+        "the training is done. Dropping these 1 adds +1.000 nats per token at the end."
     )
+    one_seed = content()
+    later = one_seed["settled"].assign(seed=4, progress=1.0)
+    text = ADVICE[NOTEBOOK](one_seed | {"settled": pd.concat([one_seed["settled"], later])})
+    assert "once 25 to 100 % (range over seeds) of the training is done" in text
+    assert "an early checkpoint will do" in ADVICE[NOTEBOOK](one_seed | {"settled": later.assign(progress=0.0)})
     text = ADVICE[NOTEBOOK](content(measured=(0, 2), tokens=(0, None, None), steps=(0, None, None)))
     assert "rank the attention layers with a correlation of 0.80 with the trained ones" in text
 
@@ -418,6 +434,7 @@ def test_what_is_measured_was_held_out(monkeypatch):
     stages = load_profile("smoke").section(Stages)
     scores, text = study._held_out_blocks(series(recipe=recipe), stages)
     assert (tuple(scores.shape), tuple(text.shape)) == ((4, 32), (2, 32))
+    assert not {tuple(row) for row in scores.tolist()} & {tuple(row) for row in text.tolist()}
     with pytest.raises(LLMDropError, match="asks for 1002 blocks .* that hand was not trained on hold"):
         study._held_out_blocks(series(recipe=recipe), stages.model_copy(update={"n_samples": 1000}))
 

@@ -1,8 +1,11 @@
 """Figures of notebook 05: time against what is dropped."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,8 +18,9 @@ from .generation import GENERATION
 
 FILLS = {"eager": "full", "compiled": "none"}  # filled markers: eager; open ones: compiled
 LAYERS = {"attention": "attention layers", "mlp": "MLP layers", "block": "blocks", "joint": "attention and MLP layers"}
-NOTE = "dotted: predicted from bytes and operations; bars: 95 % intervals over repeats"
-NOISY_NOTE = "; ring: noisy timing"
+DOTTED: dict[str, Any] = {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
+RING: dict[str, Any] = {"color": "0.4", "linestyle": "none", "marker": "o", "markersize": 9, "fillstyle": "none"}
+REPEATS = "bars: 95 % intervals over repeats"
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
@@ -29,7 +33,7 @@ def speedup_line(ax: Axes, rows: pd.DataFrame, x: str, kind: str, label: str, ba
                 linestyle=LINES[kind], fillstyle=FILLS[backend], elinewidth=0.8, capsize=1.5)  # fmt: skip
     ax.plot(rows[x], rows["predicted"], color=COLORS[kind], linewidth=0.7, linestyle=":")
     noisy = rows[rows["noisy"].astype(bool)]
-    ax.plot(noisy[x], noisy["speedup"], linestyle="none", marker="o", markersize=9, fillstyle="none", color="0.4")
+    ax.plot(noisy[x], noisy["speedup"], **RING)
 
 
 def speedup_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
@@ -105,15 +109,14 @@ def figS8_speedup(tables: Tables) -> Drawing:
         f"Decode, context {prompt:,}": data.query("what == 'decode' and context == @prompt"),
         f"{prompt:,} tokens in and {protocol['new_tokens'].iloc[0]:,} out": protocol,
     }
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.7 + 2.1 * len(models)), squeeze=False, sharey="row")
+    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.9 + 2.1 * len(models)), squeeze=False, sharey="row")
     for row, model in zip(axes, models, strict=True):
         batch = generation[generation["model"] == model]["batch_size"].iloc[0]
         for ax, (title, rows) in zip(row, panels.items(), strict=True):
             rows = rows[(rows["model"] == model) & (rows["batch_size"] == batch)]
             speedup_panel(ax, rows.drop_duplicates(["backend", "kind", "n"]), _titled(title, model, models))
         row[0].set_ylabel(f"Speed-up over dense\n(batch {batch})")
-    axes.flat[0].legend(loc="upper left")
-    _about(fig, tables, models, data)
+    _explain(fig, axes, _where(tables, models), REPEATS, _signs(data))
 
     def sentence(rows: pd.DataFrame) -> str:
         kinds = [set(of_kind["n"]) for _, of_kind in rows.groupby("kind")]
@@ -135,7 +138,7 @@ def figS9_context(tables: Tables) -> Drawing:
     models, batches = list(data["model"].unique()), sorted(data["batch_size"].unique())
     if not models:
         return nothing_to_show("Attention and MLP were not timed at several contexts", data)
-    shape = {"figsize": (WIDTH * min(1, 0.4 * len(batches) + 0.1), 0.7 + 2.1 * len(models)), "squeeze": False}
+    shape = {"figsize": (WIDTH * min(1, 0.4 * len(batches) + 0.1), 0.9 + 2.1 * len(models)), "squeeze": False}
     fig, axes = plt.subplots(len(models), len(batches), sharey="row", **shape)
     for row, model in zip(axes, models, strict=True):
         for ax, batch in zip(row, batches, strict=True):
@@ -145,8 +148,7 @@ def figS9_context(tables: Tables) -> Drawing:
                 continue
             context_panel(ax, rows, _titled(f"Decode, batch {batch}", model, models))
         row[0].set_ylabel("Speed-up over dense")
-    axes.flat[0].legend(loc="upper left")
-    _about(fig, tables, models, data)
+    _explain(fig, axes, _where(tables, models), REPEATS, _signs(data))
 
     def sentence(rows: pd.DataFrame) -> str:
         found = [
@@ -173,15 +175,11 @@ def figS10_limit(tables: Tables) -> Drawing:
     if not models:
         return nothing_to_show("No single sequence was timed", data)
     width = WIDTH * min(1, 0.55 * len(models))
-    fig, axes = plt.subplots(1, len(models), figsize=(width, 2.7), squeeze=False)
+    fig, axes = plt.subplots(1, len(models), figsize=(width, 3.2), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
         limit_panel(ax, data[data["model"] == model], _titled("Decode, batch 1", model, models))
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    limit = Line2D([], [], color="0.4", linewidth=0.8, linestyle=":")
-    axes.flat[0].legend([*handles, limit], [*names, "least the device would need"], loc="upper left", fontsize=7)
-    axes.flat[0].margins(y=0.3)
-    axes.flat[0].set_ylim(bottom=0)
-    fig.suptitle(_where(tables, models), fontsize=8)
+    limit = {"least that the device would need": Line2D([], [], **DOTTED)}
+    _explain(fig, axes, _where(tables, models), "", limit, columns=min(2, len(models)))
 
     def sentence(rows: pd.DataFrame) -> str:
         dense = rows[rows["n"] == 0].sort_values("context")
@@ -205,9 +203,8 @@ def figS11_trade(tables: Tables) -> Drawing:
     fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.6 * len(models)), 3.0), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
         trade_panel(ax, data[data["model"] == model], model if len(models) > 1 else "")
-    axes.flat[0].legend(loc="upper right")  # much speed at much loss: no line goes there
-    fig.suptitle(_where(tables, models), fontsize=8)
-    fig.supxlabel("numbers: layers dropped; bars: 95 % intervals; lower right is better", fontsize=7)
+    note = "numbers: layers dropped; bars: 95 % intervals; lower right is better"
+    _explain(fig, axes, _where(tables, models), note, {}, columns=3)
 
     def sentence(rows: pd.DataFrame) -> str:
         rows = rows[rows["sdr_low"].notna() & (rows["backend"] == rows["backend"].iloc[0])]
@@ -238,9 +235,21 @@ def _where(tables: Tables, models: list[str]) -> str:
     return f"{models[0]} on {device}" if len(models) == 1 else f"on {device}"
 
 
-def _about(fig: Figure, tables: Tables, models: list[str], data: pd.DataFrame) -> None:
-    fig.suptitle(_where(tables, models), fontsize=8)
-    fig.supxlabel(NOTE + (NOISY_NOTE if data["noisy"].astype(bool).any() else ""), fontsize=7)
+def _signs(data: pd.DataFrame) -> dict[str, Line2D]:
+    """What else a reader meets in a panel of speed-ups."""
+    signs = {"predicted from bytes and operations": Line2D([], [], **DOTTED)}
+    return signs | ({"noisy timing": Line2D([], [], **RING)} if data["noisy"].astype(bool).any() else {})
+
+
+def _explain(fig: Figure, axes: np.ndarray, where: str, note: str, signs: dict[str, Line2D], columns: int = 4) -> None:
+    """Above the panels, what was timed on what; below them, one legend for all: some panels lack a kind or a back end."""
+    fig.suptitle(f"{where}\n{note}".rstrip(), fontsize=8)
+    known: dict[str, Artist] = {}
+    for ax in axes.flat:
+        handles, names = ax.get_legend_handles_labels()
+        known |= dict(zip(names, handles, strict=True))
+    known |= signs
+    fig.legend([*known.values()], [*known], loc="outside lower center", ncols=columns, fontsize=7.5)
 
 
 def _swept(tables: Tables) -> pd.DataFrame:

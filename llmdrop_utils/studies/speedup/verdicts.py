@@ -55,7 +55,7 @@ def attention_is_best_trade(tables: Tables) -> Iterator[Finding]:
 
 @advice("05_speedup")
 def what_to_do(tables: Tables) -> str:
-    """How much speed dropping attention brings on this machine, what it costs, and where more is to be had."""
+    """How much speed dropping attention brings on this machine, what it costs, and from which context it beats dropping MLP."""
     text = []
     for model, rows in tables["trade"].groupby("model", sort=False):
         attention = rows[(rows["kind"] == "attention") & (rows["backend"] == "eager")].sort_values("n")

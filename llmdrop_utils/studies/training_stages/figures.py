@@ -17,6 +17,7 @@ from .rows import LAYERS
 IN_TEXT = {"attention": "attention", "mlp": "MLP", "block": "blocks"}
 LABELS = 20  # of stages that fit beside each other in a figure's width
 COLUMNS = 3  # panels beside each other
+LONG_NAME = 16  # characters of a model's name that fit into a title of such a panel, beside the kind
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
@@ -100,9 +101,10 @@ def fig07_training_stages(tables: Tables) -> Drawing:
     )
     for row, model in zip(axes, models, strict=True):
         stages = tables["stages"][tables["stages"]["model"] == model]
+        separator = " " if len(model) <= LONG_NAME else "\n"
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             rows = data[(data["model"] == model) & (data["kind"] == kind)].sort_values(["position", "layer"])
-            importance_map(ax, rows, "position", f"{KIND_NAMES[kind]}, {model}")
+            importance_map(ax, rows, "position", f"{KIND_NAMES[kind]},{separator}{model}")
         labels = stage_labels(stages)
         row[0].set_yticks(np.arange(len(labels)) + 0.5, labels)  # the middle of a cell
         row[0].set_ylabel(stage_heading(stages))

@@ -93,7 +93,7 @@ def what_to_do(tables: Tables) -> str:
         else:
             found = (
                 f"choose layers on the final checkpoint. Its {n} least important attention layers stand out only once "
-                f"{_spread(settled['progress'])} of the training is done (range over seeds)."
+                f"{_spread(settled['progress'])} of the training is done."
             )
         cost = attention["cost"].query("model == @model and share == 'quarter' and progress == 1")["cost"]
         text.append(f"**{model}**: {found} Dropping these {n} adds {cost.mean():+.3f} nats per token at the end.")
@@ -101,8 +101,9 @@ def what_to_do(tables: Tables) -> str:
 
 
 def _spread(share: pd.Series) -> str:
+    """A share as it is for all seeds, or its range over them: "50 %", "25 to 100 % (range over seeds)"."""
     low, high = (f"{100 * value:.0f}" for value in (share.min(), share.max()))
-    return f"{high} %" if low == high else f"{low} to {high} %"
+    return f"{high} %" if low == high else f"{low} to {high} % (range over seeds)"
 
 
 def _by_model(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
