@@ -85,7 +85,7 @@ def _download_with_pip(package: dict, archive: Path) -> None:
 
 def _pip(command: str, pin: str, *more: str) -> str:
     """Run pip on one pinned release file; returns what it prints. Raises NotAvailable with pip's reason if it fails."""
-    options = ["--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--quiet"]
+    options = ["--no-color", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--quiet"]
     answer = subprocess.run(
         [sys.executable, "-m", "pip", command, *options, *more, pin], capture_output=True, text=True, check=False
     )

@@ -10,7 +10,7 @@ from IPython.display import Markdown, display
 
 from ..base import files
 from ..models.load import load_located
-from ..models.locate import LocatedModel, locate_available
+from ..models.locate import LocatedModel
 from ..report.show import show
 from ..report.style import FIGURES, draw
 from ..report.tables import read_tables
@@ -68,7 +68,7 @@ class Page:
 
     def located(self, name: str | None = None) -> LocatedModel:
         """One model of the run: the first, or the one of this name."""
-        models = {model.name: model for model in locate_available(self.profile.models)[0]}
+        models = {model.name: model for model in self.study.models(self.profile)[0]}
         return models[name] if name else next(iter(models.values()))
 
     def advice(self) -> None:
