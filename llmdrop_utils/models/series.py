@@ -22,7 +22,6 @@ from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, forget
 from .locate import LocatedModel, locate_folder, locate_model
 from .recipe import Recipe, load_recipe, untrained
-from .training import train_seeds
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]  # all of a model but its weights
 WEIGHTS = ["*.safetensors"]
@@ -67,6 +66,8 @@ def locate_series(
     if source is None:
         return _local_series(name, n_seeds)
     if "trained" in source:
+        from .training import train_seeds  # the Trainer takes seconds to import, and few runs train
+
         folders = train_seeds(name, list(range(n_seeds)), on_tokens)
         return [_trained_series(name, seed, folder) for seed, folder in enumerate(folders)], {}
     if "unavailable" in source:
