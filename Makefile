@@ -47,13 +47,13 @@ reference: env ## keep tables, figures and pages of a run as the reference, to b
 	$(LLMDROP) reference --profile "$(PROFILE)" --model "$(MODEL)"
 
 test: env ## run the tests (downloads the embedded model once)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: env ## run the tests that need no real model, no training and no notebook: under a minute
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not real"
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real"
 
 coverage: env ## run the tests and report how much of the package they reach
-	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
 
 lint: env ## check style, format, notebooks and types
 	$(RUN) -m ruff check .
