@@ -446,7 +446,7 @@ def test_what_a_notebook_needs_comes_from_its_study():
     assert needs.sections_of("03") == ["calibration", "text", "tasks", "iterative"]
     assert needs.sections_of("07") == ["stages"]
     assert [name[:2] for name in STUDIES if not needs.is_of_models(name[:2])] == ["07"]
-    assert {name[:2] for name in STUDIES} == set(effort.ESTIMATED)
+    assert {name[:2] for name in STUDIES} >= set(effort.ESTIMATED)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Rules that every notebook source keeps."""
 
 import ast
-import itertools
+import json
 import re
 
 import nbformat
@@ -10,6 +10,7 @@ import pytest
 
 from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.studies.page import _neighbours
 from llmdrop_utils.studies.run import STUDIES
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,10 +90,12 @@ def test_sections(notebook):
 
 
 def test_links_to_the_neighbours():
-    for before, after in itertools.pairwise(SOURCES):
-        first = [nbformat.read(path, as_version=4).cells[0].source for path in (before, after)]
-        assert f"({after.name})" in first[0], before.name
-        assert f"({before.name})" in first[1], after.name
+    assert _neighbours("01_similarity") == "Next: [02 drop curves](02_drop_curves.ipynb)"
+    before, after = "[02 drop curves](02_drop_curves.ipynb)", "[05 speedup](05_speedup.ipynb)"
+    assert _neighbours("03_joint_drop") == f"Previous: {before} · Next: {after}"
+    for run in REFERENCE.iterdir():
+        for path in (ROOT / "notebooks" / "rendered" / run.name).glob("*.ipynb"):
+            assert json.dumps(_neighbours(path.stem), ensure_ascii=False) in path.read_text(), path
 
 
 def test_first_cell_tells_the_reader(notebook):

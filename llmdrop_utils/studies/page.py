@@ -35,6 +35,7 @@ class Page:
             self.tables = read_tables(self.folders.tables / notebook)
         else:
             self.tables = self.study(self.profile)
+        self.say(_neighbours(notebook))
         self.say(f"Run `{self.profile.run}`: {self.profile.description}")
         for row in self.tables["not_run"].itertuples():
             self.say(f"**Not run:** {row.what}: {row.reason}")
@@ -78,3 +79,12 @@ class Page:
     def verdicts(self) -> None:
         """The verdict on each claim of the notebook; evidence and rules are folded away."""
         self.say(as_html(judge(self.folders.tables, self.study.notebook)))
+
+
+def _neighbours(notebook: str) -> str:
+    """Links to the notebooks before and after this one: "Previous: [01 similarity](01_similarity.ipynb)"."""
+    names = sorted(STUDIES)
+    i = names.index(notebook)
+    found = {"Previous": names[i - 1 : i], "Next": names[i + 1 : i + 2]}
+    links = [f"{word}: [{name.replace('_', ' ')}]({name}.ipynb)" for word, several in found.items() for name in several]
+    return " · ".join(links)
