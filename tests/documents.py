@@ -24,6 +24,31 @@ def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"(?m)^```{language}\n(.*?)^```", text, re.DOTALL)
 
 
+SMALLER = {  # what examples name -> what is small and needs no download
+    "smollm2-135m": "tiny-llama",
+    '"web"': '"random-words"',
+    "512": "32",
+    "n_drop=8": "n_drop=2",
+    "limit=100": "limit=4",
+    "n_samples=24": "n_samples=6",
+    "[16:]": "[4:]",
+    "[:16]": "[:4]",
+    "2048": "64",
+    "hellaswag": "openbookqa",
+    "small-llama": "tiny-series",
+    '"encyclopedia"': '"random-words"',
+    "n_samples=16, seq_len=128": "n_samples=4, seq_len=32",
+}
+
+
+def examples(text: str) -> str:
+    """The Python examples of a document, one after the other, on the tiny model."""
+    code = "".join(code_blocks(text, "python"))
+    for old, new in SMALLER.items():
+        code = code.replace(old, new)
+    return code
+
+
 def commands(text: str) -> list[str]:
     """Lines of shell blocks and pieces of inline code, without comments."""
     lines = "".join(code_blocks(text, "sh")).splitlines()

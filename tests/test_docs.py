@@ -8,7 +8,7 @@ import pytest
 import sentences as say
 import torch
 import yaml
-from documents import DOCUMENTS, check_numbers, code_blocks, commands, plain, section, wrong_versions
+from documents import DOCUMENTS, check_numbers, code_blocks, commands, examples, plain, section, wrong_versions
 
 from llmdrop_utils import cli, measure_importance
 from llmdrop_utils.base import files
@@ -151,30 +151,11 @@ def test_continuous_integration():
 
 # ---- examples ---------------------------------------------------------------------------------------------------------
 
-SMALLER = {
-    "smollm2-135m": "tiny-llama",
-    '"web"': '"random-words"',
-    "512": "32",
-    "n_drop=8": "n_drop=2",
-    "limit=100": "limit=4",
-    "n_samples=24": "n_samples=6",
-    "[16:]": "[4:]",
-    "[:16]": "[:4]",
-    "2048": "64",
-    "hellaswag": "openbookqa",
-    "small-llama": "tiny-series",
-    '"encyclopedia"': '"random-words"',
-    "n_samples=16, seq_len=128": "n_samples=4, seq_len=32",
-}
-
 
 def run_examples(name: str) -> dict:
     """The Python examples of a document, one after the other, on the tiny model; the names that they define."""
-    code = "".join(code_blocks(TEXTS[name], "python"))
-    for old, new in SMALLER.items():
-        code = code.replace(old, new)
     names: dict = {}
-    exec(code, names)
+    exec(examples(TEXTS[name]), names)
     return names
 
 

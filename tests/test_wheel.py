@@ -6,25 +6,20 @@ import subprocess
 import sys
 
 import pytest
+from documents import examples
 
 from llmdrop_utils.base.files import ROOT
 
 pytestmark = pytest.mark.slow
 
-EXAMPLE = """
-import llmdrop_utils
-from llmdrop_utils import dropped, load_model, load_tokens, measure_importance, perplexity, select
+# Before the examples: this is the installed package, and it brings its data.
+INSTALLED = """
 from llmdrop_utils.base import files
-from llmdrop_utils.studies.paper import numbers
 from llmdrop_utils.report.verdicts import load_claims
+from llmdrop_utils.studies.paper import numbers
 
 assert str(files.PACKAGE).startswith({site!r}), files.PACKAGE
 assert not files.IS_CHECKOUT
-model, tokenizer = load_model("tiny-llama")
-tokens = load_tokens("random-words", tokenizer, n_samples=6, seq_len=32)
-scores = measure_importance(model, tokens[:4])
-with dropped(model, select(scores, "attention", n_drop=2)):
-    print(perplexity(model, tokens[4:]))
 assert len(numbers()) == 732 and load_claims()
 """
 
@@ -53,11 +48,12 @@ def installed(tmp_path_factory):
     return run, site
 
 
-def test_api(installed):
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_examples_of_the_documents(installed, document):
     run, site = installed
-    done = run("-c", EXAMPLE.format(site=str(site)))
+    done = run("-c", INSTALLED.format(site=str(site)) + examples((ROOT / document).read_text(encoding="utf-8")))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 1
+    assert float(done.stdout.split()[0]) > 1, "the perplexity that the first example prints"
 
 
 def test_commands(installed):
