@@ -226,7 +226,7 @@ def _up_to_date(needed: Needed) -> list[str]:
 
     Only those are asked for which nothing would be fetched or made to know it.
     """
-    from . import reproduce
+    from .reproduce import is_up_to_date
 
     profile, folders = needed.profile, files.local(needed.profile.run)
     parameters: dict[str, Any] = {"PROFILE": profile.name, "MODEL": profile.model or ""}
@@ -234,10 +234,8 @@ def _up_to_date(needed: Needed) -> list[str]:
     for number in needed.chosen:
         source = needed.sources[number]
         done = folders.tables / f"{source.stem}.done"
-        if done.exists() and _is_at_hand(needed, number):
-            inputs = reproduce._inputs(source, parameters, profile)
-            if done.read_text(encoding="utf-8") == reproduce._state(inputs, source.stem, folders):
-                found.append(source.stem)
+        if done.exists() and _is_at_hand(needed, number) and is_up_to_date(source, profile, parameters):
+            found.append(source.stem)
     return found
 
 

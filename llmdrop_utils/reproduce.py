@@ -43,11 +43,10 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
         if reason := _lacking(name, profile):
             print(f"{name}: not run. {reason}")
             continue
-        done = folders.tables / f"{name}.done"
-        inputs = _inputs(source, parameters, profile)
-        if not force and done.exists() and done.read_text() == _state(inputs, name, folders):
+        if not force and is_up_to_date(source, profile, parameters):
             print(f"{name}: up to date ({shown(rendered)})")
             continue
+        done, inputs = folders.tables / f"{name}.done", _inputs(source, parameters, profile)
         print(f"{name}: measuring and rendering")
         done.unlink(missing_ok=True)
         tables = STUDIES[name](profile, force) if name in STUDIES else {}
@@ -56,6 +55,15 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
             write_text(done, _state(inputs, name, folders))
         print(f"{name}: done ({shown(rendered)})")
     _report(profile, folders)
+
+
+def is_up_to_date(source: Path, profile: Profile, parameters: dict) -> bool:
+    """Is a notebook rendered from what it would be rendered from now? Says so without measuring, but locates its models."""
+    folders = files.local(profile.run)
+    done = folders.tables / f"{source.stem}.done"
+    if not done.exists():
+        return False
+    return done.read_text(encoding="utf-8") == _state(_inputs(source, parameters, profile), source.stem, folders)
 
 
 def _lacking(notebook: str, profile: Profile) -> str | None:
