@@ -51,6 +51,11 @@ class Work:
     attention: str  # "sdpa" or "eager"
 
     @property
+    def identity(self) -> dict:
+        """What another item about the same model begins with."""
+        return {"model": self.model, "dtype": self.dtype, "attention": self.attention}
+
+    @property
     def keys(self) -> list[dict]:
         """One key for each value: everything that determines it. Batch sizes do not: they move results by rounding only."""
         raise NotImplementedError
