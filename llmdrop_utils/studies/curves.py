@@ -14,7 +14,7 @@ from ..models.load import load_tokenizer
 from ..models.locate import LocatedModel
 from ..selection.ranking import drop_sequence, select
 from ..sources.task_data import fingerprint_task, known_tasks, load_task
-from ..sources.texts import load_tokens
+from ..sources.texts import check_held_out, load_tokens, text_beginning
 from .curve_rows import (
     TaskValues,
     TextValues,
@@ -192,9 +192,12 @@ def _distinct(plans: list[DropPlan]) -> tuple[DropPlan, ...]:
 def _text_work(run: Run, item: ImportanceWork, plans: dict[Cell, DropPlan]) -> TextWork:
     """Blocks of the first corpus that no importance was measured on."""
     calibration, text = run.section(Calibration), run.section(Text)
-    used = max([calibration.n_samples, *calibration.sample_counts]) * calibration.seq_len
-    skip = -(-used // text.seq_len)
-    tokens = load_tokens(item.corpus, load_tokenizer(item.model), skip + text.n_samples, text.seq_len)[skip:]
+    tokenizer = load_tokenizer(item.model)
+    n_begin = len(text_beginning(tokenizer))  # of each block; the rest is the corpus, cut without a gap
+    used = max([calibration.n_samples, *calibration.sample_counts]) * (calibration.seq_len - n_begin)
+    skip = -(-used // (text.seq_len - n_begin))
+    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, text.seq_len)[skip:]
+    check_held_out(tokens, item.tokens, n_begin)
     return TextWork(**identity_of(item.model), corpus=item.corpus, tokens=tokens, plans=_distinct(list(plans.values())))
 
 
