@@ -121,7 +121,7 @@ def fingerprint_task(members: list, limit: int | None) -> str:
             task.build_all_requests(limit=limit, rank=0, world_size=1)
         content.update(f"{task.task_name} {task.VERSION} {task.OUTPUT_TYPE}".encode())
         for instance in task.instances:
-            content.update(repr((instance.doc_id, instance.arguments)).encode())
+            content.update(repr((instance.doc_id, instance.arguments, instance.doc)).encode())
     return content.hexdigest()
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,26 @@ def fingerprint(tokens: torch.Tensor) -> str:
     """sha256 of token ids and their shape, in hex: what the key of a result records about its input."""
     content = tokens.detach().to("cpu", torch.int64).contiguous()
     return hashlib.sha256(str(tuple(content.shape)).encode() + content.numpy().tobytes()).hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """sha256 of what decides which tokens a text becomes, and which text tokens become, in hex.
+
+    That is vocabulary, merges, normalizer, what is added to a text, special tokens and settings, as loaded; not the chat
+    template, and not the padding and truncation of the last call.
+    """
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:  # written in Python: its files and its settings
+        with tempfile.TemporaryDirectory() as folder:
+            files = sorted(Path(file) for file in tokenizer.save_vocabulary(folder))
+            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        left_out = ("name_or_path", "chat_template", "vocab_file", "merges_file", "tokenizer_file")
+        settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in left_out}
+        rules = {"files": digests, "added": tokenizer.get_added_vocab(), "settings": settings}
+    names = ("bos_token", "eos_token", "unk_token", "model_max_length", "clean_up_tokenization_spaces")
+    content = [type(tokenizer).__name__, rules, {name: getattr(tokenizer, name, None) for name in names}]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from ..models.load import load_tokenizer
 from ..models.locate import LocatedModel
 from ..selection.ranking import drop_sequence, select
 from ..sources.task_data import fingerprint_task, known_tasks, load_task
-from ..sources.texts import check_held_out, load_tokens, text_beginning
+from ..sources.texts import check_held_out, fingerprint_tokenizer, load_tokens, text_beginning
 from .curve_rows import (
     TaskValues,
     TextValues,
@@ -202,11 +202,12 @@ def _text_work(run: Run, item: ImportanceWork, plans: dict[Cell, DropPlan]) -> T
 
 
 def _task_work(run: Run, model: LocatedModel, tasks: dict[str, list], plans: dict[Cell, DropPlan]) -> list[TaskWork]:
-    shared, settings = identity_of(model), run.section(Tasks)
+    settings = run.section(Tasks)
+    shared = identity_of(model) | {"tokenizer": fingerprint_tokenizer(load_tokenizer(model)), "limit": settings.limit}
     distinct = _distinct([plans[cell] for cell in cells_for_tasks(plans, settings)])
     return [
         TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, settings.limit),
-                 num_fewshot=members[0].config.num_fewshot, limit=settings.limit, plans=distinct)
+                 num_fewshot=members[0].config.num_fewshot, plans=distinct)
         for task, members in tasks.items()
     ]  # fmt: skip
 

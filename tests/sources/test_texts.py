@@ -95,7 +95,16 @@ def test_a_vocabulary_without_the_probe():
 
 @pytest.mark.parametrize(
     ("start", "n_begin", "disjoint"),
-    [(60, 1, True), (59, 1, True), (40, 1, False), (47, 1, False), (0, 1, False), (17, 1, False), (61, 0, True), (30, 0, False)],
+    [
+        (60, 1, True),
+        (59, 1, True),
+        (40, 1, False),
+        (47, 1, False),
+        (0, 1, False),
+        (17, 1, False),
+        (61, 0, True),
+        (30, 0, False),
+    ],
 )
 def test_held_out_text_was_not_seen(start, n_begin, disjoint):
     """60 tokens were used, in blocks of 20; 24 held out in blocks of 12, from `start` on. A single token is chance."""
