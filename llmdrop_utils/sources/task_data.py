@@ -138,7 +138,7 @@ def fingerprint_task(members: list, limit: int | None) -> str:
     for task in members:
         content.update(f"{task.task_name} {task.VERSION} {task.OUTPUT_TYPE}".encode())
         for instance in task.instances:
-            content.update(repr((instance.doc_id, instance.arguments)).encode())
+            content.update(repr((instance.doc_id, instance.arguments, instance.doc)).encode())
     return content.hexdigest()
 
 

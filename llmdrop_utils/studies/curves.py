@@ -14,7 +14,7 @@ from ..models.load import load_tokenizer
 from ..models.locate import LocatedModel
 from ..selection.ranking import drop_sequence, select
 from ..sources.task_data import fingerprint_task, known_tasks, load_task
-from ..sources.texts import load_tokens
+from ..sources.texts import check_held_out, fingerprint_tokenizer, load_tokens, text_beginning
 from .curve_rows import (
     TaskValues,
     TextValues,
@@ -191,18 +191,22 @@ def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:
 
 def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> TextWork:
     """Blocks of the item's corpus that no importance was measured on, under each plan."""
-    text = run.section(Text)
-    skip = -(-item.tokens.numel() // text.seq_len)
-    tokens = load_tokens(item.corpus, load_tokenizer(item.model), skip + text.n_samples, text.seq_len)[skip:]
+    text, tokenizer = run.section(Text), load_tokenizer(item.model)
+    n_begin = len(text_beginning(tokenizer))  # of each block; the rest is the corpus, cut without a gap
+    skip = -(-item.tokens[:, n_begin:].numel() // (text.seq_len - n_begin))
+    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, text.seq_len)[skip:]
+    check_held_out(tokens, item.tokens, n_begin)
     return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
 
 
 def _task_work(run: Run, model: LocatedModel, tasks: dict[str, list], plans: dict[Cell, DropPlan]) -> list[TaskWork]:
-    shared, settings = identity_of(model, run.profile), run.section(Tasks)
+    settings = run.section(Tasks)
+    tokenizer = fingerprint_tokenizer(load_tokenizer(model))
+    shared = identity_of(model, run.profile) | {"tokenizer": tokenizer, "limit": settings.limit}
     distinct = _distinct([plans[cell] for cell in cells_for_tasks(plans, settings)])
     return [
         TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, settings.limit),
-                 num_fewshot=members[0].config.num_fewshot, limit=settings.limit, plans=distinct)
+                 num_fewshot=members[0].config.num_fewshot, plans=distinct)
         for task, members in tasks.items()
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from ...models.series import Series, known_models, locate_series
 from ...report.tables import Column, Tables, table
 from ...selection.ranking import select
 from ...sources.catalogue import catalogue
-from ...sources.texts import load_documents, load_tokens, pack
+from ...sources.texts import check_held_out, load_documents, load_tokens, pack, text_beginning
 from ..profile import Profile, section
 from ..run import Run, identity_of, study
 from ..work import DENSE, ImportanceWork, TextWork, Work
@@ -184,7 +184,9 @@ def _held_out_blocks(series: Series, stages: Stages) -> tuple[torch.LongTensor, 
                 f"documents that {series.name} was not trained on hold {blocks}. Ask for fewer, or hold more out."
             )
     tokens = load_tokens(stages.corpus, tokenizer, n, stages.seq_len)
-    return tokens[: stages.n_samples], tokens[stages.n_samples :]
+    for_scores, for_text = tokens[: stages.n_samples], tokens[stages.n_samples :]
+    check_held_out(for_text, for_scores, len(text_beginning(tokenizer)))
+    return for_scores, for_text
 
 
 def _plans(scores: Importance) -> Plans:
