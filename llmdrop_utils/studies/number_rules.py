@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from ..report.tables import read_tables
 from ..report.verdicts import load_claims
@@ -33,11 +32,7 @@ WHY = {  # kinds of reasons why a number is not compared, as the scorecard count
 
 
 class NotRun(Exception):
-    """Why a number is not compared: a key of `WHY`, and a sentence that says what would run it."""
-
-    def __init__(self, why: str, sentence: str):
-        super().__init__(why, sentence)
-        self.why, self.sentence = why, sentence
+    """Why a number is not compared: `args` are a key of `WHY`, and a sentence that says what would run it."""
 
 
 class Ours(NamedTuple):
@@ -58,13 +53,14 @@ class RunTables:
     def __init__(self, folder: Path):
         """folder: <notebook>/*.csv and <notebook>/provenance.json, which says which model a name stands for."""
         self.tables = {path.name: read_tables(path) for path in sorted(folder.glob("*")) if path.is_dir()}
-        self.names: dict[str, set[str]] = {}
+        self._indexes: dict[tuple, dict[tuple, dict[str, Any]]] = {}
+        self.names: dict[str, dict[str, None]] = {}
         for record in folder.glob("*/provenance.json"):
             for entry in json.loads(record.read_text(encoding="utf-8")):
                 if known := paper.name_in_catalogue(entry["model"], entry.get("model_identity", "")):
-                    self.names.setdefault(known, set()).add(entry["model"])
+                    self.names.setdefault(known, {})[entry["model"]] = None
 
-    def row(self, place: str, of: str | None = None, **where: Any) -> pd.Series:
+    def row(self, place: str, of: str | None = None, **where: Any) -> dict[str, Any]:
         """The first row with these values. Raises NotRun if there is none.
 
         place: "<notebook>/<table>". of: a model as data/sources.yaml names it.
@@ -74,23 +70,28 @@ class RunTables:
             raise NotRun("table", f"notebook {notebook} is not written yet")
         if not {*where} <= {column.name for column in STUDIES[notebook].tables.get(table, ())}:
             raise NotRun("table", f"notebook {notebook} has no table {table!r} with {', '.join(where)} yet")
-        names = self.names.get(of or "", set())
         needs = NotRun("model", f"needs {of}: make reproduce PROFILE=gpu")
-        if of and not names:
+        if of and of not in self.names:
             raise needs
         if table not in self.tables.get(notebook, {}):
             raise NotRun("notebook", f"notebook {notebook} was not run: make reproduce NOTEBOOKS={notebook[:2]}")
-        rows = self.tables[notebook][table]
-        if of:
-            rows = rows[rows["model"].isin(names)]
-            if rows.empty:  # it is in another notebook alone: a shape with random weights has no quality
-                raise needs
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        if rows.empty:
+        names: list[tuple] = [(name,) for name in self.names[of] if (name,) in self._index(place, ("model",))] if of else [()]
+        if not names:  # it is in other notebooks alone: a shape with random weights has no quality
+            raise needs
+        rows = self._index(place, (*(["model"] if of else []), *where))
+        found = [rows[key] for name in names if (key := (*name, *where.values())) in rows]
+        if not found:
             named = ", ".join(f"{column} {value}" for column, value in where.items())
             raise NotRun("row", f"{place} has no row for {named}: add it to the profile")
-        return rows.iloc[0]
+        return found[0]
+
+    def _index(self, place: str, columns: tuple[str, ...]) -> dict[tuple, dict[str, Any]]:
+        """Values of these columns -> the first row that has them. Made once, since hundreds of numbers are looked up."""
+        if (place, columns) not in self._indexes:
+            notebook, table = place.split("/")
+            rows = self.tables[notebook][table].to_dict("records")
+            self._indexes[place, columns] = {tuple(row[c] for c in columns): row for row in reversed(rows)}
+        return self._indexes[place, columns]
 
     def read(self, place: str, column: str, factor: float = 1, of: str | None = None, **where: Any) -> Ours:
         """A cell of `row` and its interval, times `factor`."""
@@ -228,8 +229,8 @@ def fastest(run: RunTables, claim: dict) -> Ours:
 def quantised(run: RunTables, claim: dict) -> Ours:
     """The most points of the mean score that quantising costs in Table 11."""
     rows = dict.fromkeys(row_of(c).rpartition(".")[0] for c in paper.numbers("T11"))
-    pairs = [[number(run, f"{row}.{bits}.mean_of_4_tasks") for bits in ("fp", "q")] for row in rows]
-    return Ours(max(full.value - less.value for full, less in pairs), np.nan, np.nan, pairs[0][1].source)
+    pairs = [[number(run, f"{row}.{bits}.mean_of_4_tasks") for bits in ("q", "fp")] for row in rows]
+    return Ours(max(full.value - less.value for less, full in pairs), np.nan, np.nan, pairs[0][0].source)
 
 
 def joint_mmlu(run: RunTables, claim: dict) -> Ours:

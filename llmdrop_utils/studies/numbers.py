@@ -28,7 +28,7 @@ def compare(folder: Path) -> pd.DataFrame:
             row |= {"status": COMPARED, "difference": ours.value - paper.value_of(claim), "ours": ours.value}
             row |= {"low": ours.low, "high": ours.high, "source": ours.source}
         except NotRun as reason:
-            row |= {"reason": reason.sentence, "why": reason.why}
+            row["why"], row["reason"] = reason.args
         rows.append(row)
     return pd.DataFrame(rows).astype({"n_drop": "Int64"})
 

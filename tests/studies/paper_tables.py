@@ -32,10 +32,10 @@ def paper_tables() -> dict[str, Tables]:
       metric, chance); `average` (the printed mean, and retained and points lost by it; Llama-3 has four tasks, the others
       eight); `gaps` (differences of printed means; measure "tasks" alone, since the paper has no held-out text); `paper`.
     - 03_joint_drop: the same, the joint drop's MMLU in `tasks` (90 % of 55.1 with 31 sub-layers), and `first_mlp` (14 and 18).
-    - 05_speedup: `speed` (generations of 2,048 tokens in and out, back end "eager", not noisy; half of the attention of the 70B
+    - 05_speedup: `speed` (generations of 2,048 tokens in and out, back end "eager", not noisy; of half the attention of the 70B
       models with the digits of the text, 48.4 and 43.4 %), `trade` (the printed SDR), `models`, `paper`.
-    - 06_kv_cache: `paper` (Table 4; bytes are the printed GB as GiB, so the slip of 52 and 26 is there as it is printed, and the
-      formula is the count), `fits` (weights of Llama-2-70B: the printed 128 GB).
+    - 06_kv_cache: `paper` (Table 4; bytes are the printed GB as GiB, with the slip of 52 and 26, and the formula is the count),
+      `fits` (weights of Llama-2-70B: the printed 128 GB).
 
     Claims that have numbers in these tables: published-lists, attention-drop-keeps-quality, attention-beats-mlp-and-block,
     half-the-attention, larger-models-lose-less, attention-goes-first, attention-drop-is-fast, best-trade-off and
