@@ -6,7 +6,6 @@ X is the stream that the sub-layer reads, before its norm; norm and sub-layer ar
 layer's raw input and output. One forward pass without LM head gives all three kinds.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -18,6 +17,7 @@ import torch
 from ..base.errors import LLMDropError
 from ..dropping.units import left
 from ..models.families import Anatomy, find_anatomy, input_device, position_limit
+from .guard import measuring
 from .metrics import BIN_EDGES, KINDS, METRICS
 from .probe import Probe
 
@@ -139,7 +139,7 @@ def measure_importance(
     histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
     device = input_device(model)
     start = 0
-    with torch.inference_mode(), _evaluating(model), Probe(anatomy, metric) as probe:
+    with measuring(model), Probe(anatomy, metric) as probe:
         while start < n_samples:
             rows = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[rows]
@@ -161,18 +161,6 @@ def measure_importance(
     gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in available[kind])
     by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
     return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module):
-    """Without dropout while measuring; the mode is put back."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def _check(anatomy: Anatomy, tokens: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:

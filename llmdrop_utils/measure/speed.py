@@ -21,6 +21,7 @@ from ..dropping.units import dropped
 from ..models.families import find_anatomy, learned_positions
 from .decoding import check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
+from .guard import measuring
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
 
@@ -104,7 +105,7 @@ def measure_speed(
         raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
     while True:
         try:
-            with torch.inference_mode():
+            with measuring(model):
                 return _measure(model, load, plans, repeats, on_repeat)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -1,10 +1,11 @@
 """Quality on tasks, as lm-eval defines them, under many drop plans at once."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import skipping
 from ..sources.task_data import FEWSHOT_SEED, load_task, silent
+from .guard import finite_generation, measuring
 from .scoring import Scores, score
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -47,7 +49,8 @@ class FastLM(HFLM):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        with measuring(model), _untied(model):
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.plans = list(plans)
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None
@@ -60,7 +63,7 @@ class FastLM(HFLM):
             del self.tok_encode  # it refers to self, and would keep the model in memory
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        with skipping(self.model, self.plans[0]):
+        with measuring(self.model), skipping(self.model, self.plans[0]), finite_generation(self.model):
             return super().generate_until(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
@@ -71,6 +74,17 @@ class FastLM(HFLM):
             if text is not None:  # as lm-eval does, for its cache of answers
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
+
+
+@contextlib.contextmanager
+def _untied(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `tie_weights` does nothing. lm-eval calls it on each model, and would tie a head that was loaded with weights
+    of its own."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def run_tasks(
@@ -100,7 +114,10 @@ def score_task(
     limit: int | None = None,
     on_batch: Callable[[float], None] = lambda share: None,
 ) -> TaskScores:
-    """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side."""
+    """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side.
+
+    The model is measured in eval mode and left as it was. Raises LLMDropError for numbers that are not finite.
+    """
     for plan in plans:
         check_plan(model, plan)
     if limit is not None and limit < 1:
@@ -129,6 +146,10 @@ def score_task(
     )
     chance = float(np.mean([1 / n for n in choices.values()])) if choices else 0.0
     metrics = {name: np.array(rows, dtype=float) for name, rows in by_metric.items()}
+    for name, array in metrics.items():
+        if len(bad := np.argwhere(~np.isfinite(array))):
+            number, document = bad[0]
+            raise LLMDropError(f"The {name} of document {document} under plan {number} is {array[number, document]}.")
     return TaskScores(metrics, chance)
 
 

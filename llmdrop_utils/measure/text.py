@@ -46,6 +46,13 @@ def score_text(
     if known is not None and longest > known:
         raise LLMDropError(f"Samples of {longest + 1} tokens are too long for this model, which knows {known} positions.")
     scores = score(model, requests, plans, max_length=longest, kl=True, on_batch=on_batch)
+    for name, values in (("log-probability", scores.logprob), ("divergence", scores.kl)):
+        if len(bad := np.argwhere(~np.isfinite(values))):
+            plan, sample = bad[0]
+            raise LLMDropError(
+                f"The {name} of sample {sample} under plan {plan} is infinite: the model rules out a token that occurs in the "
+                "text. Use text that its tokenizer makes, or a larger dtype."
+            )
     return TextScores(-scores.logprob / longest, scores.hits / longest, scores.kl / longest)
 
 

@@ -10,6 +10,7 @@ import torch
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import left, skipping
+from ..measure.guard import measuring, not_finite_error
 from ..measure.importance import KINDS, Importance, measure_importance
 from ..models.families import find_anatomy, input_device, stream_of, tensor_of
 from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
@@ -162,12 +163,14 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
             before, after = functools.partial(keep, index), functools.partial(compare, index)
             handles.append(layer.block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.block.register_forward_hook(after))
-        with torch.inference_mode():
+        with measuring(model):
             for start in range(0, len(tokens), batch_size):
                 anatomy.decoder(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    if not bool(sums.isfinite().all()):
+        raise not_finite_error(model, tokens[0])
     first = int(sums.argmax())
     layers = tuple(range(first, first + n_drop))
     return DropPlan(layers, layers, len(anatomy), getattr(model, "llmdrop_identity", None))
