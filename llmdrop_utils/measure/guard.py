@@ -8,6 +8,7 @@ from torch import nn
 
 from ..base.errors import LLMDropError
 from ..models.families import find_anatomy, input_device, stream_of, tensor_of
+from .rotary import RotaryState, rotary_following
 
 # ---- the model is left as it was ----------------------------------------------------------------------------------------
 
@@ -21,7 +22,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     tensors a model holds (so also by which of them it shares) and by torch's count of changes in place, so it costs nothing.
     """
     modes = [(module, module.training) for module in model.modules()]
-    rotary = [_RotaryState(module) for module in model.modules() if follows_length(getattr(module, "rope_type", None))]
+    rotary = [RotaryState(module) for module in rotary_following(model)]
     before = _tensors(model, rotary)
     model.eval()
     try:
@@ -46,7 +47,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 Held = tuple[torch.Tensor, tuple]
 
 
-def _tensors(model: nn.Module, rotary: list["_RotaryState"]) -> dict[str, Held]:
+def _tensors(model: nn.Module, rotary: list[RotaryState]) -> dict[str, Held]:
     """Each parameter and buffer, by every name that it has, with what would tell that it was changed."""
     restored = {id(tensor) for state in rotary for tensor, _ in state.buffers.values()}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -66,28 +67,6 @@ def _same(before: Held | None, after: Held | None) -> bool:
     if before[0].is_meta and after[0].is_meta:  # offloaded: accelerate makes another one after each forward
         return before[0].shape == after[0].shape
     return before[0] is after[0] and before[1] == after[1]
-
-
-def follows_length(rope_type) -> bool:
-    """Do rotary embeddings of this type (or of any of these, by layer type) depend on the longest sequence of a batch?"""
-    types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
-    return any(name == "longrope" or "dynamic" in str(name) for name in types)
-
-
-class _RotaryState:
-    """Frequencies of a rotary embedding, which some types change with each batch that they read."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.attributes = module, dict(vars(module))
-        self.buffers = {name: (tensor, tensor.clone()) for name, tensor in module.named_buffers(recurse=False)}
-
-    def restore(self) -> None:
-        vars(self.module).clear()
-        vars(self.module).update(self.attributes)
-        for name, (tensor, content) in self.buffers.items():
-            with torch.inference_mode():
-                tensor.copy_(content)
-            self.module._buffers[name] = tensor
 
 
 # ---- numbers are finite -------------------------------------------------------------------------------------------------

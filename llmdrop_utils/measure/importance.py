@@ -20,6 +20,7 @@ from ..models.families import Anatomy, find_anatomy, input_device, position_limi
 from .guard import measuring
 from .metrics import BIN_EDGES, KINDS, METRICS
 from .probe import Probe
+from .rotary import rotary_following
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
@@ -133,6 +134,8 @@ def measure_importance(
         raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
     if attention_mask is not None:
         attention_mask = attention_mask.to("cpu", torch.long)
+        if rotary_following(model):
+            batch_size = 1  # samples of other lengths would change each other
     n_samples, n_bins = len(tokens), len(BIN_EDGES) - 1
     means = np.zeros((len(KINDS), n_samples, len(anatomy)))
     weights = np.zeros(n_samples, dtype=np.int64)

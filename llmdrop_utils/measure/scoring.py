@@ -18,6 +18,7 @@ from ..models.families import find_anatomy, position_limit
 from .guard import NotFinite, measuring, not_finite_error
 from .packing import Batch, Group, Request, pack
 from .passes import Passes
+from .rotary import short_below
 
 # Tokens per forward pass: enough to keep a device busy, few enough to keep intermediate results small.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -79,7 +80,8 @@ def score(
     longest = min(max_length, max(len(context) + len(continuation) - 1 for context, continuation in requests))
     with measuring(model):
         passes = Passes(model, plans)
-        groups = pack(list(requests), max_length, BATCH_TOKENS[passes.device.type], share=passes.can_share(longest))
+        share, batch_tokens = passes.can_share(longest), BATCH_TOKENS[passes.device.type]
+        groups = pack(list(requests), max_length, batch_tokens, share=share, alone_from=short_below(model))
         total = sum(len(group.prefix) + sum(len(b.rows) * b.width for b in group.batches) for group in groups)
         for group in groups:
             try:

@@ -17,6 +17,7 @@ from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import skipping
 from ..sources.task_data import FEWSHOT_SEED, load_task, silent
 from .guard import finite_generation, measuring
+from .rotary import rotary_following
 from .scoring import Scores, score
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -49,6 +50,8 @@ class FastLM(HFLM):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
+        if rotary_following(model):
+            batch_size = 1  # of generation, where a long prompt would change how the others are read
         with measuring(model), _untied(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.plans = list(plans)
