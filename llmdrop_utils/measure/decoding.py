@@ -11,14 +11,20 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError, NotAvailable
 from ..dropping.caches import NoCache
 from ..models.families import find_anatomy
-from .guard import finite_generation, measuring
+from .guard import finite_generation, measuring, tokens_for
+
+BACKENDS = ("eager", "compiled")
 
 
 def greedy(model: nn.Module, tokens: torch.LongTensor, new_tokens: int, backend: str = "eager") -> torch.LongTensor:
     """The most probable continuation, as `generate(do_sample=False)` finds it: (B, T) -> (B, new_tokens). The timed loop."""
+    tokens, new_tokens = tokens_for(model, tokens).to(device_of(model)), whole(new_tokens, "The number of new tokens")
+    if backend not in BACKENDS:
+        raise LLMDropError(f"Unknown back end {backend!r}. There are: {', '.join(BACKENDS)}.")
     cache = new_cache(model, backend, tokens.shape[1] + new_tokens)
     with measuring(model):
         with finite_generation(model):

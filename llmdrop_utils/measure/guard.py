@@ -7,8 +7,27 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
-from ..models.families import find_anatomy, input_device, stream_of, tensor_of
+from ..models.families import find_anatomy, input_device, position_limit, stream_of, tensor_of
+from ..sources.texts import as_tokens
 from .rotary import RotaryState, rotary_following
+
+# ---- what is measured on ------------------------------------------------------------------------------------------------
+
+
+def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
+    """Token ids int64 (n_samples, seq_len) that the model can read. Raises LLMDropError otherwise, as `as_tokens` does."""
+    tokens, config = as_tokens(given), find_anatomy(model).decoder.config
+    longest = position_limit(config)
+    if longest is not None and tokens.shape[1] > longest:
+        raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise LLMDropError(
+            f"Token ids run from {low} to {high}, but this model knows 0 to {config.vocab_size - 1}: were they made with "
+            "another model's tokenizer?"
+        )
+    return tokens
+
 
 # ---- the model is left as it was ----------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def _types(module: nn.Module) -> dict[str | None, str]:
     """Layer type (None: one for all) -> type of rotary embedding, of those that follow the length."""
     given = getattr(module, "rope_type", None)
     types = given if isinstance(given, dict) else {None: given}
-    return {layer_type: name for layer_type, name in types.items() if name == "longrope" or "dynamic" in str(name)}
+    return {layer_type: str(name) for layer_type, name in types.items() if name == "longrope" or "dynamic" in str(name)}
 
 
 class RotaryState:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
 from ..models.families import find_anatomy, position_limit
 from .guard import NotFinite, measuring, not_finite_error
@@ -62,8 +62,7 @@ def score(
     for plans that do not fit the model, for requests that cannot be scored, and for logits that are NaN or +inf.
     """
     anatomy = find_anatomy(model)
-    for plan in plans:
-        check_plan(model, plan)
+    plans = check_plans(model, plans)
     vocabulary = anatomy.decoder.config.vocab_size
     for context, continuation in requests:
         if not context or not continuation:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from lm_eval.api.metrics import mean_stderr
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerBase
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
 from ..sources.task_data import FEWSHOT_SEED, load_task, silent
 from .guard import finite_generation, measuring
@@ -50,6 +53,10 @@ class FastLM(HFLM):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # lm-eval would ask the hub for one
+            raise LLMDropError(f"Expected a tokenizer, found {tokenizer!r}. (Models with random weights have none.)")
+        batch_size = whole(batch_size, "The batch size")
+        plans = check_plans(model, plans)
         if rotary_following(model):
             batch_size = 1  # of generation, where a long prompt would change how the others are read
         with measuring(model), _untied(model):
@@ -105,6 +112,9 @@ def run_tasks(
     """
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise LLMDropError(f"Expected names of tasks, found {names!r}.")
+    limit = None if limit is None else whole(limit, "The number of documents")
     tasks = {name: load_task(name, num_fewshot, source) for name in names}  # whatever is wrong shows before work starts
     return {name: score_task(model, tokenizer, members, limit=limit).summary() for name, members in tasks.items()}
 
@@ -121,10 +131,10 @@ def score_task(
 
     The model is measured in eval mode and left as it was. Raises LLMDropError for numbers that are not finite.
     """
-    for plan in plans:
-        check_plan(model, plan)
-    if limit is not None and limit < 1:
-        raise LLMDropError(f"The number of documents must be 1 or more, but is {limit}.")
+    if not isinstance(members, list | tuple) or not all(isinstance(task, Task) for task in members):
+        raise LLMDropError(f"Expected what `load_task` returns, found {members!r}.")
+    plans = check_plans(model, plans)
+    limit = None if limit is None else whole(limit, "The number of documents")
     lm = FastLM(model, tokenizer, plans)
     lm.on_batch = on_batch
     instances = []
