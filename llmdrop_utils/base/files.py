@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,9 +132,13 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def short_name(model: str) -> str:
-    """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model"."""
+    """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model".
+
+    Letters of every alphabet stay. Different models can have one short name.
+    """
     last = Path(re.sub(r"^([\w.-]+/[\w.-]+)@.*$", r"\1", model.rstrip("/"))).name  # a hub id without its commit
-    return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
+    text = unicodedata.normalize("NFC", re.sub(r"\.gguf$", "", last.lower()))  # some file systems take letters apart
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"
 
 
 def without_paths(text: str) -> str:
