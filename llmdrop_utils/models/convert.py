@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import building, short_name
+from ..base.files import building, disk_error, short_name
 from ..sources.fetch import remembered_sha256
 
 CONVERSION = 2  # raise when a change to the GGUF conversion changes what comes out, or what is refused
@@ -57,6 +57,8 @@ def converted_gguf(parts: list[Path], name: str) -> Path:
             )
             tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=joined.name)
         except UNREADABLE as error:
+            if isinstance(error, OSError) and disk_error(error, folder) is not error:
+                raise
             raise LLMDropError(
                 f"{name} is not a GGUF file that transformers can read, or it is damaged: {first_line(error)}. "
                 "Download it again, or take the model as safetensors."
