@@ -310,6 +310,7 @@ def test_random_weights_and_series_serve_some_notebooks(network):
 def test_local_files(network, tmp_path):
     model, tokenizer = make_llama()
     model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
     write_gguf(tmp_path / "mine.gguf", model, tokenizer)
     n = sum(weight.numel() for weight in model.parameters())
     for name, converted in {"mine": 0, "mine.gguf": 4 * n}.items():
@@ -317,7 +318,9 @@ def test_local_files(network, tmp_path):
         assert found.shape.parameters == n
         assert found.shape.layers == model.config.num_hidden_layers
         assert (found.converted, found.download.missing) == (converted, 0)
-        assert row(forecast(load_profile("cpu", str(tmp_path / name)), "01"), "model", "mine")[4:] == ["0", "local", "open"]
+        report = forecast(load_profile("cpu", str(tmp_path / name)), "01")
+        assert row(report, "model", found.name)[4:] == ["0", "local", "open"]
+        assert report.startswith(f"Plan of the run cpu-{found.name}: ")
     assert str(tmp_path) not in section(forecast(load_profile("cpu", str(tmp_path / "mine"))), "DOWNLOADS")
 
 
