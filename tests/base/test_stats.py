@@ -1,5 +1,8 @@
 """Intervals and rankings against scipy and against known truths."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -43,3 +46,36 @@ def test_overlap_and_groups():
     agreement = stats.group_agreement(rows, np.ones(8), 3)
     assert agreement.shape == (2,)
     np.testing.assert_allclose(agreement, 1.0)
+
+
+def test_an_interval_holds_95_of_100_draws():
+    assert stats.interval(np.arange(1001.0)) == (25, 975)
+    low, high = stats.interval(np.stack([np.arange(1001.0), np.full(1001, 7.0)], axis=1))
+    assert (low.tolist(), high.tolist()) == ([25, 7], [975, 7])
+
+
+def test_draws_are_resamples():
+    """Three samples of unequal weight have 27 resamples: each of their means is drawn about as often as it is among these."""
+    rows, weights = np.array([0.0, 1.0, 5.0]), np.array([1, 2, 4])
+    resamples = [list(drawn) for drawn in itertools.product(range(3), repeat=3)]
+    expected = Counter(round(np.average(rows[drawn], weights=weights[drawn]), 9) for drawn in resamples)
+    found = Counter(np.round(stats.bootstrap_means(rows, weights, seed=3), 9))
+    assert set(found) == set(expected)
+    for value, among in expected.items():
+        assert abs(found[value] / stats.REPEATS - among / 27) < 0.05, value
+
+
+def test_draws_of_medians_are_resamples():
+    values = np.array([4.0, 1.0, 3.0, 9.0])
+    expected = Counter(np.median(values[list(drawn)]) for drawn in itertools.product(range(4), repeat=4))
+    found = Counter(stats.bootstrap_medians(values))
+    assert set(found) == set(expected)
+    for value, among in expected.items():
+        assert abs(found[value] / stats.REPEATS - among / 256) < 0.05, value
+
+
+def test_another_seed_draws_apart():
+    rows, weights = np.arange(5.0), np.ones(5)
+    assert np.array_equal(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 1))
+    apart = np.corrcoef(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 2))[0, 1]
+    assert abs(apart) < 0.2

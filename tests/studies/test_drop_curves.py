@@ -193,6 +193,19 @@ def test_gaps_of_text_and_the_same_plan():
     assert better["same_plan"] is False
 
 
+def test_which_kinds_are_compared():
+    """Attention with MLP and block, joint with all three; other methods with none, though they drop as many."""
+    cells = [DENSE_CELL, A1, M1, B1, Cell("joint", 1), OTHER_METHOD]
+    plans = PLANS | {Cell("joint", 1): PLANS[M1]}
+    point = np.array([0, 1, 2, 4, 8, 16])
+    rows = gap_rows(cells, point, np.tile(point, (3, 1)), plans, "tasks")
+    assert [(row["kind"], row["other"], row["difference"], row["low"], row["high"]) for row in rows] == [
+        ("attention", "mlp", -1, -1, -1), ("attention", "block", -3, -3, -3),
+        ("joint", "attention", 7, 7, 7), ("joint", "mlp", 6, 6, 6), ("joint", "block", 4, 4, 4),
+    ]  # fmt: skip
+    assert [row["same_plan"] for row in rows] == [False, False, False, True, False]
+
+
 # ---- plans, and which value belongs to which cell ------------------------------------------------------------------------
 
 

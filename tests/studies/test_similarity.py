@@ -201,8 +201,15 @@ def test_samples_of_corpora(monkeypatch):
 def test_agreement_of_groups_of_samples():
     """Each of three samples against the mean of the two others: ranks 1 2 3 and 3 2 1, 1 3 2 and 3 2 1, 3 2 1 and 1 2 3."""
     rows = table("sample_agreement", {"web": scores([[1, 2, 4], [1, 3, 2], [9, 6, 3]])}, sample_counts=[1, 2])
-    assert {(row["corpus"], row["n_samples"], row["groups"]) for row in rows} == {("web", 1, 3)}, "two twos are no three groups"
+    assert {(row["corpus"], row["n_samples"], row["groups"]) for row in rows} == {("web", 1, 3)}
     assert three(one(rows, kind="mlp"), "correlation") == pytest.approx([(-1 - 0.5 - 1) / 3, -1, -0.5])
+
+
+@pytest.mark.parametrize(("n_samples", "counted"), [(5, [1]), (6, [1, 2]), (8, [1, 2]), (9, [1, 2, 3])])
+def test_three_groups_at_least(n_samples, counted):
+    rows = table("sample_agreement", {"web": scores([[1, 2]] * n_samples)}, sample_counts=[1, 2, 3])
+    found = {row["n_samples"]: row["groups"] for row in rows}
+    assert found == {n: n_samples // n for n in counted}
 
 
 def test_groups_weigh_samples_by_their_tokens():
