@@ -36,7 +36,7 @@ def forecast(profile: Profile, notebooks: str | None = None) -> str:
 
 
 def _report(needed: Needed) -> list[str]:
-    profile, device = needed.profile, effort.this_device()
+    profile, device = needed.profile, effort.this_device(needed.profile.dtype)
     dtype = "bfloat16" if device.bytes_per_number == 2 else "float32"
     pieces = {number: _pieces(needed, number) for number in needed.chosen}
     is_long = sum(piece.seconds(device) for several in pieces.values() for piece in several) > LONG

@@ -15,7 +15,6 @@ from .base import files
 from .base.errors import LLMDropError, NotAvailable
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
-from .models.load import default_dtype
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
 from .report.tables import distance_from_reference, read_tables
@@ -199,7 +198,6 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
         [model.identity for model in located],
         sorted(not_run),
         claims,
-        str(default_dtype()),
     ]
     facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
     content = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

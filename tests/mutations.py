@@ -38,7 +38,7 @@ TIMEOUT = 120  # seconds: an edit that hangs is noticed
 SURVIVORS = 2  # that are no reason to fail
 
 STUDIES = "llmdrop_utils/studies"
-SIMILARITY, WORK, CURVES = (f"tests/studies/test_{name}.py" for name in ("similarity", "work", "curves"))
+SIMILARITY, KEYS, CURVES = (f"tests/studies/test_{name}.py" for name in ("similarity", "keys", "curves"))
 ROWS, JOINT = f"tests/studies/test_drop_curves.py {CURVES}", "tests/studies/test_joint_drop.py"
 STAGES, KV, SPEED = (f"tests/studies/test_{name}.py" for name in ("training_stages", "kv_cache", "speedup"))
 STATS = "tests/base/test_stats.py"
@@ -99,11 +99,11 @@ REVIEW = [
     *edits("studies/speedup/study.py", SPEED,
            ("denominator of SDR", "percent = 100 * (speedup - 1)", "percent = 100 * speedup")),
     *edits(
-        "studies/work.py", WORK,
+        "studies/work.py", KEYS,
         ("text keys without tokens", 'TEXT_VERSION, tokens=tokens, plan', "TEXT_VERSION, plan"),
         ("keys without dtype", '"dtype": dtype, "attention": self.attention}', '"attention": self.attention}'),
     ),
-    *edits("studies/speedup/loads.py", WORK,
+    *edits("studies/speedup/loads.py", KEYS,
            ("speed keys without machine", '"machine": machine, "libraries"', '"libraries"')),
 ]  # fmt: skip
 
@@ -192,9 +192,9 @@ TABLES = [
 
 # ---- keys and statistics ----------------------------------------------------------------------------------------------------
 
-KEYS = [
+KEY_EDITS = [
     *edits(
-        "studies/work.py", WORK,
+        "studies/work.py", KEYS,
         ("keys without model", '{"model": self.model.identity, ', "{"),
         ("keys by name of the model", "self.model.identity", "self.model.name"),
         ("keys without attention implementation", ', "attention": self.attention}', "}"),
@@ -207,16 +207,16 @@ KEYS = [
         ("keys with the batch", 'identity = {"model"', 'identity = {"batch": getattr(self, "batch_size", 0), "model"'),
     ),
     *edits(
-        "studies/speedup/loads.py", WORK,
+        "studies/speedup/loads.py", KEYS,
         ("speed keys without libraries", '"machine": machine, "libraries": libraries, ', '"machine": machine, '),
         ("speed keys without load", '"load": load, "repeats"', '"repeats"'),
         ("speed keys without repeats", '"load": load, "repeats": self.repeats}', '"load": load}'),
         ("speed keys without threads", '("processor", "gpus", "cpu_threads")', '("processor", "gpus")'),
     ),
-    *edits("dropping/plan.py", WORK,
+    *edits("dropping/plan.py", KEYS,
            ("keys of plans without maps", 'lists | ({"maps"', 'lists | ({} if True else {"maps"'),
            ("keys of plans in drop order", "PlanKey(tuple(sorted(self.attention))", "PlanKey(tuple(self.attention)")),
-    *edits("sources/texts.py", WORK, ("tokens without shape", "str(tuple(content.shape)).encode() + ", "")),
+    *edits("sources/texts.py", KEYS, ("tokens without shape", "str(tuple(content.shape)).encode() + ", "")),
     *edits(
         "base/stats.py", f"{STATS} {SIMILARITY} {ROWS}",
         ("weights ignored", "size=REPEATS) * weights", "size=REPEATS)"),
@@ -234,7 +234,7 @@ KEYS = [
 
 RULES: list[Edit] = []  # of studies/*/verdicts.py and report/verdicts.py
 
-EDITS = [*REVIEW, *TABLES, *KEYS, *RULES]
+EDITS = [*REVIEW, *TABLES, *KEY_EDITS, *RULES]
 
 
 # ---- running ----------------------------------------------------------------------------------------------------------------

@@ -33,14 +33,14 @@ SMOLLM2 = Shape(parameters=134_515_008, layers=30, width=576, vocabulary=49_152,
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch, tmp_path, cache):
     """The machine of the reference run, with nothing downloaded and nothing measured."""
-    monkeypatch.setattr(effort, "this_device", lambda: CPU)
+    monkeypatch.setattr(effort, "this_device", lambda dtype: CPU)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(effort, "this_device", lambda: effort.gpu("NVIDIA H100 80GB HBM3", 85 * GB))
+    monkeypatch.setattr(effort, "this_device", lambda dtype: effort.gpu("NVIDIA H100 80GB HBM3", 85 * GB))
 
 
 def row(report, *start):

@@ -11,10 +11,9 @@ import torch
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.models.huggingface import HFLM
 
-from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import skipping
-from ..sources.task_data import FEWSHOT_SEED, load_task, silent
+from ..sources.task_data import build_requests, load_task, silent
 from .scoring import Scores, score
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -83,8 +82,8 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """Run tasks on the model as it is (inside `dropped`, on the dropped one): task -> metric -> mean and standard error.
 
-    limit: documents of a task (of each subject of a group); None: all. num_fewshot: None takes the paper's number.
-    source: "package" (data/tasks.yaml) or "hub" (any task of lm-eval). Raises what `load_task` raises.
+    limit: documents of a task (of each subject of a group), drawn by a fixed seed; None: all. num_fewshot: None takes the
+    paper's number. source: "package" (data/tasks.yaml) or "hub" (any task of lm-eval). Raises what `load_task` raises.
     """
     if isinstance(names, str):
         names = [names]
@@ -103,16 +102,10 @@ def score_task(
     """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side."""
     for plan in plans:
         check_plan(model, plan)
-    if limit is not None and limit < 1:
-        raise LLMDropError(f"The number of documents must be 1 or more, but is {limit}.")
     lm = FastLM(model, tokenizer, plans)
     lm.on_batch = on_batch
-    instances = []
-    for task in members:
-        task.set_fewshot_seed(FEWSHOT_SEED)
-        with silent():
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
-        instances += task.instances
+    build_requests(members, limit)
+    instances = [instance for task in members for instance in task.instances]
     answers = _answers(lm, instances)
     by_metric: dict[str, list[list[float]]] = defaultdict(list)
     for i in range(len(plans)):

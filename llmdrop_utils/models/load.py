@@ -6,9 +6,11 @@ to have nothing else (`pickled` in data/sources.yaml), by torch's restricted unp
 
 import contextlib
 import ctypes
+import os
 
 import torch
 import transformers
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..base import files
@@ -61,6 +63,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
                 "To keep a dropped model, save its drop plan, and load the dense model."
             )
         _mark(model, located)
+        _speed_up_bfloat16(model)
         return model.eval(), load_tokenizer(located)
     except torch.OutOfMemoryError as error:
         raise LLMDropError(
@@ -71,12 +74,12 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
 
 
-def _mark(model: torch.nn.Module, located: LocatedModel) -> None:
+def _mark(model: nn.Module, located: LocatedModel) -> None:
     """Drop plans remember which model they were made for, and serve what is derived from it."""
     model.llmdrop_identity, model.llmdrop_bases = located.identity, located.bases
 
 
-def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> nn.Module:
     """A model of this shape with random weights. On the device "meta" it has no weights at all, and takes no memory."""
     config, attention = load_config(located), attention_implementation(located)
     with torch.device(device), torch.random.fork_rng():
@@ -120,11 +123,41 @@ def attention_implementation(located: LocatedModel) -> str:
     return "sdpa" if known and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
-def default_dtype() -> torch.dtype:
-    """bfloat16 on a GPU, and on a processor that multiplies in it (AMX or AVX512_BF16: 2 to 4 x faster); otherwise float32.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-    Without such instructions bfloat16 is about six times slower than float32 on a CPU.
+
+def default_dtype() -> torch.dtype:
+    """What the environment variable LLMDROP_DTYPE says ("float32" or "bfloat16"); without it, what is fast on this machine.
+
+    That is bfloat16 on a GPU, and on a processor that multiplies in it (AMX or AVX512_BF16: 2 to 4 x faster), otherwise
+    float32. Raises LLMDropError for another name.
     """
-    on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast_bf16 = torch.cuda.is_available() or on_cpu
-    return torch.bfloat16 if fast_bf16 else torch.float32
+    if name := os.environ.get("LLMDROP_DTYPE"):
+        if name not in DTYPES:
+            raise LLMDropError(f"LLMDROP_DTYPE is {name!r}, but must be one of: {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    return torch.bfloat16 if torch.cuda.is_available() or _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+class _Float32Products(nn.Linear):
+    """A bfloat16 layer whose products are formed in float32, and rounded to bfloat16 at the end.
+
+    That is what processors with bfloat16 instructions do. torch's own products on other processors take six times as long.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+
+
+def _speed_up_bfloat16(model: nn.Module) -> None:
+    """Let plain linear layers form products in float32, where the processor has no instructions for bfloat16."""
+    if _multiplies_bfloat16():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+            module.__class__ = _Float32Products

@@ -91,8 +91,6 @@ def _read_splits(paths: dict[str, Path], here: dict, **_) -> dict:
             rows = datasets.Dataset.from_file(str(path))
         else:
             rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-        if column := here.get("shortest_first"):
-            rows = rows.select(np.argsort([len(text) for text in rows[column]], kind="stable"))
         for new, old in here.get("columns", {}).items():
             rows = rows.add_column(new, [int(value) for value in rows[old]])
         splits[split] = rows
@@ -112,16 +110,35 @@ def _from_hub(name: str) -> list:
         ) from error
 
 
-def fingerprint_task(members: list, limit: int | None) -> str:
-    """sha256 over what a task asks (its documents with few-shot examples) and how answers are judged, in hex."""
-    content = hashlib.sha256()
+def build_requests(members: list, limit: int | None) -> None:
+    """Let each member build its requests (`task.instances`), for `limit` of its documents (None: for all)."""
+    if limit is not None and limit < 1:
+        raise LLMDropError(f"The number of documents must be 1 or more, but is {limit}.")
     for task in members:
         task.set_fewshot_seed(FEWSHOT_SEED)
         with silent():
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            task.build_all_requests(samples=drawn(len(task.eval_docs), limit), rank=0, world_size=1)
+
+
+def drawn(n_documents: int, limit: int | None) -> list[int] | None:
+    """Positions of the documents that a limited run takes, in order; None: all.
+
+    They are drawn by a fixed seed, since the first documents of a set may be of one kind (HellaSwag begins with a third of
+    another origin). Fewer are a part of more.
+    """
+    if limit is None or limit >= n_documents:
+        return None
+    return sorted(np.random.default_rng(0).permutation(n_documents)[:limit].tolist())
+
+
+def fingerprint_task(members: list, limit: int | None) -> str:
+    """sha256 over what a task asks (its documents with few-shot examples) and how answers are judged, in hex."""
+    content = hashlib.sha256()
+    build_requests(members, limit)
+    for task in members:
         content.update(f"{task.task_name} {task.VERSION} {task.OUTPUT_TYPE}".encode())
         for instance in task.instances:
-            content.update(repr((instance.doc_id, instance.arguments)).encode())
+            content.update(repr((instance.doc_id, instance.arguments, instance.doc)).encode())
     return content.hexdigest()
 
 

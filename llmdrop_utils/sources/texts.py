@@ -1,7 +1,9 @@
 """Named text corpora -> blocks of token ids, packed as in the paper's code.
 
-Every document is followed by the end-of-text token, no document gets a begin-of-text token, all are concatenated and
-cut into blocks of equal length. Blocks hold no padding, and the first n blocks of a longer request are the same.
+Every document is followed by the end-of-text token, all are concatenated and cut into blocks of equal length. No document gets
+a begin-of-text token. But where a tokenizer by itself begins every text with one (Gemma, Llama 3), so does each block: such a
+model has never read text without it, and predicts it badly. Blocks hold no padding, and the first n blocks of a longer request
+are the same.
 """
 
 import functools
@@ -10,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,29 +29,64 @@ BATCH = 64  # documents tokenized at a time; fast tokenizers work in parallel ov
 def load_tokens(corpus: str, tokenizer, n_samples: int, seq_len: int) -> torch.LongTensor:
     """The first `n_samples` blocks of `seq_len` tokens of a corpus in data/sources.yaml.
 
-    Returns a LongTensor (n_samples, seq_len). Raises LLMDropError if the corpus is unknown, empty or too short, and
-    NotAvailable if it cannot be fetched.
+    Returns a LongTensor (n_samples, seq_len). `text_beginning` says what each block begins with; it counts in `seq_len`, and
+    in importance and perplexity it is a token like others. Raises LLMDropError if the corpus is unknown, empty or too short,
+    and NotAvailable if it cannot be fetched.
     """
     if n_samples < 1 or seq_len < 1:
         raise LLMDropError(f"Samples and their length must be 1 or more, but {n_samples} of {seq_len} tokens were asked for.")
+    beginning = text_beginning(tokenizer)
+    of_text = _tokens_of_text(beginning, seq_len)
     stream: list[int] = []
     for ids in _token_ids(load_documents(corpus), tokenizer):
         stream += ids
-        if len(stream) >= n_samples * seq_len:
-            return torch.tensor(stream[: n_samples * seq_len], dtype=torch.long).view(n_samples, seq_len)
+        if len(stream) >= n_samples * of_text:
+            return _blocks(stream, n_samples, beginning, of_text)
     raise LLMDropError(
-        f"The corpus {corpus!r} is too short: it holds {len(stream):,} tokens, {len(stream) // seq_len} blocks of {seq_len}, "
+        f"The corpus {corpus!r} is too short: it holds {len(stream):,} tokens, {len(stream) // of_text} blocks of {seq_len}, "
         f"but {n_samples} were asked for. Ask for fewer or shorter blocks, or name another corpus."
     )
 
 
 def pack(documents: list[str], tokenizer, seq_len: int) -> torch.LongTensor:
-    """All whole blocks of documents: LongTensor (n_blocks, seq_len). Raises LLMDropError if they do not fill a single one."""
+    """All whole blocks of documents, as `load_tokens` makes them: LongTensor (n_blocks, seq_len).
+
+    Raises LLMDropError if they do not fill a single one.
+    """
+    beginning = text_beginning(tokenizer)
+    of_text = _tokens_of_text(beginning, seq_len)
     stream = [token for ids in _token_ids(documents, tokenizer) for token in ids]
-    n_blocks = len(stream) // seq_len
-    if not n_blocks:
+    if len(stream) < of_text:
         raise LLMDropError(f"{len(documents)} documents hold {len(stream)} tokens, too few for a block of {seq_len}.")
-    return torch.tensor(stream[: n_blocks * seq_len], dtype=torch.long).view(n_blocks, seq_len)
+    return _blocks(stream, len(stream) // of_text, beginning, of_text)
+
+
+def text_beginning(tokenizer) -> list[int]:
+    """The token ids that a tokenizer by itself puts before a text: its begin-of-text token, or none.
+
+    Found by asking it. That a tokenizer has a begin-of-text token does not tell: many never use theirs.
+    """
+    for text in ("a", "A", "0"):
+        alone, whole = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (False, True))
+        places = [n for n in range(len(whole)) if whole[n : n + len(alone)] == alone]
+        if places and not {*alone} & {*tokenizer.all_special_ids}:  # otherwise the vocabulary lacks this text
+            return whole[: places[0]]
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+
+
+def _tokens_of_text(beginning: list[int], seq_len: int) -> int:
+    """How many tokens of a block are text."""
+    if seq_len <= len(beginning):
+        raise LLMDropError(
+            f"Blocks of {seq_len} tokens hold no text: this tokenizer begins each with {len(beginning)} of its own. "
+            "Ask for longer blocks."
+        )
+    return seq_len - len(beginning)
+
+
+def _blocks(stream: list[int], n_blocks: int, beginning: list[int], of_text: int) -> torch.LongTensor:
+    text = torch.tensor(stream[: n_blocks * of_text], dtype=torch.long).view(n_blocks, of_text)
+    return torch.cat([torch.tensor(beginning, dtype=torch.long).expand(n_blocks, -1), text], dim=1)
 
 
 def _token_ids(documents: list[str], tokenizer) -> Iterator[list[int]]:
@@ -59,10 +97,64 @@ def _token_ids(documents: list[str], tokenizer) -> Iterator[list[int]]:
             yield ids + end
 
 
+def check_held_out(held_out: torch.Tensor, used: torch.Tensor, n_begin: int) -> None:
+    """Raise LLMDropError if text that is to be predicted is among the text that layers were chosen by.
+
+    held_out, used: blocks (n, seq_len) of a length of their own, which begin with `n_begin` tokens that are no text. Compares
+    the tokens themselves: a whole block of `held_out` must not occur in `used`, and the text of `used` must not end with what
+    `held_out` begins with (8 tokens or more: fewer agree by chance).
+    """
+    seen = used[:, n_begin:].flatten()
+    for block in held_out[:, n_begin:]:
+        if len(_places(block, seen)):
+            raise _not_held_out()
+    text = held_out[:, n_begin:].flatten()
+    for start in _places(text[:8], seen).tolist():
+        if torch.equal(seen[start:], text[: len(seen) - start]):
+            raise _not_held_out()
+
+
+def _places(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Where `part` (n,) begins in `whole` (m,)."""
+    starts = torch.arange(max(0, len(whole) - len(part) + 1))
+    for i, token in enumerate(part):  # few are left after the first ones
+        starts = starts[whole[starts + i] == token]
+        if not len(starts):
+            break
+    return starts
+
+
+def _not_held_out() -> LLMDropError:
+    return LLMDropError(
+        "Text that is to be predicted is among the text that importance is measured on, so what dropping costs would be "
+        "understated. Take later blocks of the corpus, or another corpus."
+    )
+
+
 def fingerprint(tokens: torch.Tensor) -> str:
     """sha256 of token ids and their shape, in hex: what the key of a result records about its input."""
     content = tokens.detach().to("cpu", torch.int64).contiguous()
     return hashlib.sha256(str(tuple(content.shape)).encode() + content.numpy().tobytes()).hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """sha256 of what decides which tokens a text becomes, and which text tokens become, in hex.
+
+    That is vocabulary, merges, normalizer, what is added to a text, special tokens and settings, as loaded; not the chat
+    template, and not the padding and truncation of the last call.
+    """
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:  # written in Python: its files and its settings
+        with tempfile.TemporaryDirectory() as folder:
+            files = sorted(Path(file) for file in tokenizer.save_vocabulary(folder))
+            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        left_out = ("name_or_path", "chat_template", "vocab_file", "merges_file", "tokenizer_file")
+        settings = {key: value for key, value in tokenizer.init_kwargs.items() if key not in left_out}
+        rules = {"files": digests, "added": tokenizer.get_added_vocab(), "settings": settings}
+    names = ("bos_token", "eos_token", "unk_token", "model_max_length", "clean_up_tokenization_spaces")
+    content = [type(tokenizer).__name__, rules, {name: getattr(tokenizer, name, None) for name in names}]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 @functools.cache

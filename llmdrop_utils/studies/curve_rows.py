@@ -1,7 +1,7 @@
 """From values to rows: what the tables of notebooks 02 and 03 are made of. Arrays have one column for each cell.
 
-The first cell is the dense model. Intervals are 95 % bootstrap intervals over samples of text or over documents of tasks; cells
-share their samples, so differences are paired.
+The first cell is the dense model. Intervals are 95 % bootstrap intervals over documents of tasks, or over samples of text, of
+which neighbours are drawn together. Cells share their samples, so differences are paired.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ..report.tables import Column, table
 from .work import Cell
 
 AGAINST = {"attention": ("mlp", "block"), "joint": ("attention", "mlp", "block")}  # what a kind is compared with at equal n
-KEEP = 0.9  # "retained" means this share of the dense model's quality (paper, Sec. 7: 90 % of MMLU)
+KEEP = 0.9  # so much of the dense model's next-token accuracy must be retained (paper, Sec. 7: 90 % of MMLU)
 
 SCORE = Column("value", "Score", ".3f", "low", "high")
 RETAINED = Column("retained", "Retained", ".1%", "retained_low", "retained_high")
@@ -45,12 +45,18 @@ TABLES = {
     "average": table(
         "model kind", Column("n", "Dropped", "d"), Column("tasks", "Tasks", "d"),
         Column("value", "Mean score", ".3f", "low", "high"), "low high", Column("chance", "By guessing", ".3f"),
-        RETAINED, "retained_low retained_high",
+        Column("retained", "Retained of what lies above guessing", ".1%", "retained_low", "retained_high"),
+        "retained_low retained_high",
         Column("points_lost", "Points lost", ".1f", "points_lost_low", "points_lost_high"), "points_lost_low points_lost_high",
     ),
     "gaps": table(
         "model", Column("n", "Dropped", "d"), "kind", Column("other", "Minus"), "measure",
-        Column("difference", "Difference", "+.3f", "low", "high"), "low high", Column("same_plan", "The same plan"),
+        Column("difference", "Difference", "+.3f", "low", "high"), "low high",
+        Column("detectable", "Found in 80 % of runs", ".3f"), Column("same_plan", "The same plan"),
+    ),
+    "without": table(
+        "model", Column("left_out", "Task left out"), Column("n", "Dropped", "d"), "kind", Column("other", "Minus"),
+        Column("difference", "Difference of the mean of the others", "+.3f", "low", "high"), "low high",
     ),
 }  # fmt: skip
 
@@ -70,7 +76,11 @@ class TextValues:
     def draws(self, name: str) -> np.ndarray:
         """Bootstrap over samples of the mean of "nll", "hits" or "kl": (REPEATS, n_cells)."""
         rows = getattr(self, name)
-        return stats.bootstrap_means(rows, np.ones(len(rows)), seed=0)
+        return stats.text_means(rows, np.ones(len(rows)))
+
+    def interval(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """95 % interval of what was made from draws."""
+        return stats.text_interval(draws, len(self.nll))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +100,15 @@ class TaskValues:
         return stats.bootstrap_means(self.scores, np.ones(len(self.scores)), self.seed)
 
 
-def share_of_dense(values: np.ndarray) -> np.ndarray:
-    """Of the dense model's value, the first along the last axis; NaN where that is zero (a random model may know nothing)."""
-    dense = values[..., :1]
-    return np.divide(values, dense, out=np.full(values.shape, np.nan), where=dense != 0)
+def share_of_dense(values: np.ndarray, chance: float = 0.0) -> np.ndarray:
+    """Share of the dense model's value, the first along the last axis, of what lies above chance.
+
+    Scores of 0.6, 0.5 and 0.35 where guessing gives 0.4 are shares of 1, 0.5 and -0.25. NaN where the dense model is not
+    above chance: then there is nothing to retain.
+    """
+    above = values - chance
+    dense = above[..., :1]
+    return np.divide(above, dense, out=np.full(values.shape, np.nan), where=dense > 0)
 
 
 # ---- rows of one model, without the column `model` --------------------------------------------------------------------
@@ -114,7 +129,7 @@ def text_rows(text: TextValues, corpus: str, plans: Mapping[Cell, DropPlan]) -> 
     points["retained"] = share_of_dense(points["accuracy"])
     draws = {"perplexity": np.exp(text.draws("nll")), "accuracy": text.draws("hits"), "kl": text.draws("kl")}
     draws["retained"] = share_of_dense(draws["accuracy"])
-    intervals = {name: stats.interval(values) for name, values in draws.items()}
+    intervals = {name: text.interval(values) for name, values in draws.items()}
     rows = []
     for i, cell in enumerate(text.cells):
         if not cell.on_curve:
@@ -138,7 +153,7 @@ def reach_rows(text: TextValues) -> list[dict]:
         holds = retained[:, [text.cells.index(Cell(kind, n)) for n in counts]] >= KEEP
         without_break = np.where(holds.all(1), len(counts), holds.argmin(1))
         reach = np.array([0, *counts])[without_break]
-        low, high = stats.interval(reach[1:])
+        low, high = text.interval(reach[1:])
         rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": counts[-1]})
     return rows
 
@@ -148,7 +163,7 @@ def task_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
     rows = []
     for task in tasks:
         n_documents = len(task.scores)
-        low, high = stats.interval(task.draws)
+        low, high = stats.interval(task.draws, n_documents)
         error = task.scores.std(0, ddof=1) / np.sqrt(n_documents) if n_documents > 1 else np.full(len(cells), np.nan)
         for i, cell in enumerate(cells):
             rows.append({"task": task.task, "kind": cell.kind, "n": cell.n, "metric": task.metric,
@@ -162,17 +177,22 @@ def mean_score(tasks: Sequence[TaskValues]) -> tuple[np.ndarray, np.ndarray]:
     return np.mean([task.scores.mean(0) for task in tasks], axis=0), np.mean([task.draws for task in tasks], axis=0)
 
 
+def _fewest(tasks: Sequence[TaskValues]) -> int:
+    return min(len(task.scores) for task in tasks)
+
+
 def average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
-    """The mean over tasks, what share of the dense model's is retained, and the points (hundredths) that are lost."""
+    """The mean over tasks, the share of it above guessing that is retained, and the points (hundredths) that are lost."""
     mean, draws = mean_score(tasks)
+    chance = float(np.mean([task.chance for task in tasks]))
     columns = {
         "value": (mean, draws),
-        "retained": (share_of_dense(mean), share_of_dense(draws)),
+        "retained": (share_of_dense(mean, chance), share_of_dense(draws, chance)),
         "points_lost": (100 * (mean[0] - mean), 100 * (draws[:, :1] - draws)),
     }
     low, high = {}, {}
     for name, (_, drawn) in columns.items():
-        low[name], high[name] = stats.interval(drawn)
+        low[name], high[name] = stats.interval(drawn, _fewest(tasks))
     return [
         {
             "kind": cell.kind,
@@ -181,7 +201,7 @@ def average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dic
             "value": mean[i],
             "low": low["value"][i],
             "high": high["value"][i],
-            "chance": np.mean([task.chance for task in tasks]),
+            "chance": chance,
             "retained": columns["retained"][0][i],
             "retained_low": low["retained"][i],
             "retained_high": high["retained"][i],
@@ -194,18 +214,45 @@ def average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dic
 
 
 def gap_rows(
-    cells: Sequence[Cell], point: np.ndarray, draws: np.ndarray, plans: Mapping[Cell, DropPlan], measure: str
+    text: TextValues, cells: Sequence[Cell], tasks: Sequence[TaskValues], plans: Mapping[Cell, DropPlan]
 ) -> list[dict]:
-    """Attention and joint minus the other kinds at equal n, paired; more is better (text: minus nats per token).
+    """Attention and joint minus the other kinds at equal n, paired; more is better.
 
-    point: (n_cells,). draws: its bootstrap, (REPEATS, n_cells). measure: "tasks" or "text".
+    Of tasks it is the mean score, of text minus nats per token. `cells` are those of the tasks.
     """
+    measures = {
+        "tasks": (list(cells), *mean_score(tasks), lambda draws: stats.interval(draws, _fewest(tasks))),
+        "text": (text.cells, -text.nll.mean(0), -text.draws("nll"), text.interval),
+    }
     rows = []
-    for (i, cell), (j, other) in itertools.product(enumerate(cells), enumerate(cells)):
-        if cell.n != other.n or other.kind not in AGAINST.get(cell.kind, ()) or not (cell.on_curve and other.on_curve):
-            continue
-        low, high = stats.interval(draws[:, i] - draws[:, j])
-        rows.append({"n": cell.n, "kind": cell.kind, "other": other.kind, "measure": measure,
-                     "difference": point[i] - point[j], "low": low, "high": high,
-                     "same_plan": plans[cell].key == plans[other].key})  # fmt: skip
+    for measure, (measured, point, draws, interval) in measures.items():
+        for i, j in _pairs(measured):
+            low, high = interval(draws[:, i] - draws[:, j])
+            cell, other = measured[i], measured[j]
+            rows.append({"n": cell.n, "kind": cell.kind, "other": other.kind, "measure": measure,
+                         "difference": point[i] - point[j], "low": low, "high": high,
+                         "detectable": stats.detectable(low, high),
+                         "same_plan": plans[cell].key == plans[other].key})  # fmt: skip
     return rows
+
+
+def without_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
+    """The gaps of the mean task score with each task left out: does a single one decide?"""
+    rows = []
+    for left_out in tasks if len(tasks) > 1 else ():
+        others = [task for task in tasks if task is not left_out]
+        point, draws = mean_score(others)
+        for i, j in _pairs(cells):
+            low, high = stats.interval(draws[:, i] - draws[:, j], _fewest(others))
+            rows.append({"left_out": left_out.task, "n": cells[i].n, "kind": cells[i].kind, "other": cells[j].kind,
+                         "difference": point[i] - point[j], "low": low, "high": high})  # fmt: skip
+    return rows
+
+
+def _pairs(cells: Sequence[Cell]) -> list[tuple[int, int]]:
+    """Positions of cells on the curves that are compared: the kinds of `AGAINST` at equal n."""
+    return [
+        (i, j)
+        for (i, cell), (j, other) in itertools.product(enumerate(cells), enumerate(cells))
+        if cell.n == other.n and other.kind in AGAINST.get(cell.kind, ()) and cell.on_curve and other.on_curve
+    ]

@@ -14,17 +14,17 @@ from ..models.load import load_tokenizer
 from ..models.locate import LocatedModel
 from ..selection.ranking import drop_sequence, select
 from ..sources.task_data import fingerprint_task, known_tasks, load_task
-from ..sources.texts import load_tokens
+from ..sources.texts import check_held_out, fingerprint_tokenizer, load_tokens, text_beginning
 from .curve_rows import (
     TaskValues,
     TextValues,
     average_rows,
     gap_rows,
-    mean_score,
     plan_rows,
     reach_rows,
     task_rows,
     text_rows,
+    without_rows,
 )
 from .profile import Calibration, CountsByKind, section
 from .run import Run, identity_of, importance_work
@@ -40,6 +40,7 @@ class Text(Settings):
     n_samples: Positive
     seq_len: Positive
     n_drop: Counts  # how many sub-layers of each kind (and jointly) are dropped, dense apart
+    across: Counts  # how many attention layers are dropped as each corpus chooses them, and tested on all corpora
 
 
 @section("tasks")
@@ -48,7 +49,7 @@ class Tasks(Settings):
 
     names: Names
     data: str  # "package" or "hub"
-    limit: NotNegative | None  # documents of each task (of each subject of a group), the first ones; null: all
+    limit: NotNegative | None  # documents of each task (of each subject of a group), drawn by a fixed seed; null: all
     num_fewshot: NotNegative | None  # null: the paper's number for each task
     n_drop: CountsByKind
 
@@ -100,8 +101,6 @@ class Measured:
     def rows(self) -> dict[str, list[dict]]:
         """Rows of all tables that 02 and 03 share, without the column `model`."""
         text, tasks, cells, plans = self.text, self.tasks, self.task_cells, self.plans
-        on_tasks = gap_rows(cells, *mean_score(tasks), plans, "tasks")
-        on_text = gap_rows(text.cells, -text.nll.mean(0), -text.draws("nll"), plans, "text")
         return {
             "models": [{"n_layers": self.scores.importance["block"].size}],
             "plans": plan_rows(plans),
@@ -109,7 +108,8 @@ class Measured:
             "reach": reach_rows(text),
             "tasks": task_rows(cells, tasks),
             "average": average_rows(cells, tasks),
-            "gaps": on_tasks + on_text,
+            "gaps": gap_rows(text, cells, tasks, plans),
+            "without": without_rows(cells, tasks),
         }
 
     def _values(self, item: TextWork | TaskWork) -> dict[PlanKey, dict]:
@@ -136,7 +136,7 @@ def rank_layers(run: Run) -> tuple[list[ImportanceWork], dict[str, list]]:
     scoring: list[ImportanceWork] = []
     for model in run.models():
         with run.one_of(model):
-            scoring += importance_work(model, [corpus], run.section(Calibration))
+            scoring += importance_work(model, [corpus], run.profile)
     run.measure(scoring, force=False)  # notebook 01 measures it
     return run.measured(scoring), tasks
 
@@ -154,7 +154,7 @@ def measure_curves(
         scores = run.importance(item).first(run.section(Calibration).n_samples)
         plans = plans_of(scores, kinds, run.section(Text), run.section(Tasks)) | (further or {}).get(item.model.name, {})
         with run.one_of(item.model):
-            on_text, on_tasks = _text_work(run, item, plans), _task_work(run, item.model, tasks, plans)
+            on_text, on_tasks = text_work(run, item, plans.values()), _task_work(run, item.model, tasks, plans)
             planned.append(Measured(run, item.model, scores, plans, on_text, on_tasks))
     work = [item for m in planned for item in m.work]
     run.measure(work)
@@ -184,26 +184,29 @@ def cells_for_tasks(plans: dict[Cell, DropPlan], tasks: Tasks) -> list[Cell]:
     return [c for c in plans if c.on_curve and (c == DENSE_CELL or c.n in tasks.n_drop.get(c.kind, []))]
 
 
-def _distinct(plans: list[DropPlan]) -> tuple[DropPlan, ...]:
+def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:
     """Each plan once: a joint plan is an attention plan as long as it drops no MLP."""
     return tuple({plan.key: plan for plan in plans}.values())
 
 
-def _text_work(run: Run, item: ImportanceWork, plans: dict[Cell, DropPlan]) -> TextWork:
-    """Blocks of the first corpus that no importance was measured on."""
-    calibration, text = run.section(Calibration), run.section(Text)
-    used = max([calibration.n_samples, *calibration.sample_counts]) * calibration.seq_len
-    skip = -(-used // text.seq_len)
-    tokens = load_tokens(item.corpus, load_tokenizer(item.model), skip + text.n_samples, text.seq_len)[skip:]
-    return TextWork(**identity_of(item.model), corpus=item.corpus, tokens=tokens, plans=_distinct(list(plans.values())))
+def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> TextWork:
+    """Blocks of the item's corpus that no importance was measured on, under each plan."""
+    text, tokenizer = run.section(Text), load_tokenizer(item.model)
+    n_begin = len(text_beginning(tokenizer))  # of each block; the rest is the corpus, cut without a gap
+    skip = -(-item.tokens[:, n_begin:].numel() // (text.seq_len - n_begin))
+    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, text.seq_len)[skip:]
+    check_held_out(tokens, item.tokens, n_begin)
+    return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
 
 
 def _task_work(run: Run, model: LocatedModel, tasks: dict[str, list], plans: dict[Cell, DropPlan]) -> list[TaskWork]:
-    shared, settings = identity_of(model), run.section(Tasks)
+    settings = run.section(Tasks)
+    tokenizer = fingerprint_tokenizer(load_tokenizer(model))
+    shared = identity_of(model, run.profile) | {"tokenizer": tokenizer, "limit": settings.limit}
     distinct = _distinct([plans[cell] for cell in cells_for_tasks(plans, settings)])
     return [
         TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, settings.limit),
-                 num_fewshot=members[0].config.num_fewshot, limit=settings.limit, plans=distinct)
+                 num_fewshot=members[0].config.num_fewshot, plans=distinct)
         for task, members in tasks.items()
     ]  # fmt: skip
 

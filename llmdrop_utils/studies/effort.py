@@ -11,7 +11,6 @@ from collections.abc import Collection
 import psutil
 import torch
 
-from ..models.load import default_dtype
 from ..models.outlook import Shape
 from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
@@ -57,12 +56,12 @@ GPUS = {  # name -> operations/s in 16 bit and bytes/s, as the maker states them
 OTHER_GPU = (100e12, 0.5e12)
 
 
-def this_device() -> Device:
+def this_device(dtype: torch.dtype) -> Device:
     """The GPUs of this machine, or its CPU."""
     if torch.cuda.is_available():
         each = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return gpu(torch.cuda.get_device_name(), sum(properties.total_memory for properties in each), len(each))
-    return cpu(torch.get_num_threads(), default_dtype(), psutil.virtual_memory().total)
+    return cpu(torch.get_num_threads(), dtype, psutil.virtual_memory().total)
 
 
 def gpu(name: str, memory: int, count: int = 1) -> Device:
@@ -159,7 +158,10 @@ def _curves(profile: dict, model: str, shape: Shape) -> list[Piece]:
     text, tasks = profile["text"], profile["tasks"]["n_drop"]
     counts = {kind: {n for n in (*text["n_drop"], *tasks.get(kind, [])) if n < shape.layers} for kind in SINGLE}
     n_tasks = 1 + sum(n < shape.layers for kind in SINGLE for n in tasks.get(kind, []))
+    corpora = len(profile["calibration"]["corpora"])
+    across = 1 + corpora * sum(n < shape.layers for n in text["across"])  # plans, on each corpus
     return [_text(text, ("text", model), shape, 1 + sum(map(len, counts.values()))),
+            *([_text(text, ("across text", model), shape, across * corpora)] if corpora > 1 else []),
             *_tasks(profile["tasks"], model, shape, n_tasks, "single")]  # fmt: skip
 
 

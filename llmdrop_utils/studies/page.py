@@ -64,8 +64,7 @@ class Page:
 
     def example_model(self, name: str | None = None):
         """One model of the run (the first, or the one of this name) and its tokenizer, for a live example."""
-        located = self.located(name)
-        return load_located(located)
+        return load_located(self.located(name), self.profile.dtype)
 
     def located(self, name: str | None = None) -> LocatedModel:
         """One model of the run: the first, or the one of this name."""

@@ -5,14 +5,16 @@ A study declares the section that it needs with `@section`; a profile without th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import yaml
 from pydantic import AfterValidator
 
 from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
 from ..base.settings import Counts, CountsByName, Names, Positive, Settings, build
+from ..models.load import DTYPES, default_dtype
 from ..selection.ranking import SELECTIONS
 
 S = TypeVar("S", bound=Settings)
@@ -56,6 +58,7 @@ class Head(Settings):
 
     description: str
     models: Names  # anything `load_model` takes
+    dtype: Literal["float32", "bfloat16"] | None = None  # that models are measured in; null: `default_dtype()`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Profile:
     description: str
     models: list[str]  # anything `load_model` takes
     sections: dict[type[Settings], Settings]
+    chosen_dtype: str | None = None  # by the profile
     model: str | None = None  # set when the run is for one model of the user's choice
 
     def section(self, cls: type[S]) -> S:
@@ -84,6 +88,11 @@ class Profile:
         return dataclasses.replace(self, sections=sections, **changes)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What models are measured in: the profile's choice, or what is fast on this machine."""
+        return DTYPES[self.chosen_dtype] if self.chosen_dtype else default_dtype()
+
+    @property
     def several(self) -> bool:
         """Are there several models? Then one that is unavailable is reported as not run; a single one is an error."""
         return len(self.models) > 1
@@ -95,7 +104,7 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """All that the profile says, as plain values."""
         sections = {key: self.sections[cls].model_dump() for key, cls in SECTIONS.items() if cls in self.sections}
-        return {"name": self.name, "models": self.models, "model": self.model} | sections
+        return {"name": self.name, "models": self.models, "model": self.model, "dtype": str(self.dtype)} | sections
 
 
 def profile_names() -> list[str]:
@@ -123,7 +132,7 @@ def load_profile(name: str, model: str | None = None) -> Profile:
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {where}: it is set by the command.")
     head = build(Head, content, where, also=list(SECTIONS))
-    profile = Profile(name, head.description, head.models, sections, model)
+    profile = Profile(name, head.description, head.models, sections, head.dtype, model)
     if model is None:
         return profile
     return dataclasses.replace(profile, models=[model], description=description_of(profile.run))

@@ -16,6 +16,7 @@ from ..base.provenance import code_provenance, peak_memory
 from ..base.store import Store
 from ..models.load import load_located
 from ..models.series import weights_at_hand
+from ..sources.texts import text_beginning
 from .work import Work
 
 
@@ -58,7 +59,7 @@ def _measure_model(items: list[Work], store: Store, bar: tqdm) -> None:
                 bar.set_postfix_str(f"{item.model.name}, {next(iter(item.about.values()))}")
                 started = time.monotonic()
                 values = item.measure(model, tokenizer, bar.update)
-                provenance = _provenance(item, model, time.monotonic() - started, peak())
+                provenance = _provenance(item, model, tokenizer, time.monotonic() - started, peak())
                 for key, value in zip(item.keys, values, strict=True):
                     store.put(key, value, provenance)
     finally:
@@ -67,7 +68,7 @@ def _measure_model(items: list[Work], store: Store, bar: tqdm) -> None:
         torch.cuda.empty_cache()
 
 
-def _provenance(item: Work, model: torch.nn.Module, seconds: float, peak: int) -> dict:
+def _provenance(item: Work, model: torch.nn.Module, tokenizer, seconds: float, peak: int) -> dict:
     """Where values come from; `seconds` is the time of all that were measured together."""
     if torch.cuda.is_available():
         peak = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
@@ -76,6 +77,7 @@ def _provenance(item: Work, model: torch.nn.Module, seconds: float, peak: int) -
         "model_identity": item.model.identity,
         "dtype": str(item.dtype).removeprefix("torch."),
         "devices": sorted({str(p.device) for p in model.parameters()}),
+        "texts_begin_with": [] if tokenizer is None else text_beginning(tokenizer),  # begin-of-text token; []: none
         "values_together": len(item.keys),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak,  # since the model was loaded: of this process, or of all GPUs

@@ -14,7 +14,7 @@ from ..base.settings import Settings
 from ..base.store import Store
 from ..measure.importance import Importance
 from ..models.families import family_of
-from ..models.load import attention_implementation, default_dtype, load_config, load_tokenizer
+from ..models.load import attention_implementation, load_config, load_tokenizer
 from ..models.locate import LocatedModel, locate_available
 from ..report.tables import Declaration, Tables, frame, table, write_tables
 from ..sources.texts import load_documents, load_tokens
@@ -126,15 +126,15 @@ class Run:
 # ---- work items that several studies share ----------------------------------------------------------------------------
 
 
-def identity_of(model: LocatedModel) -> dict:
+def identity_of(model: LocatedModel, profile: Profile) -> dict:
     """What every item about a model begins with. An unknown family is refused before its weights are loaded."""
     family_of(load_config(model))
-    return {"model": model, "dtype": default_dtype(), "attention": attention_implementation(model)}
+    return {"model": model, "dtype": profile.dtype, "attention": attention_implementation(model)}
 
 
-def importance_work(model: LocatedModel, corpora: list[str], calibration: Calibration) -> list[ImportanceWork]:
+def importance_work(model: LocatedModel, corpora: list[str], profile: Profile) -> list[ImportanceWork]:
     """Importance of a model on each corpus; the first one also serves the sample-count study."""
-    shared, tokenizer = identity_of(model), load_tokenizer(model)
+    shared, tokenizer, calibration = identity_of(model, profile), load_tokenizer(model), profile.section(Calibration)
     work = []
     for i, corpus in enumerate(corpora):
         n_samples = max([calibration.n_samples, *calibration.sample_counts]) if i == 0 else calibration.n_samples

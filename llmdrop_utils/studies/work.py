@@ -1,6 +1,7 @@
 """Work items: the keys of their values, and how to measure them on a loaded model."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ..selection.methods import select_iteratively
 from ..sources.texts import fingerprint
 
 DENSE = DropPlan()
+METRIC = "cosine"  # of all importance that is stored
 
 
 class Cell(NamedTuple):
@@ -51,8 +53,16 @@ class Work:
     attention: str  # "sdpa" or "eager"
 
     @property
+    def identity(self) -> dict:
+        """What another item about the same model begins with."""
+        return {"model": self.model, "dtype": self.dtype, "attention": self.attention}
+
+    @property
     def keys(self) -> list[dict]:
-        """One key for each value: everything that determines it. Batch sizes do not: they move results by rounding only."""
+        """One key for each value: everything that determines it.
+
+        Batch sizes, devices and versions of torch are not in it: they move results by rounding only, and provenance has them.
+        """
         raise NotImplementedError
 
     @property
@@ -75,7 +85,11 @@ class Work:
 
     def _key(self, measurement: str, version: int, **more) -> dict:
         dtype = str(self.dtype).removeprefix("torch.")
-        identity = {"model": self.model.identity, "dtype": dtype, "attention": self.attention}
+        # A major version may change what the code of a model computes.
+        transformers = importlib.metadata.version("transformers").partition(".")[0]
+        identity = {"model": self.model.identity, "dtype": dtype, "attention": self.attention, "transformers": transformers}
+        if self.model.is_random:  # one seed draws other weights on another kind of device
+            identity["drawn_on"] = "cuda" if torch.cuda.is_available() else "cpu"
         return {"measurement": measurement, "version": version} | identity | more
 
 
@@ -89,7 +103,7 @@ class ImportanceWork(Work):
 
     @property
     def keys(self) -> list[dict]:
-        return [self._key("importance", IMPORTANCE_VERSION, tokens=fingerprint(self.tokens))]
+        return [self._key("importance", IMPORTANCE_VERSION, tokens=fingerprint(self.tokens), metric=METRIC)]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -100,7 +114,7 @@ class ImportanceWork(Work):
         return {"corpus": self.corpus, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
-        return [measure_importance(model, self.tokens, self.batch_size, on_batch=update).to_json()]
+        return [measure_importance(model, self.tokens, self.batch_size, on_batch=update, metric=METRIC).to_json()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +154,8 @@ class TaskWork(Work):
 
     task: str
     members: tuple  # lm-eval's task objects
-    fingerprint: str
+    fingerprint: str  # of what is asked (`fingerprint_task`)
+    tokenizer: str  # and of what makes tokens of it (`fingerprint_tokenizer`)
     num_fewshot: int
     limit: int | None
     plans: tuple[DropPlan, ...]
@@ -148,8 +163,16 @@ class TaskWork(Work):
     @property
     def keys(self) -> list[dict]:
         harness = importlib.metadata.version("lm_eval")
-        more = {"task": self.fingerprint, "lm_eval": harness}
+        more = {"task": self.fingerprint, "tokenizer": self.tokenizer, "lm_eval": harness}
+        if any(task.OUTPUT_TYPE == "generate_until" for task in self.members):
+            more["generation"] = self._generation
         return [self._key("task", TASKS_VERSION, plan=plan.key.to_json(), **more) for plan in self.plans]
+
+    @property
+    def _generation(self) -> str | None:
+        """sha256 of the defaults by which the model generates: penalties, for example. They are no part of its identity."""
+        file = self.model.folder / "generation_config.json"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
     @property
     def tokens_to_pass(self) -> int:
@@ -180,7 +203,7 @@ class IterativeWork(Work):
 
     @property
     def keys(self) -> list[dict]:
-        more = {"tokens": fingerprint(self.tokens), "n_drop": self.n_drop}
+        more = {"tokens": fingerprint(self.tokens), "n_drop": self.n_drop, "kind": "attention", "metric": METRIC}
         return [self._key("iterative", IMPORTANCE_VERSION, **more)]
 
     @property

@@ -5,11 +5,15 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from llmdrop_utils import LLMDropError, fingerprint, load_documents, load_tokens
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.sources import texts
 from llmdrop_utils.sources.catalogue import catalogue
+from llmdrop_utils.sources.texts import check_held_out, pack, text_beginning
 
 
 def corpus(monkeypatch, tmp_path, name, content, **source):
@@ -33,6 +37,85 @@ def test_packing_is_the_papers(monkeypatch, tmp_path):
     assert tokens.dtype == torch.long
     assert tokens.flatten().tolist() == stream[:15]
     assert torch.equal(load_tokens("demo", tokenizer, n_samples=2, seq_len=5), tokens[:2])
+
+
+def beginning_tokenizer(template="<bos> $A", bos="<bos>"):
+    """A byte tokenizer whose post-processor puts tokens around each text; <bos> is token 257."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+    tokenizer.bos_token = bos
+    return tokenizer
+
+
+def test_blocks_begin_as_the_tokenizer_begins_texts(monkeypatch, tmp_path):
+    """Each block, not each document; the length stays, and so do the first blocks of a longer request."""
+    content = "\n".join(json.dumps({"text": t}) for t in ("abcd", "ef", "ghijkl"))
+    corpus(monkeypatch, tmp_path, "a.jsonl", content.encode(), format="jsonl", fields=["text"])
+    plain, tokenizer = byte_tokenizer(), beginning_tokenizer()
+    stream = load_tokens("demo", plain, n_samples=1, seq_len=15).flatten().tolist()
+    tokens = load_tokens("demo", tokenizer, n_samples=3, seq_len=5)
+    assert tokens[:, 0].tolist() == [257] * 3
+    assert tokens[:, 1:].flatten().tolist() == stream[:12]
+    assert torch.equal(load_tokens("demo", tokenizer, n_samples=2, seq_len=5), tokens[:2])
+    assert torch.equal(pack(["abcd", "ef", "ghijkl"], tokenizer, 5), tokens)
+    assert pack(["abcd", "ef", "ghijkl"], plain, 5).flatten().tolist() == stream[:15]
+    with pytest.raises(LLMDropError, match="Blocks of 1 tokens hold no text: this tokenizer begins each with 1 of its own"):
+        load_tokens("demo", tokenizer, n_samples=1, seq_len=1)
+    with pytest.raises(LLMDropError, match="it holds 15 tokens, 3 blocks of 5, but 4 were asked for"):
+        load_tokens("demo", tokenizer, n_samples=4, seq_len=5)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "beginning"),
+    [
+        (byte_tokenizer, []),
+        (beginning_tokenizer, [257]),
+        (lambda: beginning_tokenizer("<bos> $A <|end|>"), [257]),
+        (lambda: beginning_tokenizer("$A <|end|>"), []),  # ends texts by itself, and never uses its begin-of-text token
+        (lambda: beginning_tokenizer("$A"), []),
+        (lambda: beginning_tokenizer("<|end|> $A", bos="<|end|>"), [256]),  # one token for both, as in OPT
+        (lambda: beginning_tokenizer("<|end|> <bos> $A"), [256, 257]),
+    ],
+)
+def test_the_tokenizer_says_how_it_begins(tokenizer, beginning):
+    assert text_beginning(tokenizer()) == beginning
+
+
+def test_a_vocabulary_without_the_probe():
+    """What stands for unknown text may be the begin-of-text token itself."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "yes": 1}, unk_token="<s>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
+    assert text_beginning(fast) == []
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
+    assert text_beginning(fast) == [0]
+
+
+@pytest.mark.parametrize(
+    ("start", "n_begin", "disjoint"),
+    [
+        (60, 1, True),
+        (59, 1, True),
+        (40, 1, False),
+        (47, 1, False),
+        (0, 1, False),
+        (17, 1, False),
+        (61, 0, True),
+        (30, 0, False),
+    ],
+)
+def test_held_out_text_was_not_seen(start, n_begin, disjoint):
+    """60 tokens were used, in blocks of 20; 24 held out in blocks of 12, from `start` on. A single token is chance."""
+    stream = torch.randperm(200)
+    begin = lambda blocks: torch.cat([torch.full((len(blocks), n_begin), 999), blocks], dim=1)  # noqa: E731
+    used, held_out = begin(stream[:60].view(3, 20)), begin(stream[start : start + 24].view(2, 12))
+    if disjoint:
+        check_held_out(held_out, used, n_begin)
+    else:
+        with pytest.raises(LLMDropError, match="Text that is to be predicted is among the text that importance is measured on"):
+            check_held_out(held_out, used, n_begin)
 
 
 def test_too_short_and_empty(monkeypatch, tmp_path):

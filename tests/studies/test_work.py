@@ -1,225 +1,153 @@
-"""A stored value is found only where everything that determines it is the same.
+"""Records know all that determines their values."""
 
-Every field of a work item, and of what an item is made of, changes the addresses of its values, or is listed below with the
-reason why it does not. A new field fails here until it is listed or in the key.
-"""
-
-import dataclasses
-import importlib.metadata
-from pathlib import Path
+import json
+import shutil
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 
-from llmdrop_utils import DropPlan
+from llmdrop_utils import load_model, load_profile, load_tokens, locate_model, score_task
 from llmdrop_utils.base.store import Store
-from llmdrop_utils.dropping.maps import LinearMap
-from llmdrop_utils.measure.speed import Load
-from llmdrop_utils.models.locate import LocatedModel
-from llmdrop_utils.studies import work as work_module
-from llmdrop_utils.studies.run import STUDIES
-from llmdrop_utils.studies.speedup import loads
-from llmdrop_utils.studies.work import Work
+from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.sources.task_data import fingerprint_task, load_task
+from llmdrop_utils.sources.texts import fingerprint_tokenizer
+from llmdrop_utils.studies.curves import _task_work, _text_work
+from llmdrop_utils.studies.profile import Calibration
+from llmdrop_utils.studies.run import Run, importance_work
+from llmdrop_utils.studies.work import DENSE, DENSE_CELL
 
-TOKENS = torch.arange(12).view(3, 4)
-MAP, OTHER_MAP = LinearMap(torch.eye(2)), LinearMap(2 * torch.eye(2))
-MODEL = LocatedModel("hand", Path("here"), "sha256:hand")
-PLAN = DropPlan(attention=(3, 1), mlp=(2,), n_layers=6, model="sha256:hand", scores="s", maps={("attention", 3): MAP})
-LOAD = Load("decode", 64, 4, 3, "eager", 100)
-
-# Fields that may change without another address, by the class that has them, and why.
-IN_FINGERPRINT = "its content is in the fingerprint of the task"
-ROUNDING = "it moves values by rounding only"
-TOLD_BY_TOKENS = "what was read is in the tokens"
-EXEMPT = {
-    ("LocatedModel", "name"): "the same weights under another name",
-    ("LocatedModel", "folder"): "the same weights elsewhere",
-    ("LocatedModel", "published_lists"): "what others found for the model",
-    ("LocatedModel", "on_hub"): "where the same weights come from",
-    ("LocatedModel", "pickled"): "how the same weights are stored",
-    ("LocatedModel", "bases"): "where the weights, which have an identity, come from",
-    ("DropPlan", "n_layers"): "what the plan was made for",
-    ("DropPlan", "model"): "what the plan was made for",
-    ("DropPlan", "scores"): "how the plan came about",
-    ("ImportanceWork", "batch_size"): ROUNDING,
-    ("ImportanceWork", "corpus"): TOLD_BY_TOKENS,
-    ("TextWork", "corpus"): TOLD_BY_TOKENS,
-    ("IterativeWork", "batch_size"): ROUNDING,
-    ("TaskWork", "task"): IN_FINGERPRINT,
-    ("TaskWork", "members"): IN_FINGERPRINT,
-    ("TaskWork", "num_fewshot"): IN_FINGERPRINT,
-    ("TaskWork", "limit"): IN_FINGERPRINT,
-    ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
-}
-# Fields of which both is right: what they decide is in the key by itself (tokens, identity), and may be there a second time.
-EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
-
-VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
-    "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
-    "limit": 10,
-}  # fmt: skip
-OTHERS = {  # one or more other values of a field; of others follow from type
-    "dtype": [torch.bfloat16],
-    "tokens": [TOKENS + 1, TOKENS.flip(0), TOKENS.view(4, 3), TOKENS[:2]],
-    "members": [("other",)],
-    "limit": [11, None],
-    "folder": [Path("there")],
-    "published_lists": ["other"],
-    "tokenizer": ["Other"],
-    "on_hub": [("org/name", "commit")],
-    "bases": [("sha256:base",)],
-    "maps": [{}, {("attention", 3): OTHER_MAP}, {("attention", 1): MAP}, {("mlp", 2): MAP}],
-    "backend": ["compiled"],
-    "what": ["generation"],
-    "room": [120, None],
-}
-MACHINE = {"processor": "P", "gpus": ["G"], "cpu_threads": 2}
-LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
+TASKS = {"names": ["winogrande"], "limit": 60, "n_drop": {}}
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch):
-    """A machine and libraries that tests can change: returns them."""
-    code = dict(MACHINE) | {"versions": dict(LIBRARIES)}
-    monkeypatch.setattr(loads, "code_provenance", lambda: code)
-    return code
+@pytest.fixture
+def folder(tmp_path, tiny_model):
+    """A tiny model with a byte tokenizer, in a folder."""
+    shutil.copytree(locate_model("tiny-llama").folder, tmp_path / "tiny")
+    return tmp_path / "tiny"
 
 
-def classes(base=Work):
-    """All kinds of work items, wherever they are declared; the studies are imported with STUDIES."""
-    assert STUDIES
-    return [cls for direct in base.__subclasses__() for cls in (direct, *classes(direct))]
+@pytest.fixture
+def run(folder, tmp_path):
+    return Run("test", load_profile("smoke", str(folder)).replacing(tasks=TASKS), {}, store=Store(tmp_path / "records"))
 
 
-def default(field):
-    return VALUES.get(field.name, {str: "some", int: 7}.get(field.type))
+def reverse_ids(folder):
+    """The 256 bytes get each other's ids."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {byte: 255 - i for byte, i in content["model"]["vocab"].items()}
+    path.write_text(json.dumps(content))
 
 
-def build(cls):
-    return cls(**{field.name: default(field) for field in dataclasses.fields(cls)})
+def prepend_end(folder):
+    """Each text begins with the end-of-text token, as in OPT."""
+    tokenizer = byte_tokenizer()
+    ids = [("<|end|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=ids)
+    tokenizer.save_pretrained(folder)
 
 
-def others(holder, field):
-    """Other values of a field of an item, or of what it is made of."""
-    value = getattr(holder, field.name)
-    if dataclasses.is_dataclass(value):
-        return []  # varied field by field
-    if isinstance(holder, DropPlan) and field.name == "attention":
-        return [(3,), (3, 1, 0)]
-    if field.name in OTHERS:
-        return OTHERS[field.name]
-    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return []
-    if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, int):
-        return [value + 1]
-    if isinstance(value, str):
-        return [value + "!"]
-    if isinstance(value, tuple):
-        return [(0, *value)]
-    pytest.fail(f"{type(holder).__name__}.{field.name} is {value!r}: say in OTHERS which other values it may have.")
+def right(run, tasks) -> int:
+    """How many documents of Winogrande are right: measured, or stored."""
+    (model,) = run.models()
+    (work,) = _task_work(run, model, tasks, {DENSE_CELL: DENSE})
+    run.measure([work])
+    return sum(run.values(work)[0]["metrics"]["acc"])
 
 
-def variations(item):
-    """(class, field, changed item) for every field of the item and of the dataclasses in it."""
-    for field in dataclasses.fields(item):
-        value = getattr(item, field.name)
-        for other in others(item, field):
-            yield type(item).__name__, field.name, dataclasses.replace(item, **{field.name: other})
-        in_tuple = isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
-        part = value[0] if in_tuple else value
-        if dataclasses.is_dataclass(part):
-            for name, inner, changed in variations(part):
-                whole = (changed,) if in_tuple else changed
-                yield name, inner, dataclasses.replace(item, **{field.name: whole})
+@pytest.mark.parametrize("change", [reverse_ids, prepend_end])
+def test_another_tokenizer_is_another_record(run, folder, change):
+    """The same weights and questions, other tokens: what was stored is not the answer."""
+    members = load_task("winogrande", 0)
+    before = right(run, {"winogrande": members})
+    change(folder)
+    truth = score_task(*load_model(str(folder)), members, limit=60).metrics["acc"].sum()
+    assert right(run, {"winogrande": members}) == truth != before
 
 
-def addresses(item):
-    store = Store(Path("records"))
-    return {store.path(key) for key in item.keys}
+def test_tokenizers_are_told_apart_by_content():
+    def normalized(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = Lowercase()
+
+    def with_merge(tokenizer):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["model"]["vocab"]["ab"] = 300
+        content["model"]["merges"] = [["a", "b"]]
+        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+
+    def beginning(tokenizer):
+        special = [("<|end|>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=special)
+
+    changes = [
+        normalized,
+        with_merge,
+        beginning,
+        lambda tokenizer: tokenizer.add_tokens(["the"]),
+        lambda tokenizer: setattr(tokenizer, "bos_token", "<|end|>"),
+        lambda tokenizer: setattr(tokenizer, "model_max_length", 50),
+    ]
+    prints = {fingerprint_tokenizer(byte_tokenizer())}
+    for change in changes:
+        tokenizer = byte_tokenizer()
+        change(tokenizer)
+        prints.add(fingerprint_tokenizer(tokenizer))
+    assert len(prints) == 1 + len(changes)
 
 
-@pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
-def test_every_field_changes_the_address_or_is_exempt(cls):
-    item = build(cls)
-    assert len(addresses(item)) == 1
-    tried = set()
-    for name, field, changed in variations(item):
-        tried.add((name, field))
-        same = addresses(changed) == addresses(item)
-        if (name, field) not in EITHER:
-            assert same == ((name, field) in EXEMPT), f"{name}.{field}: {EXEMPT.get((name, field), 'it is not in the key')}"
-    own = {(cls.__name__, field.name) for field in dataclasses.fields(cls)} - {(cls.__name__, "model"), (cls.__name__, "plans")}
-    assert own - tried <= {(cls.__name__, "load")}, "fields that were not tried"
-    assert ("LocatedModel", "identity") in tried
+def test_what_leaves_tokens_alone_leaves_the_fingerprint_alone(tmp_path):
+    tokenizer = byte_tokenizer()
+    before = fingerprint_tokenizer(tokenizer)
+    tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.padding_side, tokenizer.pad_token = "left", "a"
+    assert fingerprint_tokenizer(tokenizer) == before
 
 
-def test_no_exemption_is_of_a_field_that_is_gone():
-    known = {(cls.__name__, f.name) for cls in (*classes(), LocatedModel, DropPlan, Load) for f in dataclasses.fields(cls)}
-    assert set(EXEMPT) | EITHER <= known
+def test_a_task_is_also_its_answers():
+    """The same questions with another key."""
+    (task,) = load_task("winogrande", 0)
+    before = fingerprint_task([task], 3)
+    flip = lambda row: {"answer": {"1": "2", "2": "1"}[row["answer"]]}  # noqa: E731
+    task.dataset["validation"] = task.dataset["validation"].map(flip, load_from_cache_file=False, keep_in_memory=True)
+    assert fingerprint_task([task], 3) != before
 
 
-def test_the_order_in_a_plan_does_not_matter():
-    """The dropped model is the same."""
-    for cls in (cls for cls in classes() if "plans" in {field.name for field in dataclasses.fields(cls)}):
-        item = build(cls)
-        turned = dataclasses.replace(item, plans=(dataclasses.replace(PLAN, attention=(1, 3)),))
-        assert addresses(turned) == addresses(item)
-        several = dataclasses.replace(item, plans=(DropPlan(), PLAN))
-        assert len(addresses(several)) == 2
-        assert addresses(item) == addresses(several.only([1])) < addresses(several), "each value has its own address"
+def test_generation_settings_are_in_the_key(run, folder):
+    (model,) = run.models()
+    key = lambda name: _task_work(run, model, {name: load_task(name, 0)}, {DENSE_CELL: DENSE})[0].keys[0]  # noqa: E731
+    before = key("gsm8k"), key("winogrande")
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    assert key("gsm8k") != before[0]
+    assert key("winogrande") == before[1]
 
 
-def test_kinds_of_values_are_apart():
-    """Also of items that share all their fields."""
-    found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 5
+# ---- how texts begin --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("cls", "module", "constant"),
-    [
-        ("ImportanceWork", work_module, "IMPORTANCE_VERSION"),
-        ("IterativeWork", work_module, "IMPORTANCE_VERSION"),
-        ("TextWork", work_module, "TEXT_VERSION"),
-        ("TaskWork", work_module, "TASKS_VERSION"),
-        ("SpeedWork", loads, "VERSION"),
-    ],
-)
-def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant):
-    item = build(next(known for known in classes() if known.__name__ == cls))
-    before = addresses(item)
-    monkeypatch.setattr(module, constant, getattr(module, constant) + 1)
-    assert addresses(item).isdisjoint(before)
+def test_text_that_begins_with_a_token_is_held_out(run, folder):
+    """The token takes its place in blocks of both lengths, and no text is in both; the record says which token it is."""
+    prepend_end(folder)
+    run.profile = run.profile.replacing(text={"seq_len": 16})
+    (model,) = run.models()
+    (item,) = importance_work(model, ["random-words"], run.section(Calibration))
+    text = _text_work(run, item, {DENSE_CELL: DENSE})
+    assert (item.tokens[:, 0] == 256).all()
+    assert (text.tokens[:, 0] == 256).all()
+    stream = load_tokens("random-words", byte_tokenizer(), 1, 2000).flatten().tolist()
+    used, held_out = (tokens[:, 1:].flatten().tolist() for tokens in (item.tokens, text.tokens))
+    assert used == stream[: 8 * 63]
+    assert held_out == stream[34 * 15 : 34 * 15 + 4 * 15]  # 34 blocks of 15 are the first that cover 8 of 63
+    run.measure([item, text])
+    for key in (*item.keys, *text.keys):
+        assert run.store.get(key)["provenance"]["texts_begin_with"] == [256]
 
 
-def test_scores_depend_on_the_version_of_lm_eval(monkeypatch):
-    before = {cls: addresses(build(cls)) for cls in classes()}
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"9.9 of {package}")
-    changed = {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]}
-    assert "TaskWork" in changed
-
-
-@pytest.mark.parametrize(
-    "change", [{"processor": "Q"}, {"gpus": ["G", "G"]}, {"gpus": []}, {"cpu_threads": 3}], ids=lambda change: str(change)
-)
-def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
-    before = {cls: addresses(build(cls)) for cls in classes()}
-    machine |= change
-    assert [cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]] == ["SpeedWork"]
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_times_depend_on_libraries_and_nothing_else_does(machine, library):
-    before = {cls: addresses(build(cls)) for cls in classes()}
-    machine["versions"][library] += ".1"
-    assert [cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]] == ["SpeedWork"]
-
-
-def test_a_batch_that_fills_the_gpu_is_found_by_how_long_its_sequences_grow():
-    """How many fit is not known before; how many were asked for does not matter then."""
-    filled = dataclasses.replace(build(loads.SpeedWork), fill=True)
-    longer = dataclasses.replace(filled, longest=filled.longest + 1)
-    more = dataclasses.replace(filled, load=dataclasses.replace(LOAD, batch_size=9))
-    assert addresses(longer) != addresses(filled) == addresses(more)
+def test_records_say_that_nothing_was_put_before_texts(run):
+    (model,) = run.models()
+    (item,) = importance_work(model, ["random-words"], run.section(Calibration))
+    assert torch.equal(item.tokens, load_tokens("random-words", byte_tokenizer(), 8, 64))
+    run.measure([item])
+    assert run.store.get(item.keys[0])["provenance"]["texts_begin_with"] == []

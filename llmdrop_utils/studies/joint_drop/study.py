@@ -14,7 +14,7 @@ from .. import curve_rows
 from ..curve_rows import TextValues
 from ..curves import SINGLE, Measured, Tasks, Text, collect, measure_curves, rank_layers
 from ..profile import Calibration, section
-from ..run import Run, identity_of, study
+from ..run import Run, study
 from ..work import Cell, ImportanceWork, IterativeWork
 
 ITERATIVE, SAME_SAMPLES = "iterative", "one-shot on the same samples"
@@ -78,7 +78,7 @@ def _more_rows(m: Measured) -> dict[str, list[dict]]:
 def iterative_work(item: ImportanceWork, n_samples: int, n_drop: int) -> IterativeWork:
     """Attention dropped one by one, on the first samples that importance was measured on."""
     shared = {"tokens": item.tokens[:n_samples], "batch_size": item.batch_size, "n_drop": n_drop}
-    return IterativeWork(**identity_of(item.model), **shared)
+    return IterativeWork(**item.identity, **shared)
 
 
 def iterative_plans(few: Importance, one_by_one: list[int], counts: list[int]) -> dict[Cell, DropPlan]:
@@ -100,7 +100,7 @@ def iterative_rows(text: TextValues, plans: dict[Cell, DropPlan]) -> list[dict]:
             continue
         at_once = cell._replace(method=SAME_SAMPLES)
         j = text.cells.index(at_once)
-        low, high = stats.interval(draws[:, i] - draws[:, j])
+        low, high = text.interval(draws[:, i] - draws[:, j])
         ours, theirs = plans[cell].attention, plans[at_once].attention
         rows.append({"n": cell.n, "shared": len({*ours} & {*theirs}), "one_shot": np.exp(text.nll[:, j].mean()),
                      "iterative": np.exp(text.nll[:, i].mean()), "difference": (text.nll[:, i] - text.nll[:, j]).mean(),
@@ -124,7 +124,7 @@ def order_rows(scores: Importance) -> list[dict]:
 def first_mlp_row(scores: Importance) -> dict:
     """How many attention layers stand ahead of the first MLP in the joint ranking, with an interval over samples."""
     first = next(i for i, (kind, _) in enumerate(drop_sequence(scores, "joint")) if kind == "mlp")
-    draws = {kind: stats.bootstrap_means(scores.per_sample[kind], scores.weights, seed=0) for kind in ("attention", "mlp")}
+    draws = {kind: stats.text_means(scores.per_sample[kind], scores.weights) for kind in ("attention", "mlp")}
     ahead = (draws["attention"] <= draws["mlp"].min(1, keepdims=True)).sum(1)
-    low, high = stats.interval(ahead)
+    low, high = stats.text_interval(ahead, len(scores.weights))
     return {"attention_before": first, "low": low, "high": high, "n_layers": scores.importance["block"].size}

@@ -12,7 +12,7 @@ from ...dropping.plan import DropPlan
 from ...dropping.units import dropped
 from ...measure.floors import cache_bytes, kv_bytes
 from ...models.families import find_anatomy, is_full_attention
-from ...models.load import default_dtype, load_config, model_of_shape
+from ...models.load import load_config, model_of_shape
 from ...models.locate import LocatedModel, locate_model
 from ...report.tables import Column, Tables, table
 from ...selection.methods import select_last
@@ -52,7 +52,7 @@ def kv_cache(run: Run) -> Tables:
     Counting takes seconds, so nothing is stored. Caches are filled on torch's device "meta", where tensors have shapes and no
     memory: the paper's at its full batch and length.
     """
-    settings, dtype = run.section(Speed), default_dtype()
+    settings, dtype = run.section(Speed), run.profile.dtype
     located, unavailable = models_or_shapes(run.profile)
     run.not_run |= unavailable
     caches: list[dict] = []

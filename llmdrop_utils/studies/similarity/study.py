@@ -41,10 +41,11 @@ TABLES = {
     "sample_count": table("model corpus kind n_samples layer", Column("importance", "Importance", ".4f")),
     "sample_agreement": table(
         "model corpus kind", Column("n_samples", "Samples", "d"), Column("groups", "Groups", "d"),
-        Column("correlation", "Rank correlation (range)", ".3f", "low", "high"), "low high",
+        Column("correlation", "Mean rank correlation", ".3f", "low", "high"), "low high",
+        Column("lowest", "Lowest of a group", ".3f"),
     ),
     "published": table(
-        "model corpus kind", Column("n_drop", "Dropped", "d"), Column("shared", "Shared", "d"),
+        "model corpus kind", Column("n_drop", "Dropped", "d"), Column("shared", "Shared", "d", "low", "high"), "low high",
         Column("by_chance", "By chance", ".1f"), Column("theirs", "The authors' layers"), Column("ours", "Ours"),
     ),
 }  # fmt: skip
@@ -57,7 +58,7 @@ def similarity(run: Run) -> Tables:
     work: list[ImportanceWork] = []
     for model in run.models():
         with run.one_of(model):
-            work += importance_work(model, corpora, calibration)
+            work += importance_work(model, corpora, run.profile)
     run.measure(work)
     rows: dict[str, list[dict]] = {name: [] for name in TABLES}
     done = run.measured(work)
@@ -76,7 +77,7 @@ def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calib
     first = next(iter(scores))
     same_n = {corpus: s.first(calibration.n_samples) for corpus, s in scores.items()}
     draws = {  # kinds share their samples, corpora do not
-        corpus: {kind: stats.bootstrap_means(s.per_sample[kind], s.weights, seed) for kind in KINDS}
+        corpus: {kind: stats.text_means(s.per_sample[kind], s.weights, seed) for kind in KINDS}
         for seed, (corpus, s) in enumerate(same_n.items())
     }
     return {
@@ -98,7 +99,7 @@ def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calib
         "corpora": _corpora_rows(same_n, draws, calibration.n_drop),
         "sample_count": _sample_count_rows(scores[first], calibration.sample_counts, first),
         "sample_agreement": _sample_agreement_rows(scores[first], calibration.sample_counts, first),
-        "published": _published_rows(same_n, model),
+        "published": _published_rows(same_n, draws, model),
     }
 
 
@@ -106,7 +107,7 @@ def _importance_rows(scores, draws) -> list[dict]:
     rows = []
     for corpus, s in scores.items():
         for kind in KINDS:
-            low, high = stats.interval(draws[corpus][kind])
+            low, high = stats.text_interval(draws[corpus][kind], len(s.weights))
             for layer, value in enumerate(s.importance[kind]):
                 rows.append({"corpus": corpus, "kind": kind, "layer": layer, "n_samples": len(s.weights),
                              "importance": value, "low": low[layer], "high": high[layer]})  # fmt: skip
@@ -119,7 +120,7 @@ def _contrast_rows(scores, draws) -> list[dict]:
     for corpus, s in scores.items():
         for other in ("mlp", "block"):
             attention, compared = s.importance["attention"], s.importance[other]
-            low, high = stats.interval((draws[corpus]["attention"] - draws[corpus][other]).mean(1))
+            low, high = stats.text_interval((draws[corpus]["attention"] - draws[corpus][other]).mean(1), len(s.weights))
             rows.append(
                 {
                     "corpus": corpus,
@@ -147,7 +148,8 @@ def _depth_rows(scores, draws) -> list[dict]:
     for corpus, s in scores.items():
         for kind in KINDS:
             depth = np.arange(s.importance[kind].size - 1)
-            low, high = stats.interval(stats.rank_correlation(depth, draws[corpus][kind][:, :-1]))
+            drawn = stats.rank_correlation(depth, draws[corpus][kind][:, :-1])
+            low, high = stats.text_interval(drawn, len(s.weights))
             correlation = float(stats.rank_correlation(depth, s.importance[kind][:-1]))
             rows.append({"corpus": corpus, "kind": kind, "correlation": correlation, "low": low, "high": high})
     return rows
@@ -159,7 +161,8 @@ def _corpora_rows(scores, draws, n_drop: list[int]) -> list[dict]:
     for a, b in itertools.combinations(scores, 2):
         for kind in KINDS:
             correlation = float(stats.rank_correlation(scores[a].importance[kind], scores[b].importance[kind]))
-            low, high = stats.interval(stats.rank_correlation(draws[a][kind], draws[b][kind]))
+            drawn = stats.rank_correlation(draws[a][kind], draws[b][kind])
+            low, high = stats.text_interval(drawn, min(len(scores[a].weights), len(scores[b].weights)))
             orders = scores[a].order(kind), scores[b].order(kind)
             shared = {f"shared_{n}": stats.overlap(*orders, n) for n in n_drop if n <= len(orders[0])}
             rows.append({"a": a, "b": b, "kind": kind, "correlation": correlation, "low": low, "high": high} | shared)
@@ -177,23 +180,27 @@ def _sample_count_rows(scores: Importance, counts: list[int], corpus: str) -> li
 
 
 def _sample_agreement_rows(scores: Importance, counts: list[int], corpus: str) -> list[dict]:
-    """Rank correlation between a group of n samples and all the others, over three disjoint groups or more."""
+    """Rank correlation between a group of n samples and all the others: the mean over three disjoint groups or more."""
     rows = []
     for n in (n for n in counts if 3 * n <= len(scores.weights)):
         for kind in KINDS:
             values = stats.group_agreement(scores.per_sample[kind], scores.weights, n)
-            rows.append({"corpus": corpus, "kind": kind, "n_samples": n, "groups": len(values),
-                         "correlation": values.mean(), "low": values.min(), "high": values.max()})  # fmt: skip
+            low, high = stats.mean_interval(values)
+            rows.append({"corpus": corpus, "kind": kind, "n_samples": n, "groups": len(values), "correlation": values.mean(),
+                         "low": low, "high": high, "lowest": values.min()})  # fmt: skip
     return rows
 
 
-def _published_rows(scores: dict[str, Importance], model: LocatedModel) -> list[dict]:
+def _published_rows(scores: dict[str, Importance], draws, model: LocatedModel) -> list[dict]:
     """Our n most droppable layers against the drop lists that the authors published for this model."""
     rows = []
     for kind, theirs in paper.drop_lists(model.published_lists):
         for corpus, s in scores.items():
             ours = drop_order(s.importance[kind])[: len(theirs)]
+            drawn = np.argsort(draws[corpus][kind], axis=1, kind="stable")[:, : len(theirs)]
+            low, high = stats.text_interval(np.isin(drawn, theirs).sum(1), len(s.weights))
             rows.append({"corpus": corpus, "kind": kind, "n_drop": len(theirs), "shared": len({*ours} & {*theirs}),
+                         "low": low, "high": high,
                          "by_chance": len(theirs) ** 2 / s.importance[kind].size,
                          "theirs": " ".join(map(str, theirs)), "ours": " ".join(map(str, ours))})  # fmt: skip
     return rows

@@ -41,7 +41,7 @@ class Timed:
         Dense 2.0, 4.0, 2.2 s and dropped 1.0, 2.0, 1.1 s is a speed-up of exactly 2, however noisy.
         """
         ratio = self.dense_seconds / self.seconds
-        low, high = stats.interval(stats.bootstrap_medians(ratio))
+        low, high = stats.interval(stats.bootstrap_medians(ratio), len(ratio))
         median = np.median(self.seconds)
         quarter, three = np.quantile(self.seconds, [0.25, 0.75])
         spread = (three - quarter) / median

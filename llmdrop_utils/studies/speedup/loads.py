@@ -81,26 +81,26 @@ def plans_of(run: Run, model: LocatedModel, corpora: list[str]) -> dict[Cell, Dr
         n_layers = n_layers_of(model)
         cells = [cell for cell in cells if cell.kind in KINDS and cell.n < n_layers]  # a joint ranking needs scores
         return {cell: select_last(n_layers, cell.kind, cell.n) for cell in cells}
-    calibration = run.section(Calibration)
-    (item,) = importance_work(model, corpora[:1], calibration)
+    (item,) = importance_work(model, corpora[:1], run.profile)
     run.measure([item], force=False)  # notebook 01 has measured it already
     if model.name in run.not_run:
         return {}
-    scores = run.importance(item).first(calibration.n_samples)
+    scores = run.importance(item).first(run.section(Calibration).n_samples)
     return {cell: select(scores, cell.kind, cell.n) for cell in cells if cell.n < len(drop_sequence(scores, cell.kind))}
 
 
 # ---- loads ------------------------------------------------------------------------------------------------------------
 
 
-def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], settings: Speed) -> list["SpeedWork"]:
+def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profile) -> list["SpeedWork"]:
     """One item for each load of a model, with all plans that it is timed under."""
+    settings = profile.section(Speed)
     timed: dict[tuple[Load, bool], dict[PlanKey, DropPlan]] = {}
     for load, fill, cells in _loads(settings, list(plans)):  # one that serves several purposes is timed once
         timed.setdefault((load, fill), {}).update({plans[cell].key: plans[cell] for cell in cells})
     longest = settings.prompt + settings.new_tokens + settings.steps
     known = learned_positions(load_config(model)) or np.inf
-    shared = identity_of(model) | {"longest": longest, "repeats": settings.repeats}
+    shared = identity_of(model, profile) | {"longest": longest, "repeats": settings.repeats}
     return [
         SpeedWork(**shared, load=load, fill=fill, plans=tuple(under.values()))
         for (load, fill), under in timed.items()

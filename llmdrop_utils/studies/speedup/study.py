@@ -80,7 +80,7 @@ def speedup(run: Run) -> Tables:
     for model in located:
         with run.one_of(model):
             plans[model.name] = plans_of(run, model, corpora)
-            work += speed_work(model, plans[model.name], settings)
+            work += speed_work(model, plans[model.name], run.profile)
     run.measure([item for item in work if item.load.backend == "eager"])
     compiled = [item for item in work if item.load.backend == "compiled"]
     run.measure(compiled, several=True, what="{}, compiled back end")  # it is an addition: eager timings stand alone

@@ -40,7 +40,7 @@ class Followed:
         self.scores = [values.scores for values in measured.values()]
         self.text = [values.text for values in measured.values()]
         # The same draws at every stage: stages share their samples, so what is compared between them stays paired.
-        self.draws = [{kind: stats.bootstrap_means(s.per_sample[kind], s.weights, 0) for kind in KINDS} for s in self.scores]
+        self.draws = [{kind: stats.text_means(s.per_sample[kind], s.weights) for kind in KINDS} for s in self.scores]
         self.n_layers = self.scores[-1].importance["block"].size
         self.layers = {name: first for name, first in LAYERS.items() if first < self.n_layers}
         self.where = [
@@ -85,7 +85,7 @@ class Followed:
     def _stage_row(self, i: int) -> dict:
         """Loss of the dense model on held-out text; and a warning where two checkpoints are one (this happens on the hub)."""
         nll = np.array(self.text[i][DENSE.key]["nll"])
-        low, high = stats.interval(stats.bootstrap_means(nll, np.ones(len(nll)), 1))
+        low, high = _interval_of_mean(nll)
         twins = [k for k in range(i) if self.scores[k].fingerprint == self.scores[i].fingerprint]
         same_as = self.where[twins[0]]["stage"] if twins else None
         return self.where[i] | {"nll": nll.mean(), "low": low, "high": high, "same_as": same_as}
@@ -105,7 +105,7 @@ class Followed:
         rows = []
         for where, scores, draws in zip(self.where, self.scores, self.draws, strict=True):
             for kind in KINDS:
-                low, high = stats.interval(draws[kind])
+                low, high = self._interval(draws[kind])
                 for layer, value in enumerate(scores.importance[kind]):
                     rows.append(where | {"kind": kind, "layer": layer, "importance": value, "low": low[layer],
                                          "high": high[layer]})  # fmt: skip
@@ -118,7 +118,7 @@ class Followed:
         for i, (kind, (layers, first)) in itertools.product(stages, itertools.product(KINDS, self.layers.items())):
             mean, draws = self._mean(i, kind, first)
             attention, attention_draws = self._mean(i, "attention", first)
-            (low, high), (above_low, above_high) = stats.interval(draws), stats.interval(draws - attention_draws)
+            (low, high), (above_low, above_high) = self._interval(draws), self._interval(draws - attention_draws)
             rows.append(self.where[i] | {"kind": kind, "layers": layers, "importance": mean, "low": low, "high": high,
                                          "above_attention": mean - attention, "above_low": above_low,
                                          "above_high": above_high})  # fmt: skip
@@ -130,13 +130,17 @@ class Followed:
         earlier = range(len(self.scores) - 1)
         for i, (kind, (layers, first)) in itertools.product(earlier, itertools.product(KINDS, self.layers.items())):
             (mean, draws), (last, last_draws) = self._mean(i, kind, first), self._mean(-1, kind, first)
-            low, high = stats.interval(last_draws - draws)
+            low, high = self._interval(last_draws - draws)
             rows.append(self.where[i] | {"kind": kind, "layers": layers, "change": last - mean, "low": low, "high": high})
         return rows
 
     def _mean(self, i: int, kind: str, first: int) -> tuple[float, np.ndarray]:
         """Mean importance over the layers from `first` on at a stage, and its draws (REPEATS,)."""
         return self.scores[i].importance[kind][first:].mean(), self.draws[i][kind][:, first:].mean(1)
+
+    def _interval(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """95 % interval over the samples of importance."""
+        return stats.text_interval(draws, len(self.scores[-1].weights))
 
     # ---- which layers would be dropped --------------------------------------------------------------------------------
 
@@ -147,7 +151,7 @@ class Followed:
             for kind in KINDS:
                 last = self.scores[-1]
                 correlation = float(stats.rank_correlation(scores.importance[kind], last.importance[kind]))
-                low, high = stats.interval(stats.rank_correlation(draws[kind], self.draws[-1][kind]))
+                low, high = self._interval(stats.rank_correlation(draws[kind], self.draws[-1][kind]))
                 shared = stats.overlap(scores.order(kind), last.order(kind), n)
                 rows.append(where | {"kind": kind, "correlation": correlation, "low": low, "high": high, "n": n,
                                      "shared": shared, "by_chance": n * n / self.n_layers})  # fmt: skip
@@ -158,7 +162,7 @@ class Followed:
         n = count(self.n_layers, share)
         point = first_settled(np.array([[scores.importance[kind]] for scores in self.scores]), n)[0]
         settled = first_settled(np.array([draws[kind] for draws in self.draws]), n)
-        low, high = (self.where[int(i)] for i in np.quantile(settled, stats.INTERVAL, method="nearest"))
+        low, high = (self.where[round(float(i))] for i in self._interval(settled))
         plan = self.plans[kind, share]
         layers = " ".join(map(str, plan.mlp if kind == "mlp" else plan.attention))
         return self.where[point] | {
@@ -174,10 +178,15 @@ class Followed:
             for (kind, share), plan in self.plans.items():
                 value = values[plan.key]
                 added, kl = np.array(value["nll"]) - dense, np.array(value["kl"])
-                low, high = stats.interval(stats.bootstrap_means(added, np.ones(len(added)), 1))
+                low, high = _interval_of_mean(added)
                 rows.append(where | {"kind": kind, "share": share, "n": count(self.n_layers, share), "cost": added.mean(),
                                      "low": low, "high": high, "kl": kl.mean()})  # fmt: skip
         return rows
+
+
+def _interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the mean over samples of text."""
+    return stats.text_interval(stats.text_means(values, np.ones(len(values)), seed=1), len(values))
 
 
 def first_settled(importance: np.ndarray, n: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from ...models.series import Series, known_models, locate_series
 from ...report.tables import Column, Tables, table
 from ...selection.ranking import select
 from ...sources.catalogue import catalogue
-from ...sources.texts import load_documents, load_tokens, pack
-from ..profile import section
+from ...sources.texts import check_held_out, load_documents, load_tokens, pack, text_beginning
+from ..profile import Profile, section
 from ..run import Run, identity_of, study
 from ..work import DENSE, ImportanceWork, TextWork, Work
 from .rows import SHARES, Followed, Plans, StageValues, count
@@ -98,7 +98,7 @@ def training_stages(run: Run) -> Tables:
     found, jobs = _locate(run), []
     for series in found:
         with run.one_of(series.stages[-1].model, len(found) > 1):
-            jobs.append(_Job(series, *_held_out_blocks(series, stages), stages))
+            jobs.append(_Job(series, *_held_out_blocks(series, stages), run.profile))
     # 2. Importance at the last stage: it says which layers would be dropped.
     last = [job.importance_at(-1) for job in jobs]
     run.measure(last, several=True)
@@ -139,17 +139,18 @@ class _Job:
     series: Series
     for_scores: torch.LongTensor  # (n_samples, seq_len)
     for_text: torch.LongTensor  # (text_samples, seq_len)
-    settings: Stages
+    profile: Profile
 
     def importance_at(self, stage: int) -> ImportanceWork:
         """Importance at a stage."""
-        shared = identity_of(self.series.stages[stage].model) | {"corpus": self.settings.corpus}
-        return ImportanceWork(**shared, tokens=self.for_scores, batch_size=self.settings.batch_size)
+        return ImportanceWork(**self._shared(stage), tokens=self.for_scores, batch_size=self.profile.section(Stages).batch_size)
 
     def text_at(self, stage: int, plans: Plans) -> TextWork:
         """Loss of the dense model and under each plan at a stage."""
-        shared = identity_of(self.series.stages[stage].model) | {"corpus": self.settings.corpus}
-        return TextWork(**shared, tokens=self.for_text, plans=(DENSE, *plans.values()))
+        return TextWork(**self._shared(stage), tokens=self.for_text, plans=(DENSE, *plans.values()))
+
+    def _shared(self, stage: int) -> dict:
+        return identity_of(self.series.stages[stage].model, self.profile) | {"corpus": self.profile.section(Stages).corpus}
 
 
 def _locate(run: Run) -> list[Series]:
@@ -183,7 +184,9 @@ def _held_out_blocks(series: Series, stages: Stages) -> tuple[torch.LongTensor, 
                 f"documents that {series.name} was not trained on hold {blocks}. Ask for fewer, or hold more out."
             )
     tokens = load_tokens(stages.corpus, tokenizer, n, stages.seq_len)
-    return tokens[: stages.n_samples], tokens[stages.n_samples :]
+    for_scores, for_text = tokens[: stages.n_samples], tokens[stages.n_samples :]
+    check_held_out(for_text, for_scores, len(text_beginning(tokenizer)))
+    return for_scores, for_text
 
 
 def _plans(scores: Importance) -> Plans:
