@@ -221,7 +221,7 @@ def scores_of_three_layers():
 
 def test_plans_of_the_curves():
     """Counts of text and of tasks together, in order; with all three layers of a kind nothing is left to compare."""
-    text = Text(n_samples=1, seq_len=8, n_drop=[2, 3, 5])
+    text = Text(n_samples=1, seq_len=8, n_drop=[2, 3, 5], across=[1])
     plans = plans_of(scores_of_three_layers(), ("attention", "joint"), text, tasks_section(attention=[1]))
     assert [(cell.kind, cell.n) for cell in plans] == [
         ("dense", 0), ("attention", 1), ("attention", 2), ("joint", 2), ("joint", 3), ("joint", 5),

@@ -6,6 +6,7 @@ reason why it does not. A new field fails here until it is listed or in the key.
 
 import dataclasses
 import importlib.metadata
+import types
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ VALUES = {  # of the fields of items; a new one of text or a whole number needs 
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
     "tokens": [TOKENS + 1, TOKENS.flip(0), TOKENS.view(4, 3), TOKENS[:2]],
-    "members": [("other",)],
+    "members": [(types.SimpleNamespace(OUTPUT_TYPE="loglikelihood"),)],
     "limit": [11, None],
     "folder": [Path("there")],
     "published_lists": ["other"],
@@ -150,9 +151,14 @@ def test_every_field_changes_the_address_or_is_exempt(cls):
         same = addresses(changed) == addresses(item)
         if (name, field) not in EITHER:
             assert same == ((name, field) in EXEMPT), f"{name}.{field}: {EXEMPT.get((name, field), 'it is not in the key')}"
-    own = {(cls.__name__, field.name) for field in dataclasses.fields(cls)} - {(cls.__name__, "model"), (cls.__name__, "plans")}
-    assert own - tried <= {(cls.__name__, "load")}, "fields that were not tried"
-    assert ("LocatedModel", "identity") in tried
+    own = {field.name for field in dataclasses.fields(cls)}
+    made_of = {"model": "LocatedModel", "plans": "DropPlan", "load": "Load"}
+    assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
+        (part.__name__, field.name)
+        for part in (LocatedModel, DropPlan, Load)
+        for field in dataclasses.fields(part)
+        if part.__name__ in {made_of.get(name) for name in own}
+    }
 
 
 def test_no_exemption_is_of_a_field_that_is_gone():
@@ -194,11 +200,33 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
     assert addresses(item).isdisjoint(before)
 
 
-def test_scores_depend_on_the_version_of_lm_eval(monkeypatch):
-    before = {cls: addresses(build(cls)) for cls in classes()}
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"9.9 of {package}")
-    changed = {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]}
-    assert "TaskWork" in changed
+@pytest.mark.parametrize(
+    ("package", "old", "new", "changed"),
+    [
+        ("lm_eval", "0.4.9", "0.4.10", {"TaskWork"}),
+        ("transformers", "5.17.0", "6.0.0", {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork"}),
+        ("transformers", "5.17.0", "5.18.0", set()),  # the same code, rounding apart; times have the exact version (below)
+    ],
+)
+def test_values_depend_on_versions_that_change_them(monkeypatch, package, old, new, changed):
+    version, found = importlib.metadata.version, []
+    for number in (old, new):
+        monkeypatch.setattr(importlib.metadata, "version", lambda p, n=number: n if p == package else version(p))
+        found.append({cls.__name__: addresses(build(cls)) for cls in classes()})
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == changed
+
+
+def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
+    """One seed draws other numbers there; weights that are read are the same."""
+    drawn = dataclasses.replace(MODEL, identity="random:hand")
+    found = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023 (called in this round)
+        items = [dataclasses.replace(build(cls), model=model) for model in (MODEL, drawn) for cls in classes()]
+        found.append([addresses(item) for item in items])
+    n = len(classes())
+    assert found[0][:n] == found[1][:n]
+    assert all(a.isdisjoint(b) for a, b in zip(found[0][n:], found[1][n:], strict=True))
 
 
 @pytest.mark.parametrize(

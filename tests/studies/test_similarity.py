@@ -11,7 +11,7 @@ from llmdrop_utils.measure.metrics import BIN_EDGES
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.report.tables import frame
 from llmdrop_utils.studies import paper, run
-from llmdrop_utils.studies.profile import Calibration
+from llmdrop_utils.studies.profile import Calibration, Profile
 from llmdrop_utils.studies.run import importance_work
 from llmdrop_utils.studies.similarity.study import TABLES, _rows
 
@@ -186,11 +186,13 @@ def test_corpora_are_drawn_independently():
 
 def test_samples_of_corpora(monkeypatch):
     """As many as the profile calibrates on; of the first corpus as many as the study of sample counts needs."""
-    monkeypatch.setattr(run, "identity_of", lambda model: {"model": model, "dtype": None, "attention": "sdpa"})
+    identity = {"dtype": None, "attention": "sdpa"}
+    monkeypatch.setattr(run, "identity_of", lambda model, profile: {"model": model} | identity)
     monkeypatch.setattr(run, "load_tokenizer", lambda model: None)
     monkeypatch.setattr(run, "load_tokens", lambda corpus, tokenizer, n, seq_len: np.zeros((n, seq_len)))
-    work = importance_work(MODEL, ["web", "code"], calibration(n_samples=2, sample_counts=[1, 5]))
-    few = importance_work(MODEL, ["web"], calibration(n_samples=6, sample_counts=[1, 5]))
+    profile = lambda n: Profile("hand", "by hand", [], {Calibration: calibration(n, sample_counts=[1, 5])})  # noqa: E731
+    work = importance_work(MODEL, ["web", "code"], profile(2))
+    few = importance_work(MODEL, ["web"], profile(6))
     assert [(item.corpus, item.tokens.shape) for item in work] == [("web", (5, 8)), ("code", (2, 8))]
     assert few[0].tokens.shape == (6, 8)
 
@@ -202,7 +204,11 @@ def test_agreement_of_groups_of_samples():
     """Each of three samples against the mean of the two others: ranks 1 2 3 and 3 2 1, 1 3 2 and 3 2 1, 3 2 1 and 1 2 3."""
     rows = table("sample_agreement", {"web": scores([[1, 2, 4], [1, 3, 2], [9, 6, 3]])}, sample_counts=[1, 2])
     assert {(row["corpus"], row["n_samples"], row["groups"]) for row in rows} == {("web", 1, 3)}
-    assert three(one(rows, kind="mlp"), "correlation") == pytest.approx([(-1 - 0.5 - 1) / 3, -1, -0.5])
+    row = one(rows, kind="mlp")
+    assert row["correlation"] == pytest.approx(-2.5 / 3)
+    # Standard deviation 0.5 / root of 3, so standard error 1 / 6; Student's quantile for three values is 4.3027.
+    assert (row["low"], row["high"]) == pytest.approx((-2.5 / 3 - 4.3027 / 6, -2.5 / 3 + 4.3027 / 6), abs=1e-4)
+    assert row["lowest"] == -1
 
 
 @pytest.mark.parametrize(("n_samples", "counted"), [(5, [1]), (6, [1, 2]), (8, [1, 2]), (9, [1, 2, 3])])
@@ -235,7 +241,16 @@ def test_published_lists(monkeypatch):
     by_corpus = {"web": two_samples(), "code": two_samples(attention=ATTENTION[::-1])}
     attention, reverse, mlp, _ = _rows(by_corpus, model, calibration())["published"]
     assert attention == {
-        "corpus": "web", "kind": "attention", "n_drop": 2, "shared": 1, "by_chance": 1.0, "theirs": "3 2", "ours": "0 2",
+        "corpus": "web", "kind": "attention", "n_drop": 2, "shared": 1, "low": 1, "high": 1, "by_chance": 1.0, "theirs": "3 2",
+        "ours": "0 2",
     }  # fmt: skip
     assert (reverse["corpus"], reverse["shared"], reverse["ours"]) == ("code", 1, "3 1")
     assert (mlp["n_drop"], mlp["shared"], mlp["by_chance"], mlp["ours"]) == (3, 2, 9 / 4, "1 0 2")
+
+
+def test_what_is_shared_has_an_interval_over_samples(monkeypatch):
+    """The second sample, which has three times the tokens, drops layer 0; the first drops layer 1, as they do."""
+    monkeypatch.setattr(paper, "drop_lists", lambda name: [("mlp", [1])])
+    model = LocatedModel("hand", Path(), "sha256:hand", published_lists="theirs")
+    (row,) = _rows({"web": scores([[2, 1], [1, 2]], weights=[10, 30])}, model, calibration())["published"]
+    assert three(row, "shared") == [0, 0, 1]

@@ -449,9 +449,10 @@ def test_of_several_series_the_others_are_followed(cache, results):
 
 def test_scores_and_text_have_tokens_of_their_own(monkeypatch):
     """Of the stage that is asked for; the text under the dense model first, then under every plan."""
-    monkeypatch.setattr(study, "identity_of", lambda model: {"model": model, "dtype": torch.float32, "attention": "sdpa"})
+    identity = {"dtype": torch.float32, "attention": "sdpa"}
+    monkeypatch.setattr(study, "identity_of", lambda model, profile: {"model": model} | identity)
     for_scores, for_text = torch.zeros(4, 8).long(), torch.ones(2, 8).long()
-    job = study._Job(series(), for_scores, for_text, load_profile("smoke").section(Stages))
+    job = study._Job(series(), for_scores, for_text, load_profile("smoke"))
     plans = study._plans(importance(ATTENTION[2], MLP[2], BLOCK[2]))
     scores, text = job.importance_at(1), job.text_at(1, plans)
     assert scores.tokens is for_scores
