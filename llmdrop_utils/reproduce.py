@@ -19,6 +19,7 @@ from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
 from .report.tables import distance_from_reference, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
+from .studies.numbers import write_numbers
 from .studies.page import TABLES
 from .studies.profile import Profile, description_of, profile_names
 from .studies.run import STUDIES
@@ -141,9 +142,10 @@ def keep_as_reference(run: str) -> RunFolders:
 
 
 def _judge(run: str, folders: RunFolders) -> list[Verdict]:
-    """Write the scorecard of a run's tables; returns the verdicts."""
+    """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
     verdicts = judge(folders.tables)
-    write_scorecard(verdicts, folders.figures, run, _about(folders.tables, run))
+    about = f"{_about(folders.tables, run)}\n\n{write_numbers(folders.tables, folders.figures)}"
+    write_scorecard(verdicts, folders.figures, run, about)
     return verdicts
 
 

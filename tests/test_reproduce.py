@@ -35,7 +35,7 @@ assert OUTPUT != ROOT, "the tests delete what lies under OUTPUT"
 
 
 # Products that hold times, which no two runs share.
-TIMED = {name for name, figure in FIGURES.items() if figure.notebook == "05_speedup"} | {"05_speedup", "scorecard"}
+TIMED = {name for name, figure in FIGURES.items() if figure.notebook == "05_speedup"} | {"05_speedup", "scorecard", "numbers"}
 
 
 def untimed(products):
@@ -65,7 +65,7 @@ def test_run_is_complete(smoke_run):
     names = {str(path) for path in smoke_run}
     for name in FIGURES:
         assert {f"figures/{name}{suffix}" for suffix in (".svg", ".pdf", ".png", ".csv")} <= names
-    assert {"figures/scorecard.md", "figures/scorecard.csv"} <= names
+    assert {"figures/scorecard.md", "figures/scorecard.csv", "figures/numbers.csv"} <= names
     assert "Its numbers mean nothing" in (paths.RESULTS / "smoke/figures/scorecard.md").read_text()
     for notebook in STUDIES:
         page = nbformat.read(paths.RESULTS / f"smoke/notebooks/{notebook}.ipynb", as_version=4)
@@ -127,7 +127,9 @@ def test_any_model(my_model, smoke_run):
     expected = {p.name for p in smoke_run}
     if some:
         expected = {
-            n for n in expected if n.startswith("scorecard") or notebook_of(n) in ("01_similarity", "07_training_stages")
+            n
+            for n in expected
+            if n.startswith(("scorecard", "numbers")) or notebook_of(n) in ("01_similarity", "07_training_stages")
         }
     assert {p.name for p in mine} == expected
     assert untimed(products()) == untimed(smoke_run), "the other run is untouched"
@@ -170,7 +172,7 @@ def test_one_corpus_and_a_model_that_is_away(network, smoke_run, tmp_path, monke
     scorecard = (paths.RESULTS / "zz-test/figures/scorecard.md").read_text()
     assert "org/away: not run: The hub has no model 'org/away'" in scorecard
     drawn = {p.stem for p in products("zz-test", ["figures"])}
-    assert drawn == {"scorecard"} | {name for name, figure in FIGURES.items() if figure.notebook == "01_similarity"}
+    assert drawn == {"scorecard", "numbers"} | {name for name, figure in FIGURES.items() if figure.notebook == "01_similarity"}
 
 
 def test_dead_kernel_is_reported(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
-"""What a forward pass must hold, move and compute, counted from a model's shape: no part of a pass can be faster.
+"""What a forward pass must hold, move and compute, counted from a model's shape.
 
-Key-value bytes follow the paper's Table 4: 2 x layers x key-value heads x head size x tokens x bytes per number. A floor of
-time follows from bytes and operations of each part, and from what the device can move and multiply (`speed.Limits`).
+Key-value bytes follow the paper's Table 4: 2 x layers x key-value heads x head size x tokens x bytes per number. The floor of
+a pass is an estimate, not a bound. It follows from bytes and operations of its parts, one part after the other, and from what
+the device was measured to move and multiply (`speed.Limits`). A pass can be faster: parts can overlap, and what a processor's
+caches hold need not be moved. Usually it is slower: launching operations and copying the cache are not counted.
 """
 
 import dataclasses
@@ -76,5 +78,8 @@ def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -
 
 
 def floor_seconds(parts: list[Part], bandwidth: float, rate: float) -> float:
-    """The least time of a pass: each part takes its bytes at `bandwidth` (bytes/s) or its operations at `rate` (1/s)."""
+    """Estimate of a pass's time in seconds, its parts one after the other.
+
+    A part takes as long as its bytes at `bandwidth` (bytes/s) or its operations at `rate` (1/s), whichever is longer.
+    """
     return sum(max(part.bytes / bandwidth, part.operations / rate) for part in parts)

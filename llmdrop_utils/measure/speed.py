@@ -1,4 +1,4 @@
-"""Seconds of prefill, of decoding and of whole generations, and what the device could do at most.
+"""Seconds of prefill, of decoding and of whole generations, beside what bytes and operations would take.
 
 Every step gets the cache of the steps before it, and the cache is checked to have grown. Speed does not depend on values,
 so a context is put into the cache without being read, and weights may be random.
@@ -26,7 +26,7 @@ VERSION = 1  # raise when a change to the measurement changes what is measured
 
 BACKENDS = ("eager", "compiled")
 
-NOISY = 0.1  # a spread (middle half of the repeats over the median) above this marks a timing as noisy
+NOISY = 0.1  # a spread above this marks a timing as noisy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Speed:
     """What a load takes under one plan."""
 
     seconds: tuple[float, ...]  # one for each repeat: of the prefill, of one decode step, of the generation
-    floor_seconds: float  # the least it could take (see `floors.floor_seconds`)
+    floor_seconds: float  # what its bytes and operations would take: an estimate, no bound (see `floors.floor_seconds`)
     kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache;
     # a static cache takes its whole room from the start
     peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
@@ -68,14 +68,21 @@ class Speed:
 
     @property
     def spread(self) -> float:
-        """The middle half of the repeats, as a share of the median."""
-        low, high = np.quantile(self.seconds, [0.25, 0.75])
-        return float((high - low) / self.median)
+        """See `spread_of`."""
+        return spread_of(self.seconds)
+
+
+def spread_of(seconds: Sequence[float] | np.ndarray) -> float:
+    """The middle half of the repeats, as a share of their median; NaN for a single one."""
+    if len(seconds) < 2:
+        return float("nan")
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    return float((high - low) / median)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the device can do at most, as measured on it."""
+    """What the device does at best, as measured on it."""
 
     bandwidth: float  # bytes/s moved, the better of copying a large tensor and of multiplying a matrix with a vector
     rate: float  # operations/s of multiplying two large matrices
@@ -91,8 +98,9 @@ def measure_speed(
     """Time a load under each plan.
 
     On a CPU, eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them. On a GPU (where
-    what is dropped leaves the device) and when compiled, all repeats of a plan follow each other. Timings come after an untimed
-    warm-up and end when the device is done. If memory runs out, the batch of all plans is halved, with a message.
+    what is dropped leaves the device) and when compiled, all repeats of a plan follow each other. Before the first repeat of
+    each turn comes a short untimed warm-up. Times end when the device is done. If memory runs out, the batch of all plans is
+    halved, with a message.
 
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
     large even as a single sequence, NotAvailable if the compiled back end cannot run the model.
@@ -155,14 +163,14 @@ def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repe
     turns, each = (repeats, 1) if load.backend == "eager" and device.type == "cpu" else (1, repeats)
     seconds: list[list[float]] = [[] for _ in plans]
     facts: list[dict] = [{} for _ in plans]
-    for turn in range(turns):
+    for _ in range(turns):
         for i, plan in enumerate(plans):
             with dropped(model, plan):
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
                 job = {"prefill": _prefill, "decode": _decode, "generation": _generation}[load.what](model, load)
-                job(warm_up=turn == 0 or device.type == "cuda")
+                job(warm_up=True)
                 for _ in range(each):
                     taken, cache = job()
                     seconds[i].append(taken)
@@ -179,9 +187,8 @@ def _prefill(model, load: Load):
     tokens = random_tokens(model, load.batch_size, load.context)
 
     def job(warm_up: bool = False):
-        if warm_up:  # a GPU takes memory and chooses kernels for this very length the first time
-            some = tokens if tokens.is_cuda else tokens[:, :16]
-            next_token(model, some, new_cache(model, "eager", load.context))
+        if warm_up:
+            next_token(model, _some(tokens), new_cache(model, "eager", load.context))
             return None
         cache = new_cache(model, "eager", load.context)
         taken = _seconds(lambda: next_token(model, tokens, cache), tokens.device)
@@ -208,8 +215,6 @@ def _decode(model, load: Load):
             steps(1)
             rewind()
             return None
-        steps(1)  # the weights of another plan may have filled the processor's cache meanwhile
-        rewind()
         taken = _seconds(lambda: steps(load.new_tokens), first.device) / load.new_tokens
         check_length(cache, load.context + load.new_tokens)
         rewind()
@@ -224,12 +229,12 @@ def _generation(model, load: Load):
     room = load.room or load.context + load.new_tokens
     state: dict = {}
 
-    def generate() -> None:
+    def generate(prompt: torch.Tensor = tokens, steps: int = load.new_tokens - 1) -> None:
         cache = state["cache"]
-        token = next_token(model, tokens, cache)
+        token = next_token(model, prompt, cache)
         step = state.get("step") or stepper(model, token, cache, load.backend)
         state["step"] = step
-        for _ in range(load.new_tokens - 1):
+        for _ in range(steps):
             token = step(token)
 
     def job(warm_up: bool = False):
@@ -239,14 +244,18 @@ def _generation(model, load: Load):
         else:  # what was compiled and captured holds this very cache
             rewinder(state["cache"], 0)()
         if warm_up:
-            if load.backend == "compiled" or tokens.is_cuda:
-                generate()
+            generate(_some(tokens), min(1, load.new_tokens - 1))
             return None
         taken = _seconds(generate, tokens.device)
         check_length(state["cache"], load.context + load.new_tokens - 1)
         return taken, state["cache"]
 
     return job
+
+
+def _some(tokens: torch.Tensor) -> torch.Tensor:
+    """What a warm-up reads of a prompt. A GPU takes memory and chooses kernels for this very length the first time."""
+    return tokens if tokens.is_cuda else tokens[:, :16]
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -260,7 +269,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def _best(function: Callable[[], object], device: torch.device) -> float:
-    """Least of several times: what the device can do when nothing disturbs it."""
+    """Least of several times: what the device does when nothing disturbs it."""
     function()
     return min(_seconds(function, device) for _ in range(8))
 

@@ -28,7 +28,7 @@ BUS = 25e9  # bytes/s from the memory of the CPU to a GPU; assumed
 
 # How many operations the reference run did in the time in which importance takes one, if plans shared nothing: text and
 # tasks share layers between plans, and choices share their question.
-RELATIVE_RATE = {"importance": 1.0, "iterative": 1.1, "text": 1.75, "tasks": 3.9, "prefill": 0.55, "training": 0.37}
+RELATIVE_RATE = {"importance": 1.0, "iterative": 1.1, "text": 1.75, "tasks": 3.9, "prefill": 0.89, "training": 0.37}
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def cpu(threads: int, dtype: torch.dtype, memory: int) -> Device:
     if threads != 2:
         basis += f", taken to grow with the number of threads (times {threads / 2:g})"
     basis += "" if is_bf16 else ", 2.5 times slower in float32"
-    rates = 0.457e12 * share, 6.7e9 * share, 1.0e9 * share
+    rates = 0.457e12 * share, 12.5e9 * share, 2.1e9 * share
     return Device(f"CPU, {threads} thread{'s' if threads > 1 else ''}", False, memory, dtype.itemsize, *rates, 0.0, basis)
 
 
@@ -213,23 +213,26 @@ def _speed(part: dict, model: str, shape: Shape, is_random: bool) -> Piece:
     listed = 1 + sum(n < shape.layers for several in part["n_drop"].values() for n in several)
     swept = 1 + 2 * (part["sweep_n"] < shape.layers)
     compiled = sum(n < shape.layers for several in (part["compiled"] or {}).values() for n in several)
-    prompt, new_tokens = part["whole"]
+    whole = sum(n < shape.layers for several in (part["whole"] or {}).values() for n in several)
+    whole += bool(whole)  # and the dense model
     batch = part["batch_size"] or 8  # a GPU is filled: with about so many
     rounds = part["repeats"]
-    prefill = part["prompt"] * batch * listed + sum(c for c in part["contexts"] if c <= part["prompt"]) * swept + 3 * prompt
+    prefill = part["prompt"] * batch * listed + sum(c for c in part["contexts"] if c <= part["prompt"]) * swept
     decode = []  # context, batch, plans
     for context in part["contexts"]:
         decode += [(context, 1, listed)] + [(context, size, swept) for size in part["sweep_batches"] if size > 1]
         if part["batch_size"] is None and part["prompt"] <= context <= part["prompt"] + part["new_tokens"]:
             decode.append((context, batch, listed))
-    decode += [(prompt, 1, 2), (prompt + new_tokens, 1, 2)] + ([(part["prompt"], batch, 1 + compiled)] if compiled else [])
+    decode += [(part["prompt"], batch, 1 + compiled)] if compiled else []
     each = part["steps"] + 1  # one untimed step before those that are timed
-    steps = rounds * (sum(plans for *_, plans in decode) * each + 2 * new_tokens)
-    context = rounds * (sum(c * b * plans for c, b, plans in decode) * each + 2 * new_tokens * (prompt + new_tokens / 2))
-    basis = f"timing: {steps:,.0f} decode steps, prompts of {rounds * prefill / 1e6:.2g} M tokens"
-    key, passes = ("speed", model), rounds * prefill / part["prompt"]
+    steps = rounds * sum(plans for *_, plans in decode) * each + whole * part["new_tokens"]
+    context = rounds * sum(c * b * plans for c, b, plans in decode) * each
+    context += whole * part["new_tokens"] * batch * (part["prompt"] + part["new_tokens"] / 2)
+    tokens = rounds * prefill + whole * part["prompt"] * batch
+    basis = f"timing: {steps:,.0f} decode steps, prompts of {tokens / 1e6:.2g} M tokens"
+    key, passes = ("speed", model), tokens / part["prompt"]
     fixed = COMPILING * (1 + compiled) if compiled else 0
-    return Piece(key, "prefill", shape, basis, 0, rounds * prefill, passes, steps, context, fixed, is_random)
+    return Piece(key, "prefill", shape, basis, 0, tokens, passes, steps, context, fixed, is_random)
 
 
 def stage_pieces(part: dict, series: str, shape: Shape, stages: int) -> list[Piece]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 from ..base import files
 from ..models.locate import LocatedModel
@@ -29,11 +30,27 @@ def drop_lists(model: str | None) -> list[tuple[str, list[int]]]:
 
 def name_in_tables(model: LocatedModel) -> str | None:
     """The model's name in the paper's tables, in small letters, if it is one of the paper's, or has the shape of one."""
-    for name, source in catalogue()["models"].items():
-        is_this = "hub" in source and model.identity.startswith(f"hub:{source['hub']}@")
-        if is_this or model.name == f"random:{name}":
-            return name.removesuffix("-v0.1")
+    name = name_in_catalogue(model.name, model.identity)
+    return name and name.removesuffix("-v0.1")
+
+
+def name_in_catalogue(name: str, identity: str) -> str | None:
+    """Which model of data/sources.yaml a model with weights from the hub is ("hub:<repository>@<commit>"), or a shape of."""
+    for known, source in catalogue()["models"].items():
+        if ("hub" in source and identity.startswith(f"hub:{source['hub']}@")) or name == f"random:{known}":
+            return known
     return None
+
+
+def model_of(claim: dict) -> str:
+    """The model that a number is about, as data/sources.yaml names it: "Mistral-7B (as captioned)" is "mistral-7b-v0.1"."""
+    name = claim["model"].split(" (")[0].split("/")[-1].lower()
+    return next((known for known in catalogue()["models"] if known.removesuffix("-v0.1") == name), name)
+
+
+def value_of(claim: dict) -> float:
+    """A printed value as a number: "> 99" is 99."""
+    return float(re.findall(r"-?\d+(?:\.\d+)?", str(claim["value"]))[0])
 
 
 def rows_for(model: LocatedModel) -> list[dict]:

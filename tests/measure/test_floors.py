@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from llmdrop_utils import DropPlan, cache_bytes, dropped, kv_bytes
 from llmdrop_utils.dropping.maps import LinearMap
-from llmdrop_utils.measure.floors import floor_seconds, parts_of_pass
+from llmdrop_utils.measure.floors import Part, floor_seconds, parts_of_pass
 from llmdrop_utils.models.families import is_full_attention
 
 BATCH, LENGTH = 3, 11
@@ -83,6 +83,11 @@ def test_other_families_can_be_counted(name):
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert 0 < few < weights * 1.1
     assert few < many
+
+
+def test_floor_adds_parts_one_after_the_other():
+    """8 bytes at 2 bytes/s take longer than 6 operations at 3/s; of 2 bytes and 30 operations, the operations do."""
+    assert floor_seconds([Part(8, 6), Part(2, 30)], bandwidth=2, rate=3) == 4 + 10
 
 
 def test_floor_takes_the_slower_of_both():

@@ -1,5 +1,7 @@
 """Times are of what they say: the loop that is timed decodes as `generate` does, and every step sees the ones before."""
 
+import math
+
 import families
 import pytest
 import torch
@@ -97,6 +99,45 @@ def test_plans_take_turns(monkeypatch):
     monkeypatch.setattr(speed, "dropped", lambda model, plan: order.append(plan.attention) or enter(model, plan))
     measure_speed(model, Load("decode", 4, 2), [DropPlan(), DropPlan(attention=(1,))], repeats=3)
     assert order == [(), (1,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("load", "passes"),
+    [
+        (Load("prefill", 20), [16, 20]),  # a short warm-up, and what is timed
+        (Load("decode", 20, 3), [16, 1, 1, 1, 1]),  # 16 tokens that fill the cache, one step, the three that are timed
+        (Load("generation", 20, 4), [16, 1, 20, 1, 1, 1]),  # the prefill gives the first of four new tokens
+    ],
+)
+def test_every_round_times_each_plan_once(load, passes):
+    """Nothing is run at length only to be thrown away."""
+    model, lengths = families.tiny("llama"), []
+    look = lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1])  # noqa: E731
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    found = measure_speed(model, load, [DropPlan(), DropPlan(attention=(1,))], repeats=3)
+    assert lengths == passes * 6, "two plans in three rounds"
+    assert [len(timing.seconds) for timing in found] == [3, 3]
+
+
+def test_a_decode_time_is_that_of_one_step(monkeypatch):
+    """Three steps between two looks at the clock that are 6 s apart: 2 s each."""
+    ticks = iter(range(0, 1000, 6))
+    monkeypatch.setattr(speed, "device_limits", lambda device, dtype: speed.Limits(1e9, 1e12))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))
+    model = families.tiny("llama")
+    seconds = {load.what: measure_speed(model, load, repeats=2)[0].seconds for load in LOADS}
+    assert seconds == {"prefill": (6.0, 6.0), "decode": (2.0, 2.0), "generation": (6.0, 6.0)}
+
+
+LOADS = [Load("prefill", 8), Load("decode", 8, 3), Load("generation", 8, 3)]
+
+
+def test_spread_is_the_middle_half_over_the_median():
+    timing = speed.Speed((5.0, 1.0, 4.0, 2.0, 3.0), 1.0, 8, None, 1)
+    assert (timing.median, timing.spread) == (3.0, pytest.approx((4 - 2) / 3))
+    timing = speed.Speed((1.0, 2.0, 4.0, 13.0), 1.0, 8, None, 1)
+    assert (timing.median, timing.spread) == (3.0, pytest.approx((6.25 - 1.75) / 3))  # the mean is 5
+    assert math.isnan(speed.Speed((1.0,), 1.0, 8, None, 1).spread), "one repeat says nothing"
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch, capsys):

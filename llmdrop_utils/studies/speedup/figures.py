@@ -20,7 +20,6 @@ FILLS = {"eager": "full", "compiled": "none"}  # filled markers: eager; open one
 LAYERS = {"attention": "attention layers", "mlp": "MLP layers", "block": "blocks", "joint": "attention and MLP layers"}
 DOTTED: dict[str, Any] = {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
 RING: dict[str, Any] = {"color": "0.4", "linestyle": "none", "marker": "o", "markersize": 9, "fillstyle": "none"}
-REPEATS = "bars: 95 % intervals over repeats"
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
@@ -60,7 +59,7 @@ def context_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
 
 
 def limit_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
-    """Milliseconds per token over the context; dotted in the same colour, the least that the device would need."""
+    """Milliseconds per token over the context; dotted in the same colour, what bytes and operations would take."""
     first = rows["backend"].iloc[0]
     for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
         line, n = line.sort_values("context"), line["n"].iloc[0]
@@ -68,8 +67,8 @@ def limit_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         ax.plot(line["context"], 1e3 * line["seconds"], label=name, color=COLORS[kind], marker=MARKERS[kind],
                 fillstyle=FILLS[backend])  # fmt: skip
         if backend == first:
-            least = 1e3 * line["seconds"] * line["share_of_limit"]
-            ax.plot(line["context"], least, color=COLORS[kind], linewidth=0.8, linestyle=":")
+            estimate = 1e3 * line["seconds"] * line["share_of_limit"]
+            ax.plot(line["context"], estimate, color=COLORS[kind], linewidth=0.8, linestyle=":")
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.set(title=title, xlabel="Tokens in the cache", ylabel="Milliseconds per token")
@@ -97,8 +96,8 @@ def trade_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
 
 @figure("05_speedup")
 def figS8_speedup(tables: Tables) -> Drawing:
-    """Speed-up against the number dropped: reading a prompt, decoding behind it, and both as in the paper."""
-    data = tables["speed"].query("kind != 'dense'")
+    """Speed-up against the number dropped: reading a prompt, decoding behind it, and both as in the paper, from samples."""
+    data = tables["speed"].query("kind != 'dense' and what != 'generation'")
     generation = data[data["what"] == GENERATION]
     if generation.empty:
         return nothing_to_show("No whole generation could be composed", data)
@@ -116,7 +115,7 @@ def figS8_speedup(tables: Tables) -> Drawing:
             rows = rows[(rows["model"] == model) & (rows["batch_size"] == batch)]
             speedup_panel(ax, rows.drop_duplicates(["backend", "kind", "n"]), _titled(title, model, models))
         row[0].set_ylabel(f"Speed-up over dense\n(batch {batch})")
-    _explain(fig, axes, _where(tables, models), REPEATS, _signs(data))
+    _explain(fig, axes, _where(tables, models), _bars(data), _signs(data))
 
     def sentence(rows: pd.DataFrame) -> str:
         kinds = [set(of_kind["n"]) for _, of_kind in rows.groupby("kind")]
@@ -125,10 +124,13 @@ def figS8_speedup(tables: Tables) -> Drawing:
         found = [
             f"{r.speedup:.2f} with {r.n} {LAYERS[r.kind]} dropped (predicted: {r.predicted:.2f})" for r in same.itertuples()
         ]
-        return f"The speed-up of the whole generation is {', '.join(found)}."
+        model, dense = rows["model"].iloc[0], tables["speed"].query("kind == 'dense' and what == @GENERATION")
+        share = dense[dense["model"] == model]["share_of_limit"].iloc[0]
+        told = f"The speed-up of the whole generation is {', '.join(found)}. {whole_or_samples(tables, model)}"
+        return f"{told} The dense generation reaches {_allowed(share)}."
 
     eager = protocol[protocol["backend"] == protocol["backend"].iloc[0]]
-    return Drawing(fig, data, for_each_model(eager, sentence))
+    return Drawing(fig, data, _timed_on(tables, for_each_model(eager, sentence)))
 
 
 @figure("05_speedup")
@@ -148,7 +150,7 @@ def figS9_context(tables: Tables) -> Drawing:
                 continue
             context_panel(ax, rows, _titled(f"Decode, batch {batch}", model, models))
         row[0].set_ylabel("Speed-up over dense")
-    _explain(fig, axes, _where(tables, models), REPEATS, _signs(data))
+    _explain(fig, axes, _where(tables, models), _bars(data), _signs(data))
 
     def sentence(rows: pd.DataFrame) -> str:
         found = [
@@ -159,12 +161,12 @@ def figS9_context(tables: Tables) -> Drawing:
         n = rows["n"].iloc[0]
         return f"{' '.join(found)} Beyond that, dropping {n} attention layers gains more than dropping {n} MLP layers."
 
-    return Drawing(fig, data, for_each_model(tables["crossover"].query("what == 'decode'"), sentence))
+    return Drawing(fig, data, _timed_on(tables, for_each_model(tables["crossover"].query("what == 'decode'"), sentence)))
 
 
 @figure("05_speedup")
 def figS10_limit(tables: Tables) -> Drawing:
-    """Time of a decode step, dense and with the most attention dropped, above what the device could do at best."""
+    """Time of a decode step, dense and with the most attention dropped, beside what its bytes and operations would take."""
     data = tables["speed"].query("what == 'decode' and batch_size == 1 and kind in ('dense', 'attention')")
     data = data[data["room"].isna()]
     most = data.groupby("model")["n"].max()
@@ -178,18 +180,18 @@ def figS10_limit(tables: Tables) -> Drawing:
     fig, axes = plt.subplots(1, len(models), figsize=(width, 3.2), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
         limit_panel(ax, data[data["model"] == model], _titled("Decode, batch 1", model, models))
-    limit = {"least that the device would need": Line2D([], [], **DOTTED)}
+    limit = {"bytes and operations, parts one after the other": Line2D([], [], **DOTTED)}
     _explain(fig, axes, _where(tables, models), "", limit, columns=min(2, len(models)))
 
     def sentence(rows: pd.DataFrame) -> str:
         dense = rows[rows["n"] == 0].sort_values("context")
         few, many = dense.iloc[0], dense.iloc[-1]
         return (
-            f"Dense decoding takes {1 / few['share_of_limit']:.1f} times the least that the device would need with "
-            f"{few['context']:,} tokens in the cache, and {1 / many['share_of_limit']:.1f} times with {many['context']:,}."
+            f"With {few['context']:,} tokens in the cache, dense decoding reaches {100 * few['share_of_limit']:.0f} %, and "
+            f"with {many['context']:,} it reaches {_allowed(many['share_of_limit'])}."
         )
 
-    return Drawing(fig, data, for_each_model(data, sentence))
+    return Drawing(fig, data, _timed_on(tables, for_each_model(data, sentence)))
 
 
 @figure("05_speedup")
@@ -203,7 +205,7 @@ def figS11_trade(tables: Tables) -> Drawing:
     fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.6 * len(models)), 3.0), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
         trade_panel(ax, data[data["model"] == model], model if len(models) > 1 else "")
-    note = "numbers: layers dropped; bars: 95 % intervals; lower right is better"
+    note = f"numbers: layers dropped; {_bars(tables['speed'])}, 95 % over documents; lower right is better"
     _explain(fig, axes, _where(tables, models), note, {}, columns=3)
 
     def sentence(rows: pd.DataFrame) -> str:
@@ -213,9 +215,12 @@ def figS11_trade(tables: Tables) -> Drawing:
             return "No two kinds have a speed-up beyond noise at the same number dropped."
         n = shared[shared == shared.max()].index.max()
         found = [f"{r.sdr:.2f} for {LAYERS[r.kind]}" for r in rows[rows["n"] == n].itertuples()]
-        return f"Points lost per percent of speed-up, with {n} dropped: {', '.join(found)}."
+        return (
+            f"Points lost per percent of speed-up, with {n} dropped: {', '.join(found)}. "
+            f"{whole_or_samples(tables, rows['model'].iloc[0])}"
+        )
 
-    return Drawing(fig, data, for_each_model(data, sentence))
+    return Drawing(fig, data, _timed_on(tables, for_each_model(data, sentence)))
 
 
 # ---- what they share --------------------------------------------------------------------------------------------------
@@ -230,9 +235,42 @@ def _titled(title: str, model: str, models: list[str]) -> str:
 
 
 def _where(tables: Tables, models: list[str]) -> str:
-    """The device, and the model if it is the only one: times mean nothing without them."""
-    device = tables["models"]["device"].iloc[0]
-    return f"{models[0]} on {device}" if len(models) == 1 else f"on {device}"
+    """The device and the dtype, and the model if it is the only one: times mean nothing without them."""
+    return f"{models[0]} on {machine(tables)}" if len(models) == 1 else f"on {machine(tables)}"
+
+
+def machine(tables: Tables) -> str:
+    """What was timed on: "AMD EPYC, 2 threads, in float32"."""
+    found = tables["models"].iloc[0]
+    return f"{found['device']}, in {found['dtype']}"
+
+
+def _timed_on(tables: Tables, takeaway: str) -> str:
+    """A takeaway and the machine whose times it tells."""
+    return takeaway and f"{takeaway} Timed on {machine(tables)}."
+
+
+def _bars(data: pd.DataFrame) -> str:
+    """What the bars of speed-ups cover: the level that their number of repeats gives."""
+    return f"bars: intervals that cover {100 * data['level'].min():.1f} % over repeats"
+
+
+def _allowed(share: float) -> str:
+    """A share of the limit in words, and what else is timed where it is less than half of the time."""
+    more = "; overhead and cache copies are timed too" if share < 0.5 else ""
+    return f"{100 * share:.0f} % of what bytes and operations allow, parts one after the other{more}"
+
+
+def whole_or_samples(tables: Tables, model: str) -> str:
+    """How the generation that was timed whole compares with its samples: a sentence."""
+    rows = tables["protocol"].query("model == @model")
+    if rows.empty:
+        return "The generation is composed from samples and was not timed whole."
+    found = [
+        f"{r.ratio:.2f} times as long {f'with {r.n} {LAYERS[r.kind]} dropped' if r.n else 'for the dense model'}"
+        for r in rows.itertuples()
+    ]
+    return f"It was also timed whole, once. From samples it takes {', '.join(found)}."
 
 
 def _signs(data: pd.DataFrame) -> dict[str, Line2D]:

@@ -1,7 +1,8 @@
 """Notebook 05, from stored values to timings; and whole generations, composed from a prefill and samples of decode steps.
 
-A generation of 2,048 tokens in and out takes minutes, so it is timed in samples: the prompt once, and a few decode steps at
-several contexts. A decode step's time hardly bends between neighbouring contexts, so steps between them follow a line.
+A generation of 2,048 tokens in and out takes minutes, so it is timed in samples under most plans: the prompt, and a few decode
+steps at several contexts. A decode step's time hardly bends between neighbouring contexts, so steps between them follow a line.
+Under the plans that the profile lists under `whole` it is timed whole too, once, and compared with its samples.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import numpy as np
 
 from ...base import stats
 from ...dropping.plan import DropPlan, PlanKey
-from ...measure.speed import NOISY
+from ...measure.speed import NOISY, spread_of
 from ..work import DENSE_CELL, Cell
 from .loads import Speed, SpeedWork
 
@@ -25,7 +26,7 @@ class Timed:
     row: dict  # what was timed, and its place in the tables
     asked: int | None  # batch that was asked for; None: as many sequences as fit. Less in `row` if memory ran out
     seconds: np.ndarray  # (repeats,)
-    floor: float  # the least time that it could take, in seconds
+    floor: float  # seconds that its bytes and operations would take, parts one after the other
     dense_seconds: np.ndarray  # (repeats,)
     dense_floor: float
 
@@ -35,19 +36,22 @@ class Timed:
         return self.row["model"], self.row["kind"], self.row["n"]
 
     def as_row(self) -> dict:
-        """With median, spread, speed-up over dense, and both beside what the device could do.
+        """With median, spread, speed-up over dense, and both beside what bytes and operations would give.
 
         Each repeat is compared with the dense model's of the same round: what slows the machine for a while slows both.
-        Dense 2.0, 4.0, 2.2 s and dropped 1.0, 2.0, 1.1 s is a speed-up of exactly 2, however noisy.
+        Dense 2.0, 4.0, 2.2 s and dropped 1.0, 2.0, 1.1 s is a speed-up of exactly 2, however noisy. It is noisy if either is.
+        `level` is what the intervals cover (see `stats.median_interval`).
         """
         ratio = self.dense_seconds / self.seconds
-        low, high = stats.interval(stats.bootstrap_medians(ratio), len(ratio))
-        median = np.median(self.seconds)
-        quarter, three = np.quantile(self.seconds, [0.25, 0.75])
-        spread = (three - quarter) / median
-        return self.row | {"seconds": median, "spread": spread, "noisy": bool(spread > NOISY), "speedup": np.median(ratio),
-                           "speedup_low": low, "speedup_high": high, "predicted": self.dense_floor / self.floor,
-                           "share_of_limit": self.floor / median}  # fmt: skip
+        seconds_low, seconds_high, level = stats.median_interval(self.seconds)
+        speedup_low, speedup_high, _ = stats.median_interval(ratio)
+        median, spread, dense_spread = np.median(self.seconds), spread_of(self.seconds), spread_of(self.dense_seconds)
+        return self.row | {
+            "seconds": median, "seconds_low": seconds_low, "seconds_high": seconds_high, "level": level, "spread": spread,
+            "dense_spread": dense_spread, "noisy": spread > NOISY or dense_spread > NOISY, "speedup": np.median(ratio),
+            "speedup_low": speedup_low, "speedup_high": speedup_high, "predicted": self.dense_floor / self.floor,
+            "share_of_limit": self.floor / median,
+        }  # fmt: skip
 
 
 def read_timings(item: SpeedWork, values: list[dict], plans: dict[Cell, DropPlan]) -> list[Timed]:
@@ -70,19 +74,15 @@ def read_timings(item: SpeedWork, values: list[dict], plans: dict[Cell, DropPlan
 
 
 def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed], dict[str, str]]:
-    """The paper's protocol on each back end, and the generation that is also timed in one piece.
+    """The paper's protocol on each back end.
 
     Returns them, and why others cannot be composed (what -> reason).
     """
-    protocol, whole = (settings.prompt, settings.new_tokens), tuple(settings.whole)
+    prompt, new_tokens = settings.prompt, settings.new_tokens
+    of_batch = [t for t in timed if t.asked == settings.batch_size]
     composed, not_run = [], {}
-    for backend, (prompt, new_tokens), asked in (
-        ("eager", protocol, settings.batch_size),
-        ("eager", whole, 1),
-        ("compiled", protocol, settings.batch_size),
-    ):
+    for backend in ("eager", "compiled"):
         # 1. Prefill and samples of decoding, of each model and plan.
-        of_batch = [t for t in timed if t.asked == asked]
         prefills = {t.cell: t for t in of_batch if t.row["what"] == "prefill" and t.row["context"] == prompt}
         samples: dict[tuple, dict[int, Timed]] = {}
         for t in of_batch:
@@ -108,15 +108,16 @@ def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed
 def integrate(prefill: Timed, decode: dict[int, Timed], prompt: int, new_tokens: int) -> Timed:
     """Prefill and all decode steps but the first token's, which the prefill gives; times between samples by a line.
 
-    decode: context -> a decode step there. For 100 tokens in and 3 out, with steps of 1 s at a context of 100 and 2 s at
-    110: prefill + (1 + 0.05) + (1 + 0.15), since steps read 100 and 101 tokens, and a sample spans several steps.
+    decode: context -> a decode step there; several that were timed together stand for the one in their middle. Sums are made
+    round by round, so they stay paired with the dense model's. For 100 tokens in and 3 out, with single steps of 1 s at a
+    context of 100 and 2 s at 110: prefill + 1.0 + 1.1, since the two steps come after 100 and 101 tokens.
     """
-    contexts = sorted(decode)
-    samples = [decode[context] for context in contexts]
-    at = prompt + np.arange(new_tokens - 1) + 0.5
+    samples = [decode[context] for context in sorted(decode)]
+    contexts = [sample.row["context"] + (sample.row["new_tokens"] - 1) / 2 for sample in samples]
+    at = prompt + np.arange(new_tokens - 1)
 
     def steps(times: Callable[[Timed], np.ndarray | float]) -> np.ndarray:
-        """Sum over all steps: for each repeat, or a single number."""
+        """Sum over all steps: for each round, or a single number."""
         over_contexts = np.array([times(sample) for sample in samples])
         return np.apply_along_axis(lambda values: np.interp(at, contexts, values).sum(), 0, over_contexts)
 

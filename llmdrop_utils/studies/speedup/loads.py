@@ -2,10 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated
 
 import numpy as np
-from pydantic import AfterValidator
 
 from ...base.errors import each_available
 from ...base.provenance import code_provenance
@@ -24,17 +22,11 @@ from ..run import Run, identity_of, importance_work
 from ..work import DENSE, Cell, Work
 
 
-def _two(values: list[int]) -> list[int]:
-    if len(values) != 2:
-        raise ValueError(f"The key 'whole' in {{where}} must hold a prompt and new tokens, but holds {len(values)} numbers.")
-    return values
-
-
 @section("speed")
 class Speed(Settings):
     """What is timed: generation as in the paper (Sec. 5: 2,048 tokens in and out), and a sweep over batch and context."""
 
-    repeats: Positive
+    repeats: Positive  # six or more for an interval of 95 %; nine leave one outlier on either side out of it
     batch_size: Positive | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
     prompt: Positive
     new_tokens: Positive
@@ -44,7 +36,7 @@ class Speed(Settings):
     sweep_batches: Counts  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers dropped
     sweep_n: Positive
     compiled: CountsByKind | None  # what is also timed on the compiled back end, as in the paper (compiling is slow)
-    whole: Annotated[Counts, AfterValidator(_two)]  # prompt and new tokens of a generation that is timed in one piece too
+    whole: CountsByKind | None  # under what the protocol's generation is also timed whole, once (it takes minutes)
 
 
 # ---- models and plans -------------------------------------------------------------------------------------------------
@@ -100,9 +92,10 @@ def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profil
         timed.setdefault((load, fill), {}).update({plans[cell].key: plans[cell] for cell in cells})
     longest = settings.prompt + settings.new_tokens + settings.steps
     known = learned_positions(load_config(model)) or np.inf
-    shared = identity_of(model, profile) | {"longest": longest, "repeats": settings.repeats}
+    shared = identity_of(model, profile) | {"longest": longest}
+    repeats = {"prefill": settings.repeats, "decode": settings.repeats, "generation": 1}
     return [
-        SpeedWork(**shared, load=load, fill=fill, plans=tuple(under.values()))
+        SpeedWork(**shared, repeats=repeats[load.what], load=load, fill=fill, plans=tuple(under.values()))
         for (load, fill), under in timed.items()
         if under and load.context + load.new_tokens <= known
     ]
@@ -110,12 +103,11 @@ def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profil
 
 def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, list[Cell]]]:
     """Each load, whether its batch is to fill the GPU, and what is dropped."""
-    s, (prompt, new_tokens) = settings, settings.whole
+    s = settings
     batch, fill = s.batch_size or 1, s.batch_size is None
     listed = [cell for cell in cells if cell.n in s.n_drop.get(cell.kind, [])]
     swept = [cell for cell in cells if cell.kind in ("attention", "mlp") and cell.n == s.sweep_n]
-    compiled = [cell for cell in cells if cell.n in (s.compiled or {}).get(cell.kind, [])]
-    one = (swept or listed)[:1]
+    compiled, whole = ([c for c in cells if c.n in (some or {}).get(c.kind, [])] for some in (s.compiled, s.whole))
 
     # 1. The paper's protocol in samples. Its prompt:
     yield Load("prefill", s.prompt, batch_size=batch), fill, listed
@@ -131,15 +123,12 @@ def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, lis
     # 4. The same on the compiled back end: a static cache attends over its whole room, so one context stands for all.
     room = s.prompt + s.new_tokens + s.steps
     yield Load("decode", s.prompt, s.steps, batch, "compiled", room), fill, compiled
-    # 5. A generation in samples and in one piece, to check the samples.
-    for context in (prompt, prompt + new_tokens):
-        yield Load("decode", context, s.steps), False, one
-    yield Load("generation", prompt, new_tokens), False, one
-    # 6. The sweep over prompts.
+    # 5. The sweep over prompts.
     for context in s.contexts:
         if context <= s.prompt:
             yield Load("prefill", context), False, swept
-    yield Load("prefill", prompt), False, one
+    # 6. The protocol whole, to check its samples.
+    yield Load("generation", s.prompt, s.new_tokens, batch), fill, whole
 
 
 @dataclasses.dataclass(frozen=True)

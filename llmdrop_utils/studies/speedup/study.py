@@ -1,4 +1,4 @@
-"""Notebook 05: how much faster models get, what that costs, and what the device could do."""
+"""Notebook 05: how much faster models get, what that costs, and what bytes and operations would give."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import pandas as pd
 from ...base.errors import NotAvailable
 from ...base.provenance import code_provenance
 from ...dropping.plan import DropPlan
+from ...models.load import default_dtype
 from ...models.locate import LocatedModel
 from ...report.tables import Column, Tables, table
 from .. import paper
@@ -20,6 +21,7 @@ from .generation import GENERATION, Timed, compose_generations, read_timings
 from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
 
 SPEEDUP = Column("speedup", "Speed-up", ".2f", "speedup_low", "speedup_high")
+LEVEL = Column("level", "Intervals cover", ".1%")
 LOAD = (
     Column("what", "Load"),
     Column("batch_size", "Batch", "d"),
@@ -33,20 +35,24 @@ TABLES = {
     "speed": table(
         "model", Column("backend", "Back end"), *LOAD, Column("room", "Room of a static cache", ",.0f"), *DROPPED,
         Column("kv_bytes", "Cache, bytes", ",d"), Column("peak_bytes", "Peak memory, bytes", ",.0f"),
-        Column("fill", "Fills the GPU"), Column("seconds", "Seconds", ".3g"), Column("spread", "Spread", ".0%"),
+        Column("fill", "Fills the GPU"), Column("seconds", "Seconds", ".3g", "seconds_low", "seconds_high"),
+        "seconds_low seconds_high", LEVEL, Column("spread", "Spread", ".0%"), Column("dense_spread", "Spread of dense", ".0%"),
         Column("noisy", "Noisy"), SPEEDUP, "speedup_low speedup_high", Column("predicted", "Predicted", ".2f"),
-        Column("share_of_limit", "Share of the limit", ".0%"),
+        Column("share_of_limit", "Share of what bytes and operations allow, parts one after the other", ".0%"),
     ),
     "trade": table(
         "model", Column("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", Column("noisy", "Noisy"),
         LOST, "points_lost_low points_lost_high", Column("retained", "Retained", ".1%"), SDR, "sdr_low sdr_high",
     ),
     "protocol": table(
-        "model", Column("backend", "Back end"), *DROPPED, Column("prompt", "Prompt", ",d"),
-        Column("new_tokens", "New tokens", ",d"), Column("whole", "In one piece, s", ".3g"),
-        Column("whole_spread", "Spread of the piece", ".0%"), Column("from_samples", "From samples, s", ".3g"),
-        Column("from_samples_spread", "Spread of samples", ".0%"), Column("ratio", "Ratio", ".2f"),
-        Column("steps_whole", "Steps in one piece", ",d"), Column("steps_sampled", "Steps sampled", ",d"),
+        "model", Column("backend", "Back end"), Column("batch_size", "Batch", "d"), *DROPPED,
+        Column("prompt", "Prompt", ",d"), Column("new_tokens", "New tokens", ",d"),
+        Column("whole", "Whole, once, s", ".3g"),
+        Column("from_samples", "From samples, s", ".3g", "from_samples_low", "from_samples_high"),
+        "from_samples_low from_samples_high", LEVEL, Column("ratio", "From samples over whole", ".3f"),
+        Column("speedup_whole", "Speed-up, whole", ".2f"),
+        Column("speedup", "Speed-up, from samples", ".2f", "speedup_low", "speedup_high"), "speedup_low speedup_high",
+        Column("steps_whole", "Steps of the whole", ",d"), Column("steps_sampled", "Steps sampled", ",d"),
     ),
     "crossover": table(
         "model", Column("backend", "Back end"), Column("what", "Load"), Column("batch_size", "Batch", "d"),
@@ -58,13 +64,13 @@ TABLES = {
         "model", Column("bandwidth", "Moves, bytes/s", ".3g"), Column("rate", "Multiplies, operations/s", ".3g")
     ),
     "paper": table("model", *DROPPED, Column("what", "What"), Column("paper", "In the paper", ".2f")),
-    "models": table("model", Column("n_layers", "Layers", "d"), "device"),
+    "models": table("model", Column("n_layers", "Layers", "d"), "device dtype"),
 }  # fmt: skip
 
 
 @study("05_speedup", needs=[Speed], tables=TABLES, models=models_or_shapes)
 def speedup(run: Run) -> Tables:
-    """Notebook 05: how much faster models get, beside what they lose (notebook 02), and beside what the device could do.
+    """Notebook 05: how much faster models get, beside what they lose (notebook 02), and beside what bytes and operations give.
 
     A model that is unavailable is measured with random weights if its shape is known, under the name "random:<model>": speed
     does not depend on values.
@@ -102,7 +108,7 @@ def speedup(run: Run) -> Tables:
         "crossover": crossover_rows(timings, settings.sweep_n),
         "limits": limit_rows(values),
         "paper": [{"model": m.name} | row for m in located for row in paper.rows_for(m) if "speedup" in row["what"].lower()],
-        "models": [{"model": m.name, "n_layers": n_layers_of(m), "device": _device_name()} for m in located],
+        "models": [{"model": m.name, "n_layers": n_layers_of(m)} | _where_timed() for m in located],
     }
     return run.write(tables, work)
 
@@ -156,30 +162,34 @@ def trade_rows(timings: pd.DataFrame, quality: pd.DataFrame, settings: Speed) ->
 
 
 def protocol_rows(timings: pd.DataFrame, settings: Speed) -> list[dict]:
-    """The generation that was timed in one piece, against the one composed from samples."""
-    prompt, new_tokens = settings.whole
-    keys = ["model", "backend", "kind", "n"]
+    """The protocol's generation as it was timed whole, against the one composed from samples. timings: the table "speed"."""
+    prompt, new_tokens = settings.prompt, settings.new_tokens
+    sampled = [context for context in settings.contexts if prompt <= context <= prompt + new_tokens]
+    keys = ["model", "backend", "batch_size", "kind", "n"]
     same = timings[(timings["context"] == prompt) & (timings["new_tokens"] == new_tokens)]
-    whole, sampled = (same[same["what"] == what].set_index(keys) for what in ("generation", GENERATION))
+    whole, composed = (same[same["what"] == what].set_index(keys) for what in ("generation", GENERATION))
     rows = []
-    for key in whole.index.intersection(sampled.index):
-        w, s = whole.loc[key], sampled.loc[key]
+    for key in whole.index.intersection(composed.index, sort=False):
+        w, c = whole.loc[key], composed.loc[key]
         rows.append(dict(zip(keys, key, strict=True)) | {
-            "prompt": prompt, "new_tokens": new_tokens, "whole": w["seconds"], "whole_spread": w["spread"],
-            "from_samples": s["seconds"], "from_samples_spread": s["spread"], "ratio": s["seconds"] / w["seconds"],
-            "steps_whole": new_tokens - 1, "steps_sampled": 2 * settings.steps,
+            "prompt": prompt, "new_tokens": new_tokens, "whole": w["seconds"], "from_samples": c["seconds"],
+            "from_samples_low": c["seconds_low"], "from_samples_high": c["seconds_high"], "level": c["level"],
+            "ratio": c["seconds"] / w["seconds"], "speedup_whole": w["speedup"], "speedup": c["speedup"],
+            "speedup_low": c["speedup_low"], "speedup_high": c["speedup_high"], "steps_whole": new_tokens - 1,
+            "steps_sampled": settings.steps * len(sampled),
         })  # fmt: skip
     return rows
 
 
 def limit_rows(values: dict[str, list[dict]]) -> list[dict]:
-    """What the device could do, as measured beside each timing: the best of them. `values`: model -> stored values."""
+    """What the device does at best, as measured beside each timing: the best of them. `values`: model -> stored values."""
     return [
         {"model": model} | {name: max(value["limits"][name] for value in of_model) for name in ("bandwidth", "rate")}
         for model, of_model in values.items()
     ]
 
 
-def _device_name() -> str:
-    code = code_provenance()
-    return code["gpus"][0] if code["gpus"] else f"{code['processor']}, {code['cpu_threads']} threads"
+def _where_timed() -> dict[str, str]:
+    code, dtype = code_provenance(), default_dtype()
+    device = code["gpus"][0] if code["gpus"] else f"{code['processor']}, {code['cpu_threads']} threads"
+    return {"device": device, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,163 @@
+"""The paper's printed numbers as the tables of our studies, as if a run had measured them: what every rule can be fed."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from llmdrop_utils.base.files import ROOT
+from llmdrop_utils.report.tables import Tables
+from llmdrop_utils.sources.catalogue import catalogue
+from llmdrop_utils.sources.task_data import known_tasks
+from llmdrop_utils.studies.run import NOT_RUN, STUDIES
+from llmdrop_utils.studies.speedup.generation import GENERATION
+
+PAPER = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))
+MODELS = {"Mistral-7B": "mistral-7b-v0.1", "Llama-2-13B": "llama-2-13b", "Llama-3-8B": "llama-3-8b",
+          "Llama-2-70B": "llama-2-70b", "Llama-3-70B": "llama-3-70b"}  # fmt: skip
+KINDS = {"Baseline": "dense", "Attn Drop": "attention", "MLP Drop": "mlp", "Block Drop": "block"}
+LISTS = {"Attn": "attention", "MLP": "mlp", "Block": "block"}
+TASKS = {task["table"]: name for name, task in known_tasks().items()}
+CHANCE = {name: 0.5 if name in ("boolq", "rte", "piqa", "winogrande") else 0.25 for name in TASKS.values()}
+GIB = 2**30
+
+
+def paper_tables() -> dict[str, Tables]:
+    """Notebook -> table -> rows, with every declared column. The paper prints no intervals: low = high = value.
+
+    What a cell is not printed for is NaN. Tables that are not named here are empty.
+
+    - 01_similarity: `published` (the authors' lists as ours too; corpus "c4"), and these models' names in `importance`.
+    - 02_drop_curves: `models`; `tasks` (Tables 1 to 3, and Attn-12 of Llama-2-13B from Table 9: value, low, high, num_fewshot,
+      metric, chance); `average` (the printed mean, and retained and points lost by it; Llama-3 has four tasks, the others
+      eight); `gaps` (differences of printed means; measure "tasks" alone, since the paper has no held-out text); `paper`.
+    - 03_joint_drop: the same, the joint drop's MMLU in `tasks` (90 % of 55.1 with 31 sub-layers), and `first_mlp` (14 and 18).
+    - 05_speedup: `speed` (generations of 2,048 tokens in and out, back end "eager", not noisy; of half the attention of the 70B
+      models with the digits of the text, 48.4 and 43.4 %), `trade` (the printed SDR), `models`, `paper`.
+    - 06_kv_cache: `paper` (Table 4; bytes are the printed GB as GiB, with the slip of 52 and 26, and the formula is the count),
+      `fits` (weights of Llama-2-70B: the printed 128 GB).
+
+    Claims that have numbers in these tables: published-lists, attention-drop-keeps-quality, attention-beats-mlp-and-block,
+    half-the-attention, larger-models-lose-less, attention-goes-first, attention-drop-is-fast, best-trade-off and
+    cache-shrinks-in-proportion. joint-goes-furthest has one number (MMLU at 31), but none of other kinds at 31, and none on
+    text. iterative-no-better has task scores (Fig. 9), which notebook 03 does not measure. All claims of notebooks 01 and 07
+    but the lists rest on pictures. Claims of 04_ablations and 08_beyond have numbers, but no tables yet.
+    """
+    claims = [c for c in PAPER["claims"] if c["id"].split(".")[0] in ("T1", "T2", "T3")]
+    claims += [c for c in PAPER["claims"] if c["id"].startswith("T9.Attn-12.")]
+    cells: dict[tuple[str, str, int], dict[str, float]] = {}
+    for c in claims:
+        name = {"Avg": "mean", "SpeedUp": "speedup"}.get(what := c["id"].split(".")[-1], what)
+        cells.setdefault((MODELS[c["model"]], KINDS[c["method"]], c["n_drop"]), {})[name] = c["value"]
+    for model, identifier in (("llama-2-70b", "X.abs.70b.speedup"), ("llama-3-70b", "TMLR.speedup")):
+        cells[model, "attention", 40]["speedup"] = 1 + next(c["value"] for c in PAPER["claims"] if c["id"] == identifier) / 100
+    layers = {model: catalogue()["shapes"][model]["num_hidden_layers"] for model in MODELS.values()}
+    models = [{"model": model, "n_layers": n, "device": "RTX 6000 Ada"} for model, n in layers.items()]
+    curves = {
+        "models": models,
+        "tasks": [row for (model, kind, n), cell in cells.items() for row in _task_rows(model, kind, n, cell)],
+        "average": [_average_row(cells, *key) for key, cell in cells.items() if "mean" in cell],
+        "gaps": _gap_rows(cells),
+        "paper": [{"model": MODELS[c["model"]], "kind": KINDS[c["method"]], "n": c["n_drop"], "what": c["what"],
+                   "paper": c["value"]} for c in claims],
+    }  # fmt: skip
+    joint = _task_rows("llama-2-13b", "joint", 31, {"MMLU": 0.9 * cells["llama-2-13b", "dense", 0]["MMLU"]})
+    first = {MODELS[c["model"]]: c["value"] for c in PAPER["claims"] if c["id"].startswith("X.joint.first.")}
+    tables = {
+        "01_similarity": {
+            "published": (published := _published_rows(layers)),
+            "importance": [{"model": model, "corpus": "c4"} for model in dict.fromkeys(row["model"] for row in published)],
+        },
+        "02_drop_curves": curves,
+        "03_joint_drop": {name: rows for name, rows in curves.items() if name != "paper"}
+        | {
+            "tasks": curves["tasks"] + joint,
+            "first_mlp": [{"model": model, "n_layers": layers[model]} | _exact("attention_before", n, "low", "high")
+                          for model, n in first.items()],
+        },
+        "05_speedup": {
+            "speed": [_speed_row(*key, cell["speedup"]) for key, cell in cells.items() if "speedup" in cell],
+            "trade": [_trade_row(cells, *key) for key, cell in cells.items() if "SDR" in cell],
+            "models": models,
+            "paper": [row for row in curves["paper"] if "speedup" in row["what"].lower()],
+        },
+        "06_kv_cache": {"paper": _cache_rows(), "fits": [{"model": "llama-2-70b", "n": 0, "weights_bytes": 128 * GIB}]},
+    }  # fmt: skip
+    return {notebook: _as_declared(notebook, rows) for notebook, rows in tables.items()}
+
+
+def _as_declared(notebook: str, rows: dict[str, list[dict]]) -> Tables:
+    declared = {**STUDIES[notebook].tables, **NOT_RUN}
+    columns = {name: [column.name for column in several if "*" not in column.name] for name, several in declared.items()}
+    return {name: pd.DataFrame(rows.get(name, []), columns=several) for name, several in columns.items()}
+
+
+def _exact(name: str, value: float, low: str | None = None, high: str | None = None) -> dict:
+    """A value and both ends of its interval."""
+    return {name: value, low or f"{name}_low": value, high or f"{name}_high": value}
+
+
+def _task_rows(model: str, kind: str, n: int, cell: dict) -> list[dict]:
+    shots = {c["id"].split(".")[1]: c["value"] for c in PAPER["claims"] if c["id"].startswith("T5.")}
+    return [
+        {"model": model, "task": TASKS[what], "kind": kind, "n": n, "metric": known_tasks()[TASKS[what]]["metric"],
+         "num_fewshot": shots[what], "documents": np.nan, "stderr": 0.0, "chance": CHANCE[TASKS[what]]}
+        | _exact("value", value / 100, "low", "high")
+        for what, value in cell.items() if what in TASKS
+    ]  # fmt: skip
+
+
+def _average_row(cells: dict, model: str, kind: str, n: int) -> dict:
+    cell, dense = cells[model, kind, n], cells[model, "dense", 0]["mean"]
+    tasks = [TASKS[what] for what in cell if what in TASKS]
+    row = {"model": model, "kind": kind, "n": n, "tasks": len(tasks), "chance": np.mean([CHANCE[task] for task in tasks])}
+    lost = _exact("points_lost", dense - cell["mean"])
+    return row | _exact("value", cell["mean"] / 100, "low", "high") | _exact("retained", cell["mean"] / dense) | lost
+
+
+def _gap_rows(cells: dict) -> list[dict]:
+    return [
+        {"model": model, "n": n, "kind": "attention", "other": other, "measure": "tasks", "same_plan": False}
+        | _exact("difference", (cell["mean"] - cells[model, other, n]["mean"]) / 100, "low", "high")
+        for (model, kind, n), cell in cells.items()
+        for other in ("mlp", "block")
+        if kind == "attention" and "mean" in cell and (model, other, n) in cells
+    ]
+
+
+def _speed_row(model: str, kind: str, n: int, speedup: float) -> dict:
+    load = {"what": GENERATION, "context": 2048, "new_tokens": 2048, "backend": "eager", "fill": True, "noisy": False}
+    return {"model": model, "kind": kind, "n": n, "spread": 0.0} | load | _exact("speedup", speedup)
+
+
+def _trade_row(cells: dict, model: str, kind: str, n: int) -> dict:
+    average, cell = _average_row(cells, model, kind, n), cells[model, kind, n]
+    row = {"model": model, "backend": "eager", "kind": kind, "n": n, "noisy": False}
+    row |= _exact("speedup", cell["speedup"]) | _exact("sdr", cell["SDR"])
+    return row | {name: average[name] for name in ("points_lost", "points_lost_low", "points_lost_high", "retained")}
+
+
+def _cache_rows() -> list[dict]:
+    rows, dense = [], {}
+    for c in PAPER["claims"]:
+        if not c["id"].startswith("T4."):
+            continue
+        dense = dense | {c["model"]: c["value"]} if not c["n_drop"] else dense  # a model's dense row comes first
+        length, batch_size = (int(c["what"].split(f"{word} ")[1].split(",")[0]) for word in ("seq", "batch"))
+        n_layers = catalogue()["shapes"][MODELS[c["model"]]]["num_hidden_layers"]
+        rows.append({"model": c["model"], "n_layers": n_layers, "n": c["n_drop"], "batch_size": batch_size, "length": length,
+                     "paper_gib": c["value"], "formula_bytes": c["value"] * GIB, "counted_bytes": c["value"] * GIB,
+                     "dense_bytes": dense[c["model"]] * GIB})  # fmt: skip
+    return rows
+
+
+def _published_rows(layers: dict[str, int]) -> list[dict]:
+    names = {source["hub"]: name for name, source in catalogue()["models"].items() if "hub" in source}
+    rows = []
+    for entry in PAPER["published_drop_lists"]:
+        if entry["method"] not in LISTS:  # consecutive blocks are another method
+            continue
+        model, n, listed = names[entry["model"]], len(entry["layers"]), " ".join(map(str, entry["layers"]))
+        rows.append({"model": model, "corpus": "c4", "kind": LISTS[entry["method"]], "n_drop": n, "shared": n,
+                     "by_chance": n**2 / layers[model], "theirs": listed, "ours": listed})  # fmt: skip
+    return rows
