@@ -155,15 +155,6 @@ def test_draws_are_resamples():
         assert abs(found[value] / stats.REPEATS - among / 27) < 0.05, value
 
 
-def test_draws_of_medians_are_resamples():
-    values = np.array([4.0, 1.0, 3.0, 9.0])
-    expected = Counter(np.median(values[list(drawn)]) for drawn in itertools.product(range(4), repeat=4))
-    found = Counter(stats.bootstrap_medians(values))
-    assert set(found) == set(expected)
-    for value, among in expected.items():
-        assert abs(found[value] / stats.REPEATS - among / 256) < 0.05, value
-
-
 def test_another_seed_draws_apart():
     rows, weights = np.arange(5.0), np.ones(5)
     assert np.array_equal(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 1))
