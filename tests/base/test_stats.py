@@ -1,5 +1,8 @@
 """Intervals and rankings against scipy and against known truths."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -22,7 +25,7 @@ def test_bootstrap_covers_the_mean():
     hits = 0
     for _ in range(200):
         rows = rng.normal(3.0, 1.0, size=(40, 1))
-        low, high = stats.interval(stats.bootstrap_means(rows, np.ones(40)))
+        low, high = stats.interval(stats.bootstrap_means(rows, np.ones(40)), 40)
         hits += low[0] < 3.0 < high[0]
     assert 0.88 <= hits / 200 <= 0.99
     rows, weights = np.array([[0.0], [1.0]]), np.array([1, 10**9])
@@ -84,3 +87,76 @@ def test_overlap_and_groups():
     agreement = stats.group_agreement(rows, np.ones(8), 3)
     assert agreement.shape == (2,)
     np.testing.assert_allclose(agreement, 1.0)
+
+
+MANY = 10**9  # draws: percentiles are then those of the normal distribution
+
+
+def test_an_interval_holds_95_of_100_draws():
+    assert stats.interval(np.arange(1001.0), MANY) == pytest.approx((25, 975))
+    low, high = stats.interval(np.stack([np.arange(1001.0), np.full(1001, 7.0)], axis=1), MANY)
+    np.testing.assert_allclose([low, high], [[25, 7], [975, 7]])
+
+
+def test_few_draws_have_wider_percentiles():
+    """Student's quantile for n - 1 degrees of freedom, times the root of n / (n - 1), as a percentile of the normal one."""
+    assert stats.percentiles(32) == pytest.approx((0.01913, 1 - 0.01913), abs=1e-5)  # -2.03951 x 1.01600 = -2.07214
+    assert stats.percentiles(2)[0] == pytest.approx(0, abs=1e-12)  # -12.7062 x 1.41421
+    assert stats.percentiles(1) == (0, 1)
+    assert stats.interval(np.arange(10001.0), 32) == pytest.approx((191.3, 9808.7), abs=0.1)
+
+
+@pytest.mark.parametrize(("n_samples", "length"), [(1, 1), (2, 1), (3, 1), (4, 2), (16, 4), (32, 5), (64, 6), (256, 10)])
+def test_neighbours_of_text_are_drawn_together(n_samples, length):
+    assert stats.block_length(n_samples) == length
+
+
+def test_draws_of_neighbours():
+    """Four samples in blocks of two, the last one before the first: two of 0 1, 1 2, 2 3, 3 0."""
+    rows, blocks = np.array([1.0, 10, 100, 1000]), [11, 110, 1100, 1001]
+    expected = Counter((a + b) / 4 for a, b in itertools.product(blocks, repeat=2))
+    found = Counter(stats.text_means(rows, np.ones(4)))
+    assert set(found) == set(expected)
+    for value, among in expected.items():
+        assert abs(found[value] / stats.REPEATS - among / 16) < 0.05, value
+    low, high = stats.text_interval(np.arange(10001.0), 256)  # as of 25.6 draws
+    assert (low, high) == pytest.approx(stats.interval(np.arange(10001.0), 25.6))
+
+
+def test_three_in_blocks_of_two_are_three():
+    """Two blocks would be four samples: the last is left out. So 0 1 2, but also 0 1 0, are drawn."""
+    found = set(stats.bootstrap_means(np.array([1.0, 10, 100]), np.ones(3), block=2) * 3)
+    assert {round(value) for value in found} == {a + b for a in (11, 110, 101) for b in (1, 10, 100)}
+
+
+def test_interval_of_a_mean():
+    """1, 2, 3: mean 2, standard error 1 / root of 3, and Student's quantile 4.3027 for two degrees of freedom."""
+    assert stats.mean_interval(np.array([1.0, 2, 3])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert np.isnan(stats.mean_interval(np.array([1.0]))).all()
+
+
+def test_interval_of_a_difference():
+    assert stats.difference_interval((5, 4, 7), (2, 1, 2)) == pytest.approx((3, 2, 3 + np.sqrt(5)))
+
+
+def test_what_a_comparison_would_find():
+    """An interval of plus and minus 1.96 standard errors of 1: found in 80 % of runs if it is 1.96 + 0.84 from zero."""
+    assert stats.detectable(3 - 1.959964, 3 + 1.959964) == pytest.approx(1.959964 + 0.841621)
+
+
+def test_draws_are_resamples():
+    """Three samples of unequal weight have 27 resamples: each of their means is drawn about as often as it is among these."""
+    rows, weights = np.array([0.0, 1.0, 5.0]), np.array([1, 2, 4])
+    resamples = [list(drawn) for drawn in itertools.product(range(3), repeat=3)]
+    expected = Counter(round(np.average(rows[drawn], weights=weights[drawn]), 9) for drawn in resamples)
+    found = Counter(np.round(stats.bootstrap_means(rows, weights, seed=3), 9))
+    assert set(found) == set(expected)
+    for value, among in expected.items():
+        assert abs(found[value] / stats.REPEATS - among / 27) < 0.05, value
+
+
+def test_another_seed_draws_apart():
+    rows, weights = np.arange(5.0), np.ones(5)
+    assert np.array_equal(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 1))
+    apart = np.corrcoef(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 2))[0, 1]
+    assert abs(apart) < 0.2

@@ -1,5 +1,6 @@
 """Notebook 02 and what it shares with 03: each number of a table, from values that are worked out by hand."""
 
+import dataclasses
 import types
 
 import matplotlib.pyplot as plt
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llmdrop_utils import DropPlan
-from llmdrop_utils.base import files
+from llmdrop_utils.base import files, stats
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.report.panels import curves, legend_above
 from llmdrop_utils.report.style import FIGURES
@@ -26,8 +27,10 @@ from llmdrop_utils.studies.curve_rows import (
     share_of_dense,
     task_rows,
     text_rows,
+    without_rows,
 )
 from llmdrop_utils.studies.curves import Measured, Tasks, Text, cells_for_tasks, collect, plans_of
+from llmdrop_utils.studies.drop_curves.across import across_rows
 from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.work import DENSE, DENSE_CELL, Cell
 
@@ -144,8 +147,19 @@ def test_the_mean_over_tasks():
     dense, dropped = average_rows([DENSE_CELL, A1], tasks)
     assert (dense["kind"], dense["n"], dense["tasks"], dense["value"]) == ("dense", 0, 2, 0.75)
     assert (dense["retained"], dense["points_lost"], dense["chance"]) == (1, 0, 0.375)
-    assert (dropped["value"], dropped["retained"], dropped["points_lost"]) == (0.375, 0.5, 37.5)
+    assert (dropped["value"], dropped["points_lost"]) == (0.375, 37.5)
+    assert dropped["retained"] == 0, "0.375 is what guessing gives"
     assert dropped["points_lost_low"] < 37.5 < dropped["points_lost_high"]
+
+
+def test_what_is_retained_above_guessing():
+    """Scores of 0.6, 0.5 and 0.35 where guessing gives 0.4. Documents differ much; what is above guessing, not in share."""
+    above = np.array([0.05, 0.35, 0.1, 0.3])
+    (one, half, less) = average_rows([DENSE_CELL, A1, A2], [task([0.4 + above, 0.4 + above / 2, 0.4 - above / 4], chance=0.4)])
+    assert (one["value"], half["value"], less["value"]) == pytest.approx((0.6, 0.5, 0.35))
+    for row, share in ((one, 1), (half, 0.5), (less, -0.25)):
+        assert [row[f"retained{end}"] for end in ("", "_low", "_high")] == pytest.approx([share] * 3)
+    assert np.isnan(average_rows([DENSE_CELL], [task([above], chance=0.4)])[0]["retained"]), "worse than guessing"
 
 
 def test_points_lost_are_paired():
@@ -164,17 +178,25 @@ def test_tasks_are_drawn_independently():
 # ---- gaps -------------------------------------------------------------------------------------------------------------
 
 
+NO_TEXT = TextValues([DENSE_CELL], np.zeros((2, 1)), np.zeros((2, 1)), np.zeros((2, 1)))
+
+
+def of(rows, measure):
+    return [row for row in rows if row["measure"] == measure]
+
+
 def test_gaps_of_scores():
     """Attention minus the other kind at equal n, paired; only what was dropped in equal number is compared."""
     documents = np.array([0.9, 0.1, 0.5, 0.3])
     cells = [DENSE_CELL, A1, A2, M1, B1]
     tasks = [task([documents, documents - 0.01, documents - 0.02, documents - 0.04, documents - 0.03])]
-    rows = gap_rows(cells, *mean_score(tasks), PLANS, "tasks")
+    rows = gap_rows(NO_TEXT, cells, tasks, PLANS)
     assert [(row["n"], row["kind"], row["other"], row["measure"]) for row in rows] == [
         (1, "attention", "mlp", "tasks"), (1, "attention", "block", "tasks"),
     ]  # fmt: skip
     for row, difference in zip(rows, (0.03, 0.02), strict=True):
         assert (row["difference"], row["low"], row["high"]) == pytest.approx((difference,) * 3)
+        assert row["detectable"] == pytest.approx(0, abs=1e-12), "it is found however small it is"
         assert row["same_plan"] is False
 
 
@@ -184,13 +206,92 @@ def test_gaps_of_text_and_the_same_plan():
     plans = PLANS | {joint: DropPlan(attention=(2,))}
     nll = np.array([[3.0], [4.0], [2.0]]) + np.array([0, 0.1, 0.6, 0.1])
     text = TextValues([DENSE_CELL, A1, M1, joint], nll, nll, nll)
-    rows = gap_rows(text.cells, -text.nll.mean(0), -text.draws("nll"), plans, "text")
+    rows = of(gap_rows(text, [DENSE_CELL], [task([[1, 0]])], plans), "text")
     found = {(row["kind"], row["other"]): row for row in rows}
     assert set(found) == {("attention", "mlp"), ("joint", "attention"), ("joint", "mlp")}
     same, better = found["joint", "attention"], found["joint", "mlp"]
     assert (same["difference"], same["low"], same["high"], same["same_plan"]) == (0, 0, 0, True)
     assert (better["difference"], better["low"], better["high"]) == pytest.approx((0.5,) * 3)
     assert better["same_plan"] is False
+
+
+def test_a_gap_has_an_interval_over_samples_of_text():
+    """Attention is 1 and 3 nats below MLP in the two samples. These are the ends, 2 x 1.96 standard errors apart."""
+    nll = np.array([[2, 3, 4], [2, 3, 6.0]])
+    (row,) = of(gap_rows(TextValues([DENSE_CELL, A1, M1], nll, nll, nll), [DENSE_CELL], [task([[1, 0]])], PLANS), "text")
+    assert (row["difference"], row["low"], row["high"]) == (2, 1, 3)
+    assert row["detectable"] == pytest.approx(2 / (2 * 1.959964) * (1.959964 + 0.841621))
+
+
+COMPARED = [
+    ("attention", "mlp", -1), ("attention", "block", -3),
+    ("joint", "attention", 7), ("joint", "mlp", 6), ("joint", "block", 4),
+]  # fmt: skip
+
+
+def test_which_kinds_are_compared():
+    """Attention with MLP and block, joint with all three; other methods with none, though they drop as many."""
+    cells = [DENSE_CELL, A1, M1, B1, Cell("joint", 1), OTHER_METHOD]
+    plans = PLANS | {Cell("joint", 1): PLANS[M1]}
+    nll = np.tile([0.0, 1, 2, 4, 8, 16], (2, 1))
+    rows = gap_rows(TextValues(cells, -nll, nll, nll), cells, [task(nll.T)], plans)
+    for measure in ("tasks", "text"):
+        found = of(rows, measure)
+        assert [(row["kind"], row["other"], row["difference"]) for row in found] == COMPARED
+        assert [row["same_plan"] for row in found] == [False, False, False, True, False]
+    rows = without_rows(cells, [task(nll.T), task(nll.T, seed=1)])
+    assert [(row["kind"], row["other"], row["difference"]) for row in rows] == 2 * COMPARED
+
+
+def test_gaps_without_a_task():
+    """Attention minus MLP is 0.3, 0.0 and -0.6 on three tasks, in each document."""
+    documents = np.array([0.9, 0.1, 0.5])
+    tasks = [
+        dataclasses.replace(task([documents, documents - 0.1, documents - 0.1 - gap], seed), task=name)
+        for seed, (name, gap) in enumerate({"a": 0.3, "b": 0.0, "c": -0.6}.items())
+    ]
+    rows = without_rows([DENSE_CELL, A1, M1], tasks)
+    for row, (left_out, difference) in zip(rows, {"a": -0.3, "b": -0.15, "c": 0.15}.items(), strict=True):
+        assert (row["left_out"], row["n"], row["kind"], row["other"]) == (left_out, 1, "attention", "mlp")
+        assert (row["difference"], row["low"], row["high"]) == pytest.approx([difference] * 3)
+    assert without_rows([DENSE_CELL, A1, M1], tasks[:1]) == [], "nothing is left"
+
+
+def test_intervals_are_as_wide_as_the_smallest_task_makes_them():
+    """Draws of all tasks together count as many as there are documents in the task that has fewest."""
+    many, few = task([[0, 1] * 50, [0, 1] * 50]), task([[1, 0, 1], [0, 0, 1]], seed=1)
+    (_, row) = average_rows([DENSE_CELL, A1], [many, few])
+    drawn = mean_score([many, few])[1][:, 1]
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(drawn, stats.percentiles(3))))
+
+
+# ---- chosen on one corpus, tested on another ----------------------------------------------------------------------------
+
+
+def test_across_corpora():
+    """Web chooses 1 0, code 1 2. On web they cost 0.2 and 0.5 of every sample, on code 0.4 and 0.1; samples differ much."""
+    plans = {("web", 2): DropPlan(attention=(1, 0)), ("code", 2): DropPlan(attention=(1, 2))}
+    added = {"web": (0.2, 0.5), "code": (0.4, 0.1)}
+    losses = {
+        corpus: {DENSE.key: [2.0, 5, 3]} | {p.key: [x + 2, x + 5, x + 3] for p, x in zip(plans.values(), costs, strict=True)}
+        for corpus, costs in added.items()
+    }
+    found = {(row["chosen_on"], row["tested_on"]): row for row in across_rows(losses, plans)}
+    expected = {("web", "web"): (0.2, 0), ("code", "web"): (0.5, 0.3), ("web", "code"): (0.4, 0.3), ("code", "code"): (0.1, 0)}
+    assert set(found) == set(expected)
+    for pair, (cost, excess) in expected.items():
+        row = found[pair]
+        assert [row["cost"], row["low"], row["high"]] == pytest.approx([cost] * 3), pair
+        assert [row["excess"], row["excess_low"], row["excess_high"]] == pytest.approx([excess] * 3), pair
+        assert (row["n"], row["shared"]) == (2, 2 if pair[0] == pair[1] else 1)
+
+
+def test_cost_across_corpora_has_an_interval_over_samples():
+    plans = {("web", 1): DropPlan(attention=(1,)), ("code", 1): DropPlan(attention=(2,))}
+    on_web = {DENSE.key: [2.0, 5], plans["web", 1].key: [2.1, 5.1], plans["code", 1].key: [2.3, 5.9]}
+    row = across_rows({"web": on_web}, plans)[1]
+    assert [row["cost"], row["low"], row["high"]] == pytest.approx([0.6, 0.3, 0.9])
+    assert [row["excess"], row["excess_low"], row["excess_high"]] == pytest.approx([0.5, 0.2, 0.8])
 
 
 # ---- plans, and which value belongs to which cell ------------------------------------------------------------------------
@@ -208,7 +309,7 @@ def scores_of_three_layers():
 
 def test_plans_of_the_curves():
     """Counts of text and of tasks together, in order; with all three layers of a kind nothing is left to compare."""
-    text = Text(n_samples=1, seq_len=8, n_drop=[2, 3, 5])
+    text = Text(n_samples=1, seq_len=8, n_drop=[2, 3, 5], across=[1])
     plans = plans_of(scores_of_three_layers(), ("attention", "joint"), text, tasks_section(attention=[1]))
     assert [(cell.kind, cell.n) for cell in plans] == [
         ("dense", 0), ("attention", 1), ("attention", 2), ("joint", 2), ("joint", 3), ("joint", 5),

@@ -137,6 +137,22 @@ def test_change_is_the_last_stage_minus_this_one():
     assert change(kind="attention", position=0, layers="all but the first") == pytest.approx(0)
 
 
+def test_change_is_paired_by_sample():
+    """Two samples that differ much, and in both importance grows by 0.1 from the first stage to the last."""
+    first = importance([0.1, 0.2], [0.3, 0.6], [0.5, 0.5])
+    last = dataclasses.replace(first, per_sample={kind: rows + 0.1 for kind, rows in first.per_sample.items()})
+    text = {DENSE.key: {"nll": [1.0, 1.0], "kl": [0.0, 0.0]}}
+    values = {0: StageValues(first, text), 2: StageValues(last, text)}
+    for row in Followed(series(), {}, values)._change_rows():
+        assert [row["low"], row["change"], row["high"]] == pytest.approx([0.1] * 3)
+
+
+def test_change_has_an_interval_over_samples():
+    """From 0.25 and 0.675, both times 2 in the first sample and times 2/3 in the second."""
+    row = one(table("change"), kind="mlp", position=0, layers="all layers")
+    assert [row["low"], row["high"]] == pytest.approx([0.425 * 2 / 3, 0.425 * 2])
+
+
 def test_agreement_with_the_last_stage():
     """Ranks of attention: 4 1 2 3, then 4 3 1 2, and 4 2 1 3 at the end; rho = 1 - 6 sum d^2 / (n (n^2 - 1))."""
     rows = table("agreement")
@@ -353,6 +369,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_measuring_functions(cache, results, tmp_path):
     """Importance and cost of dropping at a stage, against the public functions on that stage's model."""
     for seed, step in enumerate((0, 5, 10)):
@@ -378,6 +395,7 @@ def test_numbers_are_those_of_the_measuring_functions(cache, results, tmp_path):
     assert (tables["agreement"].query("position == 2")["correlation"] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_forced_run_measures_every_value_once(cache, results, tmp_path, monkeypatch):
     for seed, step in enumerate((0, 5)):
         checkpoint(tmp_path / "run" / f"checkpoint-{step}", seed)
@@ -392,6 +410,7 @@ def test_a_forced_run_measures_every_value_once(cache, results, tmp_path, monkey
     assert len(measured) == 2 * first
 
 
+@pytest.mark.slow
 def test_a_hub_series_with_gaps(network, cache, results, tmp_path, monkeypatch):
     """One stage without weights and one that does not exist are named; the others are measured; twins are seen."""
     repository = "org/followed"
@@ -414,6 +433,7 @@ def test_a_hub_series_with_gaps(network, cache, results, tmp_path, monkeypatch):
     assert again["importance"].equals(tables["importance"])
 
 
+@pytest.mark.slow
 def test_of_several_series_the_others_are_followed(cache, results):
     profile = load_profile("smoke").replacing(stages={"series": ["map-neo-7b-stages", "tiny-llama"]})
     tables = STUDIES[NOTEBOOK](profile)
@@ -425,6 +445,21 @@ def test_of_several_series_the_others_are_followed(cache, results):
     none = profile.replacing(stages={"series": ["map-neo-7b-stages", "small-lama"]})
     with pytest.raises(NotAvailable, match=r"None of these series is available:\nThe checkpoints of map-neo(.|\n)*small-llama"):
         STUDIES[NOTEBOOK](none)
+
+
+def test_scores_and_text_have_tokens_of_their_own(monkeypatch):
+    """Of the stage that is asked for; the text under the dense model first, then under every plan."""
+    identity = {"dtype": torch.float32, "attention": "sdpa"}
+    monkeypatch.setattr(study, "identity_of", lambda model, profile: {"model": model} | identity)
+    for_scores, for_text = torch.zeros(4, 8).long(), torch.ones(2, 8).long()
+    job = study._Job(series(), for_scores, for_text, load_profile("smoke"))
+    plans = study._plans(importance(ATTENTION[2], MLP[2], BLOCK[2]))
+    scores, text = job.importance_at(1), job.text_at(1, plans)
+    assert scores.tokens is for_scores
+    assert text.tokens is for_text
+    assert scores.model.name == text.model.name == "hand, step-5"
+    assert scores.corpus == text.corpus == "random-words"
+    assert text.plans == (DENSE, *plans.values())
 
 
 def test_what_is_measured_was_held_out(monkeypatch):

@@ -1,0 +1,253 @@
+"""A stored value is found only where everything that determines it is the same.
+
+Every field of a work item, and of what an item is made of, changes the addresses of its values, or is listed below with the
+reason why it does not. A new field fails here until it is listed or in the key.
+"""
+
+import dataclasses
+import importlib.metadata
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmdrop_utils import DropPlan
+from llmdrop_utils.base.store import Store
+from llmdrop_utils.dropping.maps import LinearMap
+from llmdrop_utils.measure.speed import Load
+from llmdrop_utils.models.locate import LocatedModel
+from llmdrop_utils.studies import work as work_module
+from llmdrop_utils.studies.run import STUDIES
+from llmdrop_utils.studies.speedup import loads
+from llmdrop_utils.studies.work import Work
+
+TOKENS = torch.arange(12).view(3, 4)
+MAP, OTHER_MAP = LinearMap(torch.eye(2)), LinearMap(2 * torch.eye(2))
+MODEL = LocatedModel("hand", Path("here"), "sha256:hand")
+PLAN = DropPlan(attention=(3, 1), mlp=(2,), n_layers=6, model="sha256:hand", scores="s", maps={("attention", 3): MAP})
+LOAD = Load("decode", 64, 4, 3, "eager", 100)
+
+# Fields that may change without another address, by the class that has them, and why.
+IN_FINGERPRINT = "its content is in the fingerprint of the task"
+ROUNDING = "it moves values by rounding only"
+TOLD_BY_TOKENS = "what was read is in the tokens"
+EXEMPT = {
+    ("LocatedModel", "name"): "the same weights under another name",
+    ("LocatedModel", "folder"): "the same weights elsewhere",
+    ("LocatedModel", "published_lists"): "what others found for the model",
+    ("LocatedModel", "on_hub"): "where the same weights come from",
+    ("LocatedModel", "pickled"): "how the same weights are stored",
+    ("LocatedModel", "bases"): "where the weights, which have an identity, come from",
+    ("DropPlan", "n_layers"): "what the plan was made for",
+    ("DropPlan", "model"): "what the plan was made for",
+    ("DropPlan", "scores"): "how the plan came about",
+    ("ImportanceWork", "batch_size"): ROUNDING,
+    ("ImportanceWork", "corpus"): TOLD_BY_TOKENS,
+    ("TextWork", "corpus"): TOLD_BY_TOKENS,
+    ("IterativeWork", "batch_size"): ROUNDING,
+    ("TaskWork", "task"): IN_FINGERPRINT,
+    ("TaskWork", "members"): IN_FINGERPRINT,
+    ("TaskWork", "num_fewshot"): IN_FINGERPRINT,
+    ("TaskWork", "limit"): IN_FINGERPRINT,
+    ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
+}
+# Fields of which both is right: what they decide is in the key by itself (tokens, identity), and may be there a second time.
+EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
+
+VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
+    "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
+    "limit": 10,
+}  # fmt: skip
+OTHERS = {  # one or more other values of a field; of others follow from type
+    "dtype": [torch.bfloat16],
+    "tokens": [TOKENS + 1, TOKENS.flip(0), TOKENS.view(4, 3), TOKENS[:2]],
+    "members": [(types.SimpleNamespace(OUTPUT_TYPE="loglikelihood"),)],
+    "limit": [11, None],
+    "folder": [Path("there")],
+    "published_lists": ["other"],
+    "tokenizer": ["Other"],
+    "on_hub": [("org/name", "commit")],
+    "bases": [("sha256:base",)],
+    "maps": [{}, {("attention", 3): OTHER_MAP}, {("attention", 1): MAP}, {("mlp", 2): MAP}],
+    "backend": ["compiled"],
+    "what": ["generation"],
+    "room": [120, None],
+}
+MACHINE = {"processor": "P", "gpus": ["G"], "cpu_threads": 2}
+LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine and libraries that tests can change: returns them."""
+    code = dict(MACHINE) | {"versions": dict(LIBRARIES)}
+    monkeypatch.setattr(loads, "code_provenance", lambda: code)
+    return code
+
+
+def classes(base=Work):
+    """All kinds of work items, wherever they are declared; the studies are imported with STUDIES."""
+    assert STUDIES
+    return [cls for direct in base.__subclasses__() for cls in (direct, *classes(direct))]
+
+
+def default(field):
+    return VALUES.get(field.name, {str: "some", int: 7}.get(field.type))
+
+
+def build(cls):
+    return cls(**{field.name: default(field) for field in dataclasses.fields(cls)})
+
+
+def others(holder, field):
+    """Other values of a field of an item, or of what it is made of."""
+    value = getattr(holder, field.name)
+    if dataclasses.is_dataclass(value):
+        return []  # varied field by field
+    if isinstance(holder, DropPlan) and field.name == "attention":
+        return [(3,), (3, 1, 0)]
+    if field.name in OTHERS:
+        return OTHERS[field.name]
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return []
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1]
+    if isinstance(value, str):
+        return [value + "!"]
+    if isinstance(value, tuple):
+        return [(0, *value)]
+    pytest.fail(f"{type(holder).__name__}.{field.name} is {value!r}: say in OTHERS which other values it may have.")
+
+
+def variations(item):
+    """(class, field, changed item) for every field of the item and of the dataclasses in it."""
+    for field in dataclasses.fields(item):
+        value = getattr(item, field.name)
+        for other in others(item, field):
+            yield type(item).__name__, field.name, dataclasses.replace(item, **{field.name: other})
+        in_tuple = isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
+        part = value[0] if in_tuple else value
+        if dataclasses.is_dataclass(part):
+            for name, inner, changed in variations(part):
+                whole = (changed,) if in_tuple else changed
+                yield name, inner, dataclasses.replace(item, **{field.name: whole})
+
+
+def addresses(item):
+    store = Store(Path("records"))
+    return {store.path(key) for key in item.keys}
+
+
+@pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
+def test_every_field_changes_the_address_or_is_exempt(cls):
+    item = build(cls)
+    assert len(addresses(item)) == 1
+    tried = set()
+    for name, field, changed in variations(item):
+        tried.add((name, field))
+        same = addresses(changed) == addresses(item)
+        if (name, field) not in EITHER:
+            assert same == ((name, field) in EXEMPT), f"{name}.{field}: {EXEMPT.get((name, field), 'it is not in the key')}"
+    own = {field.name for field in dataclasses.fields(cls)}
+    made_of = {"model": "LocatedModel", "plans": "DropPlan", "load": "Load"}
+    assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
+        (part.__name__, field.name)
+        for part in (LocatedModel, DropPlan, Load)
+        for field in dataclasses.fields(part)
+        if part.__name__ in {made_of.get(name) for name in own}
+    }
+
+
+def test_no_exemption_is_of_a_field_that_is_gone():
+    known = {(cls.__name__, f.name) for cls in (*classes(), LocatedModel, DropPlan, Load) for f in dataclasses.fields(cls)}
+    assert set(EXEMPT) | EITHER <= known
+
+
+def test_the_order_in_a_plan_does_not_matter():
+    """The dropped model is the same."""
+    for cls in (cls for cls in classes() if "plans" in {field.name for field in dataclasses.fields(cls)}):
+        item = build(cls)
+        turned = dataclasses.replace(item, plans=(dataclasses.replace(PLAN, attention=(1, 3)),))
+        assert addresses(turned) == addresses(item)
+        several = dataclasses.replace(item, plans=(DropPlan(), PLAN))
+        assert len(addresses(several)) == 2
+        assert addresses(item) == addresses(several.only([1])) < addresses(several), "each value has its own address"
+
+
+def test_kinds_of_values_are_apart():
+    """Also of items that share all their fields."""
+    found = [key["measurement"] for cls in classes() for key in build(cls).keys]
+    assert len(set(found)) == len(found) == 5
+
+
+@pytest.mark.parametrize(
+    ("cls", "module", "constant"),
+    [
+        ("ImportanceWork", work_module, "IMPORTANCE_VERSION"),
+        ("IterativeWork", work_module, "IMPORTANCE_VERSION"),
+        ("TextWork", work_module, "TEXT_VERSION"),
+        ("TaskWork", work_module, "TASKS_VERSION"),
+        ("SpeedWork", loads, "VERSION"),
+    ],
+)
+def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant):
+    item = build(next(known for known in classes() if known.__name__ == cls))
+    before = addresses(item)
+    monkeypatch.setattr(module, constant, getattr(module, constant) + 1)
+    assert addresses(item).isdisjoint(before)
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new", "changed"),
+    [
+        ("lm_eval", "0.4.9", "0.4.10", {"TaskWork"}),
+        ("transformers", "5.17.0", "6.0.0", {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork"}),
+        ("transformers", "5.17.0", "5.18.0", set()),  # the same code, rounding apart; times have the exact version (below)
+    ],
+)
+def test_values_depend_on_versions_that_change_them(monkeypatch, package, old, new, changed):
+    version, found = importlib.metadata.version, []
+    for number in (old, new):
+        monkeypatch.setattr(importlib.metadata, "version", lambda p, n=number: n if p == package else version(p))
+        found.append({cls.__name__: addresses(build(cls)) for cls in classes()})
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == changed
+
+
+def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
+    """One seed draws other numbers there; weights that are read are the same."""
+    drawn = dataclasses.replace(MODEL, identity="random:hand")
+    found = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023 (called in this round)
+        items = [dataclasses.replace(build(cls), model=model) for model in (MODEL, drawn) for cls in classes()]
+        found.append([addresses(item) for item in items])
+    n = len(classes())
+    assert found[0][:n] == found[1][:n]
+    assert all(a.isdisjoint(b) for a, b in zip(found[0][n:], found[1][n:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change", [{"processor": "Q"}, {"gpus": ["G", "G"]}, {"gpus": []}, {"cpu_threads": 3}], ids=lambda change: str(change)
+)
+def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
+    before = {cls: addresses(build(cls)) for cls in classes()}
+    machine |= change
+    assert [cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]] == ["SpeedWork"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_times_depend_on_libraries_and_nothing_else_does(machine, library):
+    before = {cls: addresses(build(cls)) for cls in classes()}
+    machine["versions"][library] += ".1"
+    assert [cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]] == ["SpeedWork"]
+
+
+def test_a_batch_that_fills_the_gpu_is_found_by_how_long_its_sequences_grow():
+    """How many fit is not known before; how many were asked for does not matter then."""
+    filled = dataclasses.replace(build(loads.SpeedWork), fill=True)
+    longer = dataclasses.replace(filled, longest=filled.longest + 1)
+    more = dataclasses.replace(filled, load=dataclasses.replace(LOAD, batch_size=9))
+    assert addresses(longer) != addresses(filled) == addresses(more)
