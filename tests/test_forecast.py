@@ -135,12 +135,15 @@ def test_cpu_needs_no_network(network, cache):
 
 
 def test_minutes_are_near_the_reference_run(network):
-    """README: 25 minutes in all on two cores, of which 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07."""
+    """README: 25 minutes in all on two cores, of which 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07.
+
+    Since then notebook 05 also times whole generations, and nothing twice: about 2 minutes more.
+    """
     report = forecast(load_profile("cpu"))
     taken = minutes(report)
     assert (taken["01"], taken["02"], taken["03"], taken["07"]) == (2, 9, 2, 5)
-    assert 7 <= taken["05"] + taken["06"] <= 9
-    assert 23 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 28
+    assert 9 <= taken["05"] + taken["06"] <= 11
+    assert 26 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 30
     assert "rates measured in the reference run" in report
 
 
