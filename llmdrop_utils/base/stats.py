@@ -1,5 +1,6 @@
 """Intervals and rankings: bootstrap over samples, medians of few repeats, rank correlation, overlap of drop sets."""
 
+import functools
 import math
 
 import numpy as np
@@ -97,10 +98,17 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
     n = len(values)
     if n < 2:
         return (np.nan,) * 3
-    level = lambda k: 1 - 2 * binom.cdf(k - 1, n, 0.5)  # noqa: E731
-    k = max((k for k in range(1, n // 2 + 1) if level(k) >= LEVEL), default=1)
+    k, level = _rank_of_end(n)
     ordered = np.sort(values)
-    return float(ordered[k - 1]), float(ordered[n - k]), float(level(k))
+    return float(ordered[k - 1]), float(ordered[n - k]), level
+
+
+@functools.cache
+def _rank_of_end(n: int) -> tuple[int, float]:
+    """k of `median_interval`, and the level that it reaches."""
+    level = lambda k: float(1 - 2 * binom.cdf(k - 1, n, 0.5))  # noqa: E731
+    k = max((k for k in range(1, n // 2 + 1) if level(k) >= LEVEL), default=1)
+    return k, level(k)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -11,14 +11,16 @@ from llmdrop_utils import DropPlan, load_profile
 from llmdrop_utils.base import files
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.report.style import FIGURES
-from llmdrop_utils.report.tables import read_tables
+from llmdrop_utils.report.tables import frame, read_tables
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.studies import run as run_module
 from llmdrop_utils.studies.curve_rows import TextValues, plan_rows
 from llmdrop_utils.studies.joint_drop.study import (
     ITERATIVE,
     SAME_SAMPLES,
+    TABLES,
     first_mlp_row,
+    further_rows,
     iterative_plans,
     iterative_rows,
     iterative_work,
@@ -66,6 +68,32 @@ def test_the_interval_of_the_first_mlp():
     row = first_mlp_row(scores)
     assert row["attention_before"] == 2  # (3 x 0.2 + 0.9) / 4 = 0.375
     assert (row["low"], row["high"]) == (1, 2)
+
+
+def test_how_much_further_joint_drop_goes():
+    """Of four samples with an accuracy of 1. Two blocks are four sub-layers. Attention: in some draws not even two hold."""
+    shares = {
+        "joint": {2: [0.95] * 4, 4: [0.9] * 4, 6: [0.5] * 4},
+        "attention": {2: [1, 1, 1, 0.64], 4: [0.5] * 4},
+        "mlp": {2: [0.95] * 4, 4: [0.95] * 4},
+        "block": {1: [0.95] * 4, 2: [0.92] * 4, 4: [0.3] * 4},
+    }
+    cells = [DENSE_CELL, *(Cell(kind, n) for kind, by_n in shares.items() for n in by_n)]
+    hits = np.array([[1.0] * 4, *(values for by_n in shares.values() for values in by_n.values())]).T
+    rows = further_rows(TextValues(cells, hits, hits, hits))
+    assert [(row["other"], row["joint"], row["compared"], row["difference"], row["is_cut"]) for row in rows] == [
+        ("attention", 4, 2, 2, False),
+        ("mlp", 4, 4, 0, True),  # it holds wherever it was tried
+        ("block", 4, 4, 0, False),
+    ]  # fmt: skip
+    assert [(row["low"], row["high"]) for row in rows] == [(2, 4), (0, 0), (0, 0)]
+    frame("further", [{"model": "m"} | row for row in rows], TABLES)
+
+
+def test_joint_drop_that_holds_wherever_it_was_tried():
+    cells = [DENSE_CELL, *(Cell(kind, n) for kind in ("joint", "attention", "mlp", "block") for n in (1, 2))]
+    hits = np.array([[1.0, 0.95, 0.95, 0.95, 0.5, 0.95, 0.5, 0.95, 0.5]] * 4)
+    assert [row["is_cut"] for row in further_rows(TextValues(cells, hits, hits, hits))] == [True] * 3
 
 
 # ---- one by one, or all at once ---------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def _contrast_rows(scores, draws) -> list[dict]:
 def _depth_rows(scores, draws) -> list[dict]:
     """Rank correlation of depth and importance over all layers but the last, which the paper excepts.
 
-    Negative where deeper layers are more redundant.
+    Negative where deeper layers are more redundant. Ranks come in steps, so the 95 % interval covers more: 99 % in runs that
+    were simulated with the means and the noise of SmolLM2-135M.
     """
     rows = []
     for corpus, s in scores.items():
@@ -156,7 +157,12 @@ def _depth_rows(scores, draws) -> list[dict]:
 
 
 def _corpora_rows(scores, draws, n_drop: list[int]) -> list[dict]:
-    """Agreement of two corpora: rank correlation of importance, and how many of the n most droppable they share."""
+    """Agreement of two corpora: rank correlation of importance, and how many of the n most droppable they share.
+
+    The interval has no bound on its level where the correlation is near 1. Each resample adds noise to means that have noise
+    already, so draws agree less than the true means do. In runs that were simulated with the means and the noise of
+    SmolLM2-135M it covers 93 to 98 %; with three times the noise 28 to 89 %. All that it misses lies above it.
+    """
     rows = []
     for a, b in itertools.combinations(scores, 2):
         for kind in KINDS:

@@ -145,7 +145,10 @@ class Followed:
     # ---- which layers would be dropped --------------------------------------------------------------------------------
 
     def _agreement_rows(self) -> list[dict]:
-        """Does a stage rank the layers as the last one does? Rank correlation, and how many of a quarter both would drop."""
+        """Does a stage rank the layers as the last one does? Rank correlation, and how many of a quarter both would drop.
+
+        Near 1, the interval of the correlation is too low if anything, as that of two corpora is (notebook 01).
+        """
         n, rows = count(self.n_layers, "quarter"), []
         for where, scores, draws in zip(self.where, self.scores, self.draws, strict=True):
             for kind in KINDS:
