@@ -249,12 +249,8 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
 
 def _state(inputs: str, notebook: str, folders: RunFolders) -> str:
     """The inputs, and a hash of all that the notebook made: a product that is missing or changed is made again."""
-    made = [
-        folders.pages / f"{notebook}.ipynb",
-        *_figures_of(notebook, folders),
-        *sorted((folders.tables / notebook).glob("*")),
-    ]
+    tables = sorted((folders.tables / notebook).glob("*"))
     content = hashlib.sha256()
-    for path in made:
+    for path in [folders.pages / f"{notebook}.ipynb", *_figures_of(notebook, folders), *tables]:
         content.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
     return f"{inputs} {content.hexdigest()}\n"
