@@ -18,7 +18,7 @@ from .base.imports import made_of
 from .models.load import load_tokenizer
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
-from .report.tables import distance_from_reference, read_tables
+from .report.tables import distance_from_reference, models_measured, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
 from .studies.numbers import write_numbers
 from .studies.page import TABLES
@@ -189,8 +189,7 @@ def _about(tables: Path, description: str) -> str:
     lines = [description]
     for record in sorted(tables.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
-        # Stages of a series are called "<series>, <stage>": the series will do.
-        models = dict.fromkeys(f"{entry['model'].split(',')[0]} in {entry['dtype']}" for entry in entries)
+        models = models_measured(record)
         texts = [f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries if "corpus" in e]
         tasks = [f"{e['task']} ({e['num_fewshot'] or 0}-shot)" for e in entries if "task" in e]
         on = f"; on {', '.join(dict.fromkeys(texts + tasks))}" if texts + tasks else ""

@@ -15,6 +15,7 @@ import yaml
 
 from ..base import files
 from ..base.files import replacing, write_text
+from ..sources.catalogue import exact_name
 from .rules import NOT_RUN, OUTCOMES, Finding, decide
 from .show import as_markdown
 from .tables import Tables, read_tables
@@ -74,7 +75,7 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
     outcome, settles = decide(findings)
     named = len(findings) > 1  # a single model needs no name in each line
     evidence = "; ".join(
-        (f"{f.model}: " if named else "") + ("" if f.comparisons else "not run: ") * named + f.text for f in findings
+        (f"{exact_name(f.model)}: " + ("" if f.comparisons else "not run: ")) * named + f.text for f in findings
     )
     if outcome == NOT_RUN:
         return NOT_RUN, evidence or "this run has nothing to compare: see the corpora and sample counts of its profile"

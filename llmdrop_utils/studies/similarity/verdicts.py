@@ -6,6 +6,7 @@ from ...base.stats import difference_interval
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, kth_least, lowest_of, span, triple
+from ...sources.catalogue import exact_name
 
 
 @check
@@ -104,7 +105,8 @@ def published_lists(tables: Tables, shared: float) -> Iterator[Finding]:
         rows = published[published["model"] == model] if len(published) else published
         if rows.empty:
             yield Finding(
-                model, f"no published drop list is known for {model}; `make reproduce PROFILE=gpu` tests three models"
+                model,
+                f"no published drop list is known for {exact_name(model)}; `make reproduce PROFILE=gpu` tests three models",
             )
             continue
         rows = rows[rows["corpus"] == rows["corpus"].iloc[0]]
