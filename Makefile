@@ -16,6 +16,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 RUN := .venv/bin/python
 LLMDROP := $(RUN) -m llmdrop_utils
+export LLMDROP_CALLED_FROM := $(PWD)# where a relative MODEL begins that is not found from here (make -C)
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,7 +36,7 @@ plan: env ## say what a run would download, need and take, without doing any of 
 	$(LLMDROP) plan --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)"
 
 reproduce: env ## measure, run the notebooks; all goes to data/results/<run> (resumes; instant when nothing changed)
-	$(LLMDROP) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" $(if $(filter-out 0 no false,$(FORCE)),--force)
+	$(LLMDROP) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" --force="$(FORCE)"
 
 figures: env ## redraw the committed figures from the committed tables: no model, no measurement
 	$(LLMDROP) figures

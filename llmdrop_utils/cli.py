@@ -5,10 +5,12 @@ Every command imports what it needs when it runs, so that the help costs nothing
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 
 from .base.errors import LLMDropError
-from .base.files import shown
+from .base.files import need_writable, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("reproduce", _reproduce, "measure, run the notebooks, write figures and scorecard",
                   of_profile=True, of_notebooks=True)  # fmt: skip
-    run.add_argument("--force", action="store_true", help="measure again even if results are stored")
+    run.add_argument("--force", nargs="?", const="1", default="", help="measure again what is stored (0, no or false: do not)")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook parameter")
     command("plan", _plan, "say what a run would download, need and take, without doing any of it",
             of_profile=True, of_notebooks=True)  # fmt: skip
@@ -59,14 +61,25 @@ def _parser() -> argparse.ArgumentParser:
 def _profile(options: argparse.Namespace):
     from .studies.profile import load_profile
 
-    return load_profile(choose_profile(options.profile), options.model or None)
+    return load_profile(choose_profile(options.profile), _given(options.model))
+
+
+def _given(model: str | None) -> str | None:
+    """The model of the command line. make -C changes the folder, so a relative path may begin where make was called."""
+    from .models.names import local_path
+
+    called_from = os.environ.get("LLMDROP_CALLED_FROM")
+    if model and called_from and local_path(model) is None and (path := local_path(model, Path(called_from))):
+        return str(path)
+    return model or None
 
 
 def _reproduce(options: argparse.Namespace) -> None:
     from .reproduce import reproduce
 
     parameters = {name: _literal(value) for name, value in options.p}
-    reproduce(_profile(options), options.notebooks, options.force, parameters)
+    force = options.force.strip().lower() not in ("", "0", "no", "n", "false", "off")
+    reproduce(_profile(options), options.notebooks, force, parameters)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -91,6 +104,7 @@ def _reference(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from .models.training import train_series
 
+    need_writable()
     print(f"kept in {train_series(options.name, options.seed)}")
 
 

@@ -15,6 +15,7 @@ from .base import files
 from .base.errors import LLMDropError, NotAvailable
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
+from .models.load import load_tokenizer
 from .report.distance import describe_distance
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
@@ -34,11 +35,13 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
     not run. Raises LLMDropError, naming the first notebook that failed and where it is kept.
     """
     files.need_checkout("Running the notebooks")
+    files.need_writable()
     parameters = {"PROFILE": profile.name, "MODEL": profile.model or ""} | (parameters or {})
     folders = files.local(profile.run)
     chosen = choose_notebooks(notebooks)
     for source in chosen:
         check_parameters(source, parameters)
+    _forget_other_models(profile, folders, [source for source in chosen if not _lacking(source.stem, profile)])
     for source in chosen:
         name, rendered = source.stem, folders.pages / source.name
         if reason := _lacking(name, profile):
@@ -49,6 +52,7 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
             continue
         done, inputs = folders.tables / f"{name}.done", _inputs(source, parameters, profile)
         print(f"{name}: measuring and rendering")
+        _check_tokenizer(name, profile)
         done.unlink(missing_ok=True)
         tables = STUDIES[name](profile, force) if name in STUDIES else {}
         run_notebook(source, rendered, parameters)
@@ -65,6 +69,37 @@ def is_up_to_date(source: Path, profile: Profile, parameters: dict) -> bool:
     if not done.exists():
         return False
     return done.read_text(encoding="utf-8") == _state(_inputs(source, parameters, profile), source.stem, folders)
+
+
+def _check_tokenizer(notebook: str, profile: Profile) -> None:
+    """Raise LLMDropError before work starts, if a run's only model has no tokenizer: the live examples load it."""
+    if notebook in STUDIES and not profile.several:
+        located, _ = STUDIES[notebook].models(profile)
+        for model in located[-1:]:  # of a series the last stage, whose tokenizer serves all
+            if not model.is_random:
+                load_tokenizer(model)
+
+
+def _forget_other_models(profile: Profile, folders: RunFolders, chosen: list[Path]) -> None:
+    """Remove what a run made of models that have other weights now: a branch of the hub moved, or a source was changed.
+
+    Otherwise one scorecard would be about two models. What was measured of them stays in the store.
+    """
+    located = [model for source in chosen if source.stem in STUDIES for model in STUDIES[source.stem].models(profile)[0]]
+    now = {model.name: model.identity for model in located}
+    for record in sorted(folders.tables.glob("*/provenance.json")):
+        name = record.parent.name
+        entries = json.loads(record.read_text(encoding="utf-8"))
+        if changed := {e["model"] for e in entries if now.get(e["model"], e.get("model_identity")) != e.get("model_identity")}:
+            print(f"{name}: removed, since {', '.join(sorted(changed))} has other weights now")
+            for path in [folders.pages / f"{name}.ipynb", folders.tables / f"{name}.done", *_figures_of(name, folders)]:
+                path.unlink(missing_ok=True)
+            shutil.rmtree(record.parent)
+
+
+def _figures_of(notebook: str, folders: RunFolders) -> list[Path]:
+    names = [name for name, spec in FIGURES.items() if spec.notebook == notebook]
+    return [file for name in names for file in sorted(folders.figures.glob(f"{name}.*"))]
 
 
 def _lacking(notebook: str, profile: Profile) -> str | None:
@@ -93,7 +128,7 @@ def redraw(run: str | None = None, pages: bool = False) -> None:
         for figure, spec in FIGURES.items():
             if tables := read_tables(folders.tables / spec.notebook):
                 draw(figure, tables, folders.figures)
-        _judge(name, folders)
+        _judge(name, folders, description_of(name))
         print(f"{name}: figures and scorecard redrawn from data/reference/{name} ({shown(folders.figures)})")
         if pages:
             _render_committed(name, folders)
@@ -142,17 +177,17 @@ def keep_as_reference(run: str) -> RunFolders:
 # ---- the scorecard ------------------------------------------------------------------------------------------------------
 
 
-def _judge(run: str, folders: RunFolders) -> list[Verdict]:
+def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
     """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
     verdicts = judge(folders.tables)
-    about = f"{_about(folders.tables, run)}\n\n{write_numbers(folders.tables, folders.figures)}"
+    about = f"{_about(folders.tables, description)}\n\n{write_numbers(folders.tables, folders.figures)}"
     write_scorecard(verdicts, folders.figures, run, about)
     return verdicts
 
 
-def _about(tables: Path, run: str) -> str:
+def _about(tables: Path, description: str) -> str:
     """What a run is about: its profile's description, and what was measured."""
-    lines = [description_of(run)]
+    lines = [description]
     for record in sorted(tables.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
         # Stages of a series are called "<series>, <stage>": the series will do.
@@ -166,7 +201,7 @@ def _about(tables: Path, run: str) -> str:
 
 def _report(profile: Profile, folders: RunFolders) -> None:
     """Scorecard and distance from the reference, at the end of a run."""
-    verdicts = _judge(profile.run, folders)
+    verdicts = _judge(profile.run, folders, profile.description)
     print(f"\nYour results, apart from what is committed: {shown(folders.tables)}")
     print("  figures/ and figures/scorecard.md, notebooks/ (rendered), and the tables of each notebook")
     print(profile.description)
@@ -210,9 +245,12 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
 
 def _state(inputs: str, notebook: str, folders: RunFolders) -> str:
     """The inputs, and a hash of all that the notebook made: a product that is missing or changed is made again."""
-    names = [name for name, spec in FIGURES.items() if spec.notebook == notebook]
-    figures = [file for name in names for file in sorted(folders.figures.glob(f"{name}.*"))]
+    made = [
+        folders.pages / f"{notebook}.ipynb",
+        *_figures_of(notebook, folders),
+        *sorted((folders.tables / notebook).glob("*")),
+    ]
     content = hashlib.sha256()
-    for path in [folders.pages / f"{notebook}.ipynb", *figures, *sorted((folders.tables / notebook).glob("*"))]:
+    for path in made:
         content.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
     return f"{inputs} {content.hexdigest()}\n"

@@ -135,12 +135,15 @@ def test_cpu_needs_no_network(network, cache):
 
 
 def test_minutes_are_near_the_reference_run(network):
-    """README: 25 minutes in all on two cores, of which 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07."""
+    """README: 25 minutes in all on two cores, of which 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07.
+
+    Since then notebook 05 also times whole generations, and nothing twice: about 2 minutes more.
+    """
     report = forecast(load_profile("cpu"))
     taken = minutes(report)
     assert (taken["01"], taken["02"], taken["03"], taken["07"]) == (2, 9, 2, 5)
-    assert 7 <= taken["05"] + taken["06"] <= 9
-    assert 23 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 28
+    assert 9 <= taken["05"] + taken["06"] <= 11
+    assert 26 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 30
     assert "rates measured in the reference run" in report
 
 
@@ -310,6 +313,7 @@ def test_random_weights_and_series_serve_some_notebooks(network):
 def test_local_files(network, tmp_path):
     model, tokenizer = make_llama()
     model.save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
     write_gguf(tmp_path / "mine.gguf", model, tokenizer)
     n = sum(weight.numel() for weight in model.parameters())
     for name, converted in {"mine": 0, "mine.gguf": 4 * n}.items():
@@ -317,7 +321,9 @@ def test_local_files(network, tmp_path):
         assert found.shape.parameters == n
         assert found.shape.layers == model.config.num_hidden_layers
         assert (found.converted, found.download.missing) == (converted, 0)
-        assert row(forecast(load_profile("cpu", str(tmp_path / name)), "01"), "model", "mine")[4:] == ["0", "local", "open"]
+        report = forecast(load_profile("cpu", str(tmp_path / name)), "01")
+        assert row(report, "model", found.name)[4:] == ["0", "local", "open"]
+        assert report.startswith(f"Plan of the run cpu-{found.name}: ")
     assert str(tmp_path) not in section(forecast(load_profile("cpu", str(tmp_path / "mine"))), "DOWNLOADS")
 
 

@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from .errors import DiskFull, LLMDropError
@@ -85,10 +87,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise disk_error(error, path) from error
 
 
-def locked(folder: Path) -> FileLock:
-    """A lock on `folder` against other processes, for a `with` block; a killed holder lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.parent / f".{folder.name}.lock")
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on `folder` against other processes; a killed holder lets go."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise disk_error(error, folder.parent) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -113,8 +124,34 @@ def building(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def need_writable() -> None:
+    """Raise LLMDropError unless files can be written to the cache and to the folder of results."""
+    for folder in (CACHE, RESULTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            known = disk_error(error, folder)
+            raise _no_access(error, folder) if known is error else known from error
+
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)  # also: a file where a folder should be
+
+
+def _no_access(error: OSError, path: Path) -> LLMDropError:
+    hub_cache = Path(constants.HF_HUB_CACHE)
+    moved_by = {"LLMDROP_CACHE": CACHE, "LLMDROP_OUTPUT": OUTPUT, "HF_HOME": hub_cache}
+    variable = next((name for name, folder in moved_by.items() if path.is_relative_to(folder)), None)
+    instead = f", or set {variable} to a folder that can be written" if variable else ""
+    return LLMDropError(f"{path} cannot be written: {error.strerror or error}. Make it writable{instead}.")
+
+
 def disk_error(error: OSError, path: Path) -> Exception:
-    """The error to raise when writing `path` failed: a clear one for a full disk, otherwise `error` itself."""
+    """The error to raise when writing `path` failed: a clear one for a full disk and for what may not be written, otherwise
+    `error` itself."""
+    if error.errno in NO_ACCESS:
+        return _no_access(error, path)
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows knows no quotas
         return DiskFull(
             f"The disk is full: could not write {path}. Nothing stored before is lost. Free some space, or point "
@@ -131,9 +168,13 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def short_name(model: str) -> str:
-    """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model"."""
+    """A name for files and figure titles: "Qwen/Qwen3-8B@<commit>" -> "qwen3-8b"; "/data/my_model.gguf" -> "my_model".
+
+    Letters of every alphabet stay. Different models can have one short name.
+    """
     last = Path(re.sub(r"^([\w.-]+/[\w.-]+)@.*$", r"\1", model.rstrip("/"))).name  # a hub id without its commit
-    return re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.gguf$", "", last.lower())).strip("-.") or "model"
+    text = unicodedata.normalize("NFC", re.sub(r"\.gguf$", "", last.lower()))  # some file systems take letters apart
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"
 
 
 def without_paths(text: str) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ..base.errors import LLMDropError
-from ..base.files import building, short_name
+from ..base.files import building
 from ..dropping.units import left
 from ..models.families import find_anatomy
-from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, folder_identity, locate_folder
+from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, locate_folder
+from ..models.names import folder_identity, local_label
 
 
 def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: LocatedModel, recipe: dict) -> LocatedModel:
@@ -45,7 +46,7 @@ def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: Lo
         digest = derived_hash(bases, recipe, folder_identity(temporary))
         about = {"format": DERIVED_FORMAT, "base": bases[0], "bases": bases[1:], "recipe": recipe, "hash": digest}
         (temporary / "derived.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    return locate_folder(short_name(str(folder)), folder)
+    return locate_folder(local_label(folder.absolute()), folder)
 
 
 def _check(model: torch.nn.Module, base: LocatedModel) -> None:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
+from ..base.checks import as_whole
 from ..base.errors import LLMDropError
 from ..base.files import write_text
 from ..models.families import Anatomy, family_of, find_anatomy, stream_width
@@ -55,7 +55,7 @@ class DropPlan:
 
     def __post_init__(self):
         if self.n_layers is not None:
-            n_layers = _whole(self.n_layers)
+            n_layers = as_whole(self.n_layers)
             if n_layers is None or n_layers < 1:
                 raise LLMDropError(f"A drop plan's n_layers must be a whole number above 0, but is {self.n_layers!r}.")
             object.__setattr__(self, "n_layers", n_layers)
@@ -133,6 +133,8 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
     where this one is derived (its kept weights were changed), for one of those that it is derived from.
     """
     anatomy = find_anatomy(model)
+    if not isinstance(plan, DropPlan):
+        raise LLMDropError(f"Expected a drop plan, found {plan!r}. Make one: DropPlan(attention=(3,)), select(...).")
     for kind, name in NAMES.items():
         _check_range(getattr(plan, kind), name, len(anatomy))
     if plan.n_layers not in (None, len(anatomy)):
@@ -161,12 +163,14 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
     return anatomy
 
 
-def _whole(value) -> int | None:
-    """An int from an int or a NumPy integer; None from anything else, truth values included."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
+def check_plans(model: nn.Module, plans: Sequence[DropPlan] | DropPlan) -> tuple[DropPlan, ...]:
+    """The plans (one alone is a list of one), each of which fits the model. Raises LLMDropError otherwise, and for none."""
+    given = (plans,) if isinstance(plans, DropPlan) else tuple(plans)
+    if not given:
+        raise LLMDropError("There is no drop plan to measure under. DropPlan() is the dense model.")
+    for plan in given:
+        check_plan(model, plan)
+    return given
 
 
 def _indices(values, name: str) -> tuple[int, ...]:
@@ -174,7 +178,7 @@ def _indices(values, name: str) -> tuple[int, ...]:
         given = tuple(values)
     except TypeError:
         given = (None,)
-    indices = tuple(index for value in given if (index := _whole(value)) is not None)
+    indices = tuple(index for value in given if (index := as_whole(value)) is not None)
     if len(indices) < len(given):
         raise LLMDropError(f"The {name} drop list must hold whole numbers, the indices of layers, but is {values!r}.")
     if min(indices, default=0) < 0:

@@ -4,29 +4,39 @@
 and on a GPU a CUDA graph.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError, NotAvailable
 from ..dropping.caches import NoCache
 from ..models.families import find_anatomy
+from .guard import finite_generation, measuring, tokens_for
+
+BACKENDS = ("eager", "compiled")
 
 
 def greedy(model: nn.Module, tokens: torch.LongTensor, new_tokens: int, backend: str = "eager") -> torch.LongTensor:
     """The most probable continuation, as `generate(do_sample=False)` finds it: (B, T) -> (B, new_tokens). The timed loop."""
+    tokens, new_tokens = tokens_for(model, tokens).to(device_of(model)), whole(new_tokens, "The number of new tokens")
+    if backend not in BACKENDS:
+        raise LLMDropError(f"Unknown back end {backend!r}. There are: {', '.join(BACKENDS)}.")
     cache = new_cache(model, backend, tokens.shape[1] + new_tokens)
-    token = next_token(model, tokens, cache)
-    out = [token]
-    if new_tokens > 1:
-        step = stepper(model, token, cache, backend)
-        for _ in range(new_tokens - 1):
-            token = step(token)
-            out.append(token.clone())
-    check_length(cache, tokens.shape[1] + new_tokens - 1)
-    return torch.cat(out, dim=1)
+    with measuring(model):
+        with finite_generation(model):
+            token = next_token(model, tokens, cache)
+        out = [token]
+        with finite_generation(model) if backend == "eager" else contextlib.nullcontext():  # a graph has no room for a check
+            step = stepper(model, token, cache, backend) if new_tokens > 1 else None
+            while step and len(out) < new_tokens:
+                token = step(token)
+                out.append(token.clone())
+        check_length(cache, tokens.shape[1] + new_tokens - 1)
+        return torch.cat(out, dim=1)
 
 
 # ---- steps and caches ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import dataclasses
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..base.checks import whole
 from ..dropping.plan import DropPlan
 from ..dropping.units import left
 from ..models.families import cache_geometry, find_anatomy, numbers_multiplied
@@ -30,6 +31,8 @@ def kv_bytes(config, plan: DropPlan, batch_size: int, length: int, bytes_per_num
     Full attention keeps every token, a sliding window of w the last w - 1 (what the next token still sees beside itself),
     latent attention (DeepSeek) one compressed vector and one rotary key per token. Layers in `plan.attention` hold nothing.
     """
+    batch_size, length = whole(batch_size, "The batch size"), whole(length, "The number of tokens", at_least=0)
+    bytes_per_number = whole(bytes_per_number, "The number of bytes")
     config = config.get_text_config()
     numbers = sum(
         per_token * (length if window is None else min(length, window - 1))

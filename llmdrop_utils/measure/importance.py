@@ -6,20 +6,22 @@ X is the stream that the sub-layer reads, before its norm; norm and sub-layer ar
 layer's raw input and output. One forward pass without LM head gives all three kinds.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.units import left
-from ..models.families import Anatomy, find_anatomy, input_device, position_limit
+from ..models.families import find_anatomy, input_device
+from .guard import measuring, tokens_for
 from .metrics import BIN_EDGES, KINDS, METRICS
 from .probe import Probe
+from .rotary import rotary_following
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
@@ -115,7 +117,7 @@ def measure_importance(
     ----------
     model: a transformers causal language model of a family in `families.FAMILIES`, of any dtype, on any device or
         several, offloaded or not. It is left as it was.
-    tokens: LongTensor (n_samples, seq_len).
+    tokens: LongTensor (n_samples, seq_len), or other integers of that shape, or what a tokenizer returns with its mask.
     batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
     attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
         positions are counted from the first token that counts.
@@ -128,18 +130,24 @@ def measure_importance(
     it adds. Raises LLMDropError for wrong input and if the model produces infinities.
     """
     anatomy = find_anatomy(model)
-    _check(anatomy, tokens, attention_mask, batch_size)
+    if attention_mask is None and isinstance(tokens, Mapping):
+        tokens, attention_mask = tokens.get("input_ids"), tokens.get("attention_mask")
+    tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
+    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    _check_mask(attention_mask, tokens)
     if metric not in METRICS:
         raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
     if attention_mask is not None:
         attention_mask = attention_mask.to("cpu", torch.long)
+        if rotary_following(model):
+            batch_size = 1  # samples of other lengths would change each other
     n_samples, n_bins = len(tokens), len(BIN_EDGES) - 1
     means = np.zeros((len(KINDS), n_samples, len(anatomy)))
     weights = np.zeros(n_samples, dtype=np.int64)
     histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
     device = input_device(model)
     start = 0
-    with torch.inference_mode(), _evaluating(model), Probe(anatomy, metric) as probe:
+    with measuring(model), Probe(anatomy, metric) as probe:
         while start < n_samples:
             rows = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[rows]
@@ -163,34 +171,7 @@ def measure_importance(
     return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
 
 
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module):
-    """Without dropout while measuring; the mode is put back."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-def _check(anatomy: Anatomy, tokens: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
-    if batch_size < 1:
-        raise LLMDropError(f"The batch size must be 1 or more, but is {batch_size}.")
-    if tokens.ndim != 2 or not len(tokens) or tokens.is_floating_point():
-        raise LLMDropError(f"Expected token ids (n_samples, seq_len), found {tokens.dtype} {tuple(tokens.shape)}.")
-    config = anatomy.decoder.config
-    longest = position_limit(config)
-    if longest is not None and tokens.shape[1] > longest:
-        raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
-    vocabulary = config.vocab_size
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise LLMDropError(
-            f"Token ids run from {low} to {high}, but this model knows 0 to {vocabulary - 1}: were they made with "
-            "another model's tokenizer?"
-        )
+def _check_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> None:
     if mask is not None and (mask.shape != tokens.shape or not bool(mask.bool().any(1).all())):
         raise LLMDropError(
             f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "

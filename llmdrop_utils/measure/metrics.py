@@ -72,5 +72,5 @@ def one_minus_cosine(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> to
 @metric("relative magnitude")
 def relative_magnitude(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
     """|a| / |x + a|; 1 where both are zero vectors."""
-    ratio = (aa / (xx + 2 * xa + aa).clamp(min=0)).sqrt()
-    return torch.where(ratio.isnan(), 1.0, ratio)
+    whole = (xx + 2 * xa + aa).clamp(min=0)
+    return torch.where((aa == 0) & (whole == 0), 1.0, (aa / whole).sqrt())

@@ -109,16 +109,24 @@ class Group:
     batches: list[Batch]
 
 
-def pack(requests: list[Request], max_length: int, batch_tokens: int, share: bool = True) -> list[Group]:
+def pack(
+    requests: list[Request], max_length: int, batch_tokens: int, share: bool = True, alone_from: int | None = None
+) -> list[Group]:
     """Arrange requests for scoring; `share=False` gives every distinct sequence a row of its own.
 
     As in lm-eval, the last token is predicted but never read, and a sequence longer than `max_length` + 1 loses its
-    beginning.
+    beginning. Sequences that read `alone_from` tokens or more get a batch of their own, and come first, the longest ahead,
+    which is the order of lm-eval.
     """
     sequences = [((context + continuation)[-(max_length + 1) :], len(continuation)) for context, continuation in requests]
     inputs = [sequence[:-1] for sequence, _ in sequences]
     order = sorted(range(len(requests)), key=inputs.__getitem__)
     loose, groups = [], []
+    if alone_from is not None:
+        long = [i for i in order if len(inputs[i]) >= alone_from]
+        order = [i for i in order if len(inputs[i]) < alone_from]
+        if long:
+            groups.append(Group([], _batches(_trees(long, inputs, sequences, 0, branch=False), 1, 0)))
     for members in _shared_beginnings(order, inputs, sequences) if share else []:
         n_prefix = _common(inputs[members[0]], inputs[members[-1]])
         n_prefix = min(n_prefix, *(len(inputs[i]) - sequences[i][1] for i in members))  # what predicts stays in the rows

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..dropping.plan import DropPlan
 from ..dropping.units import left, skipping
 from ..models.families import find_anatomy, input_device, stream_of
+from .guard import NotFinite, normalizer
 from .packing import Batch, Group, pack
 
 HEAD_ROWS = {"cpu": 1024, "cuda": 4096}  # positions whose logits are held at a time
@@ -107,11 +108,19 @@ class Passes:
             yield states.flatten(0, 1)
 
     def log_probabilities(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The next-token distributions of (n, d) states, some at a time: float32 (at most SOFTMAX_ROWS, vocabulary)."""
+        """The next-token distributions of (n, d) states, some at a time: float32 (at most SOFTMAX_ROWS, vocabulary).
+
+        Raises NotFinite, with the row, for what is no distribution.
+        """
+        start = 0
         for part in states.split(HEAD_ROWS[self.device.type]):
             for logits in self._head(part).split(SOFTMAX_ROWS[self.device.type]):
                 logits = logits.float()
-                yield logits.sub_(logits.logsumexp(-1, keepdim=True))  # ten times as exact as log_softmax on a CPU
+                try:
+                    yield logits.sub_(normalizer(logits))  # ten times as exact as log_softmax on a CPU
+                except NotFinite as error:
+                    raise NotFinite(start + error.row) from None
+                start += len(logits)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """The model's own head, with whatever it does to logits: (n, d) -> (n, vocabulary)."""

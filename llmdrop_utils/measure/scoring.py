@@ -6,16 +6,19 @@ The LM head runs only on positions that predict a scored token.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan, check_plans
+from ..dropping.units import skipping
 from ..models.families import find_anatomy, position_limit
-from .packing import Batch, Request, pack
+from .guard import NotFinite, measuring, not_finite_error
+from .packing import Batch, Group, Request, pack
 from .passes import Passes
+from .rotary import short_below
 
 # Tokens per forward pass: enough to keep a device busy, few enough to keep intermediate results small.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -47,7 +50,7 @@ def score(
 
     Parameters
     ----------
-    model: a transformers causal language model of a family in `families.FAMILIES`, in eval mode.
+    model: a transformers causal language model of a family in `families.FAMILIES`, in any mode: it is measured in eval mode.
     requests: (context, continuation) as token ids; neither may be empty.
     plans: drop plans; `DropPlan()` is the dense model.
     max_length: tokens that the model reads at most; longer requests lose their beginning. None: what its config says.
@@ -55,11 +58,11 @@ def score(
     on_batch: called with the share of the work that is newly done, for a progress bar.
 
     Log-probabilities are formed in float32 whatever the model's dtype. On a GPU that runs out of memory batches are
-    halved, with a message. Raises LLMDropError for plans that do not fit the model and requests that cannot be scored.
+    halved, with a message. A token that the model rules out (a logit of -inf) has log-probability -inf. Raises LLMDropError
+    for plans that do not fit the model, for requests that cannot be scored, and for logits that are NaN or +inf.
     """
     anatomy = find_anatomy(model)
-    for plan in plans:
-        check_plan(model, plan)
+    plans = check_plans(model, plans)
     vocabulary = anatomy.decoder.config.vocab_size
     for context, continuation in requests:
         if not context or not continuation:
@@ -74,9 +77,10 @@ def score(
     if max_length is None:
         max_length = position_limit(anatomy.decoder.config) or 2048
     longest = min(max_length, max(len(context) + len(continuation) - 1 for context, continuation in requests))
-    with torch.inference_mode():
+    with measuring(model):
         passes = Passes(model, plans)
-        groups = pack(list(requests), max_length, BATCH_TOKENS[passes.device.type], share=passes.can_share(longest))
+        share, batch_tokens = passes.can_share(longest), BATCH_TOKENS[passes.device.type]
+        groups = pack(list(requests), max_length, batch_tokens, share=share, alone_from=short_below(model))
         total = sum(len(group.prefix) + sum(len(b.rows) * b.width for b in group.batches) for group in groups)
         for group in groups:
             try:
@@ -88,7 +92,7 @@ def score(
             while queue:
                 batch = queue.pop(0)
                 try:
-                    _score_batch(passes, batch, result, kl)
+                    _score_batch(passes, group, batch, result, kl)
                 except torch.OutOfMemoryError as error:
                     if len(batch.rows) == 1:
                         raise LLMDropError(f"Out of GPU memory with a single sequence of {batch.width} tokens.") from error
@@ -104,8 +108,8 @@ def score(
 # ---- from states to numbers --------------------------------------------------------------------------------------------
 
 
-def _score_batch(passes: Passes, batch: Batch, result: Scores, kl: bool) -> None:
-    """Add what a batch says to `result`, once it is computed under all plans."""
+def _score_batch(passes: Passes, group: Group, batch: Batch, result: Scores, kl: bool) -> None:
+    """Add what a batch of a group says to `result`, once it is computed under all plans."""
     unique, request, which, target = batch.scored()
     logprob = np.zeros((len(passes.steps), len(target)))
     hits = np.zeros((len(passes.steps), len(target)), dtype=bool)
@@ -114,7 +118,8 @@ def _score_batch(passes: Passes, batch: Batch, result: Scores, kl: bool) -> None
     for i, states in enumerate(passes.states(batch)):
         chosen = states[torch.from_numpy(unique).to(states.device)]
         start = 0
-        for piece, logprobs in enumerate(passes.log_probabilities(chosen)):
+        distributions = passes.log_probabilities(chosen)
+        for piece, logprobs in enumerate(_refusing(distributions, passes, passes.steps[i].plan, group, batch, unique)):
             inside = (which >= start) & (which < start + len(logprobs))
             index, token = (torch.from_numpy(x[inside]).to(logprobs.device) for x in (which - start, target))
             logprob[i, inside] = logprobs[index, token].cpu().numpy()
@@ -122,11 +127,34 @@ def _score_batch(passes: Passes, batch: Batch, result: Scores, kl: bool) -> None
             if kl and i == 0:
                 first.append(logprobs)
             elif kl:
-                difference = torch.nn.functional.kl_div(logprobs, first[piece], log_target=True, reduction="none").sum(-1)
-                divergence[i, inside] = difference[index].cpu().numpy()
+                divergence[i, inside] = _divergence(first[piece], logprobs)[index].cpu().numpy()
             start += len(logprobs)
     for i in range(len(passes.steps)):
         np.add.at(result.logprob[i], request, logprob[i])
         np.add.at(result.hits[i], request, hits[i])
         if kl:
             np.add.at(result.kl[i], request, divergence[i])
+
+
+def _divergence(first: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(first || other) of each row of log-probabilities (n, vocabulary): (n,). What `first` rules out adds nothing."""
+    each = torch.nn.functional.kl_div(logprobs, first, log_target=True, reduction="none")
+    if bool((total := each.sum(-1)).isnan().any()):  # 0 x infinity
+        total = each.masked_fill(first == -torch.inf, 0.0).sum(-1)
+    return total
+
+
+def _refusing(distributions, passes: Passes, plan: DropPlan, group: Group, batch: Batch, unique: np.ndarray) -> Iterator:
+    """The same distributions, with one clear error where there is none. unique: positions that predict, in the batch."""
+    try:
+        yield from distributions
+    except NotFinite as error:
+        row, index = divmod(int(unique[error.row]), batch.width)
+        tokens, parents = batch.rows[row].tokens, batch.rows[row].parents
+        path: list[int] = []
+        while index >= 0:
+            path.append(tokens[index])
+            index = parents[index]
+        under = f" under the plan that drops attention {list(plan.attention)} and MLP {list(plan.mlp)}" if plan.n_drop else ""
+        with skipping(passes.model, plan):
+            raise not_finite_error(passes.model, [*group.prefix, *path[::-1]], under) from None

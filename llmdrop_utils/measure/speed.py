@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..base.checks import as_whole, whole
 from ..base.errors import LLMDropError, NotAvailable
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import dropped
 from ..models.families import find_anatomy, learned_positions
-from .decoding import check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
+from .decoding import BACKENDS, check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
+from .guard import measuring
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
-
-BACKENDS = ("eager", "compiled")
 
 NOISY = 0.1  # a spread above this marks a timing as noisy
 
@@ -45,6 +45,10 @@ class Load:
             raise LLMDropError(f"Unknown load {self.what!r}. There are: prefill, decode, generation.")
         if self.backend not in BACKENDS:
             raise LLMDropError(f"Unknown back end {self.backend!r}. There are: {', '.join(BACKENDS)}.")
+        for name in ("context", "new_tokens", "batch_size", *(["room"] if self.room is not None else [])):
+            if (number := as_whole(getattr(self, name))) is None:
+                raise LLMDropError(f"The {name} of a load must be a whole number, but is {getattr(self, name)!r}.")
+            object.__setattr__(self, name, number)
         if min(self.context, self.batch_size, self.new_tokens + (self.what == "prefill")) < 1:
             raise LLMDropError(f"Nothing to time in {self}: context, batch size and new tokens must be at least 1.")
         if self.room is not None and self.room < self.context + self.new_tokens:
@@ -105,14 +109,15 @@ def measure_speed(
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
     large even as a single sequence, NotAvailable if the compiled back end cannot run the model.
     """
-    for plan in plans:
-        check_plan(model, plan)
+    if not isinstance(load, Load):
+        raise LLMDropError(f'Expected a Load, such as Load("prefill", 2048), found {load!r}.')
+    plans, repeats = check_plans(model, plans), whole(repeats, "The number of repeats")
     longest, known = load.context + load.new_tokens, learned_positions(find_anatomy(model).decoder.config)
     if known is not None and longest > known:
         raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
     while True:
         try:
-            with torch.inference_mode():
+            with measuring(model):
                 return _measure(model, load, plans, repeats, on_repeat)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -127,6 +132,7 @@ def measure_speed(
 @functools.cache
 def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measure what a device can do; takes a second, and is done once in a process."""
+    device = torch.device(device)
     size = 2**28 if device.type == "cpu" else 2**30
     a, b = (torch.empty(size, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
     matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)

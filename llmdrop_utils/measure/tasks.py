@@ -1,19 +1,26 @@
 """Quality on tasks, as lm-eval defines them, under many drop plans at once."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from lm_eval.api.metrics import mean_stderr
+from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerBase
 
-from ..dropping.plan import DropPlan, check_plan
+from ..base.checks import whole
+from ..base.errors import LLMDropError
+from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
 from ..sources.task_data import build_requests, load_task, silent
+from .guard import finite_generation, measuring
+from .rotary import rotary_following
 from .scoring import Scores, score
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -46,7 +53,14 @@ class FastLM(HFLM):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, plans: Sequence[DropPlan] = (DropPlan(),), batch_size: int = 8):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # lm-eval would ask the hub for one
+            raise LLMDropError(f"Expected a tokenizer, found {tokenizer!r}. (Models with random weights have none.)")
+        batch_size = whole(batch_size, "The batch size")
+        plans = check_plans(model, plans)
+        if rotary_following(model):
+            batch_size = 1  # of generation, where a long prompt would change how the others are read
+        with measuring(model), _untied(model):
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.plans = list(plans)
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None
@@ -59,7 +73,7 @@ class FastLM(HFLM):
             del self.tok_encode  # it refers to self, and would keep the model in memory
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        with skipping(self.model, self.plans[0]):
+        with measuring(self.model), skipping(self.model, self.plans[0]), finite_generation(self.model):
             return super().generate_until(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
@@ -70,6 +84,17 @@ class FastLM(HFLM):
             if text is not None:  # as lm-eval does, for its cache of answers
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
+
+
+@contextlib.contextmanager
+def _untied(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `tie_weights` does nothing. lm-eval calls it on each model, and would tie a head that was loaded with weights
+    of its own."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def run_tasks(
@@ -87,6 +112,9 @@ def run_tasks(
     """
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise LLMDropError(f"Expected names of tasks, found {names!r}.")
+    limit = None if limit is None else whole(limit, "The number of documents")
     tasks = {name: load_task(name, num_fewshot, source) for name in names}  # whatever is wrong shows before work starts
     return {name: score_task(model, tokenizer, members, limit=limit).summary() for name, members in tasks.items()}
 
@@ -99,9 +127,13 @@ def score_task(
     limit: int | None = None,
     on_batch: Callable[[float], None] = lambda share: None,
 ) -> TaskScores:
-    """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side."""
-    for plan in plans:
-        check_plan(model, plan)
+    """Score what `load_task` gave under each plan. Documents of all members of a group stand side by side.
+
+    The model is measured in eval mode and left as it was. Raises LLMDropError for numbers that are not finite.
+    """
+    if not isinstance(members, list | tuple) or not all(isinstance(task, Task) for task in members):
+        raise LLMDropError(f"Expected what `load_task` returns, found {members!r}.")
+    plans = check_plans(model, plans)
     lm = FastLM(model, tokenizer, plans)
     lm.on_batch = on_batch
     build_requests(members, limit)
@@ -122,6 +154,10 @@ def score_task(
     )
     chance = float(np.mean([1 / n for n in choices.values()])) if choices else 0.0
     metrics = {name: np.array(rows, dtype=float) for name, rows in by_metric.items()}
+    for name, array in metrics.items():
+        if len(bad := np.argwhere(~np.isfinite(array))):
+            number, document = bad[0]
+            raise LLMDropError(f"The {name} of document {document} under plan {number} is {array[number, document]}.")
     return TaskScores(metrics, chance)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
-from ..models.families import position_limit
+from ..models.families import find_anatomy, position_limit
+from ..sources.texts import as_tokens
 from .scoring import score
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
@@ -38,14 +39,21 @@ def score_text(
 
     The divergence is from the first plan: give `DropPlan()`, the dense model, first. Raises LLMDropError for wrong input.
     """
-    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2 or tokens.is_floating_point():
-        raise LLMDropError(f"Expected token ids (n_samples, seq_len >= 2), found {tokens.dtype} {tuple(tokens.shape)}.")
+    config = find_anatomy(model).decoder.config
+    tokens = as_tokens(tokens, shortest=2)
     requests = [(sample[:1], sample[1:]) for sample in tokens.tolist()]
     longest = tokens.shape[1] - 1
-    known = position_limit(model.config)
+    known = position_limit(config)
     if known is not None and longest > known:
         raise LLMDropError(f"Samples of {longest + 1} tokens are too long for this model, which knows {known} positions.")
     scores = score(model, requests, plans, max_length=longest, kl=True, on_batch=on_batch)
+    for name, values in (("log-probability", scores.logprob), ("divergence", scores.kl)):
+        if len(bad := np.argwhere(~np.isfinite(values))):
+            plan, sample = bad[0]
+            raise LLMDropError(
+                f"The {name} of sample {sample} under plan {plan} is infinite: the model rules out a token that occurs in the "
+                "text. Use text that its tokenizer makes, or a larger dtype."
+            )
     return TextScores(-scores.logprob / longest, scores.hits / longest, scores.kl / longest)
 
 

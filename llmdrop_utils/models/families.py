@@ -172,6 +172,8 @@ def family_of(config) -> Family:
 
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Take a transformers model apart. Raises LLMDropError for a family that is unknown or not built as stated."""
+    if not isinstance(model, nn.Module):
+        raise LLMDropError(f"Expected a model, found {type(model).__name__}. `load_model` returns a model and its tokenizer.")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     config = decoder.config
     family = family_of(config)

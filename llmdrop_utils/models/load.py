@@ -7,16 +7,22 @@ to have nothing else (`pickled` in data/sources.yaml), by torch's restricted unp
 import contextlib
 import ctypes
 import os
+import re
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from ..base import files
 from ..base.errors import LLMDropError
+from .config import TEXT_WEIGHTS, full_config, read_config
 from .convert import UNREADABLE, first_line
 from .locate import LocatedModel, locate_model
+
+# Buffers that older versions of transformers stored, and this one does not name: causal masks and rotary frequencies.
+HARMLESS = re.compile(r"(^|\.)((attn|attention)\.masked_bias|rotary_emb\.inv_freq)$")
 
 transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
 
@@ -46,8 +52,12 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             )
             _mark(model, located)
             return model, None
+        tokenizer, config = load_tokenizer(located), load_config(located)  # what is wrong with them costs nothing to find
+        is_part = config.model_type != full_config(located.name, located.folder).model_type
         model, found = AutoModelForCausalLM.from_pretrained(
             located.folder,
+            config=config,
+            key_mapping=TEXT_WEIGHTS if is_part else None,
             dtype=dtype or default_dtype(),
             device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
             attn_implementation=attention_implementation(located),
@@ -56,15 +66,12 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             local_files_only=True,
             offload_folder=str(files.CACHE / "offload"),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, and named
         )
-        if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
-            raise LLMDropError(
-                f"{located.name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. "
-                "To keep a dropped model, save its drop plan, and load the dense model."
-            )
+        check_weights(located, model, found, is_part)
         _mark(model, located)
         _speed_up_bfloat16(model)
-        return model.eval(), load_tokenizer(located)
+        return model.eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise LLMDropError(
             f"{located.name} does not fit into the memory of {torch.cuda.get_device_name()}. "
@@ -72,6 +79,70 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         ) from error
     except UNREADABLE as error:
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
+
+
+def check_weights(located: LocatedModel, model: nn.Module, found: dict, is_part: bool = False) -> None:
+    """Raise LLMDropError unless the weights on disk are those that config.json describes: every one of them, and no other.
+
+    transformers fills what is missing with random numbers and passes over what it has no place for, with a warning. What it
+    knows to be a harmless remainder (buffers, a tied LM head) it does not name.
+    found: its loading info. is_part: the model is the text part of a multimodal one, so weights of other parts stay unused.
+    """
+    name, kind = located.name, model.config.model_type
+    missing = sorted(found["missing_keys"])
+    unused = sorted(key for key in found["unexpected_keys"] if not HARMLESS.search(key))
+    if is_part:
+        own = {_top(key) for key in model.state_dict()}
+        unused = [key for key in unused if _top(key) in own]
+    heads = [key for key in missing if key.split(".")[0] in ("lm_head", "embed_out", "output")]
+    if missing and heads == missing:
+        other = f"; it has another head instead ({unused[0]})" if unused else ""
+        raise LLMDropError(
+            f"{name} has no LM head{other}: it lacks {missing[0]}, so it does not predict tokens. Give the checkpoint of the "
+            "causal language model, which AutoModelForCausalLM saves; AutoModel saves the bare decoder."
+        )
+    if missing and unused:
+        raise LLMDropError(
+            f"The weights of {name} have other names than its config.json promises ({kind}): it lacks {len(missing)}, such "
+            f"as {missing[0]}, and has no place for {len(unused)}, such as {unused[0]}. Either config.json belongs to another "
+            "model, or a wrapper added to the names when they were saved: save the inner model with save_pretrained."
+        )
+    if missing:
+        raise LLMDropError(
+            f"{name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. If files are "
+            "missing, download them. To keep a dropped model, save its drop plan, and load the dense model."
+        )
+    if unused:
+        raise LLMDropError(
+            f"{name} holds {len(unused)} weights that a {kind} model of its config.json has no place for, such as {unused[0]}. "
+            "Without them it would give wrong numbers: config.json belongs to another model (as when a Qwen2 is called llama), "
+            "or its sizes were changed. Correct it, or download it again."
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, expected = mismatched[0]
+        raise LLMDropError(
+            f"{len(mismatched)} weights of {name} have another shape than its config.json promises: {key} is {tuple(stored)}, "
+            f"expected {tuple(expected)}. Correct config.json, or download it again."
+        )
+    if twice := _stored_twice(located, model.base_model_prefix):
+        raise LLMDropError(
+            f"{name} holds some weights twice, such as {twice[0]} and {model.base_model_prefix}.{twice[0]}, and only one can "
+            "be used. Save the model again with save_pretrained."
+        )
+
+
+def _top(key: str) -> str:
+    """ "model.layers.0.mlp" -> "model.layers"."""
+    return ".".join(key.split(".")[:2])
+
+
+def _stored_twice(located: LocatedModel, prefix: str) -> list[str]:
+    """Weights that are stored with and without the prefix that transformers adds or takes away by itself."""
+    keys: set[str] = set()
+    for file in located.folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            keys.update(weights.keys())
+    return sorted(key for key in keys if f"{prefix}.{key}" in keys)
 
 
 def _mark(model: nn.Module, located: LocatedModel) -> None:
@@ -84,7 +155,12 @@ def model_of_shape(located: LocatedModel, dtype: torch.dtype, device: str) -> nn
     config, attention = load_config(located), attention_implementation(located)
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(located.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise LLMDropError(
+                f"No model can be built as the config.json of {located.name} says: {first_line(error)}. Correct it."
+            ) from error
 
 
 def _keep_freed_memory() -> None:
@@ -109,18 +185,14 @@ def load_tokenizer(located: LocatedModel):
 
 
 def load_config(located: LocatedModel):
-    """The configuration alone, to know a model's family without loading weights."""
-    try:
-        return AutoConfig.from_pretrained(located.folder, trust_remote_code=False, local_files_only=True)
-    except UNREADABLE as error:
-        raise LLMDropError(f"The configuration of {located.name} could not be read: {first_line(error)}") from error
+    """The configuration alone, to know a model's family without loading weights; of a multimodal model its text part's."""
+    return read_config(located.name, located.folder)
 
 
 def attention_implementation(located: LocatedModel) -> str:
     """How attention is computed: "sdpa" where the family allows it, otherwise "eager" (Gemma 2); part of a result's key."""
     config = load_config(located)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return "sdpa" if known and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

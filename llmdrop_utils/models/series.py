@@ -17,10 +17,12 @@ import pandas as pd
 
 from ..base import files
 from ..base.errors import DiskFull, LLMDropError, NotAvailable, each_available
-from ..base.files import short_name, write_text
+from ..base.files import write_text
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, forget
+from .convert import first_line
 from .locate import LocatedModel, locate_folder, locate_model
+from .names import checkpoints_in, local_label, local_path, plain_name, step_of
 from .recipe import Recipe, load_recipe, untrained
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]  # all of a model but its weights
@@ -62,6 +64,7 @@ def locate_series(
     others are drawn in their place (stage "random"). Raises LLMDropError for an unknown name, NotAvailable if no stage is
     available.
     """
+    name = plain_name(name)
     source = catalogue()["series"].get(name)
     if source is None:
         return _local_series(name, n_seeds)
@@ -102,8 +105,7 @@ def known_models(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
 
 def parse_stage(name: str, tokens_per_step: int | None = None) -> tuple[int | None, int | None]:
     """Step and tokens that a name states: "stage1-step1000-tokens5B", "step1000", "step-1000", "checkpoint-1000"."""
-    step_in_name = re.search(r"(?:step|checkpoint|iter)[-_]?(\d+)", name)
-    step = int(step_in_name[1]) if step_in_name else None
+    step = step_of(name)
     if tokens := re.search(r"tokens[-_]?(\d+)([MBT])", name):
         return step, int(tokens[1]) * UNITS[tokens[2]]
     return step, step * tokens_per_step if step is not None and tokens_per_step else None
@@ -169,13 +171,12 @@ def _hub_series(name: str, source: dict) -> tuple[list[Series], dict[str, str]]:
 
 
 def _local_series(name: str, n_seeds: int) -> tuple[list[Series], dict[str, str]]:
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        about = path / "run.json"
-        run = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-        stages, missing = _stages_in(path, short_name(name), run.get("tokens_per_step"))
+    path = local_path(name)
+    if path is not None and path.is_dir():
+        run, title = _run_of(path), local_label(path)
+        stages, missing = _stages_in(path, title, run.get("tokens_per_step"))
         if len(stages) > 1:
-            return [Series(short_name(name), run.get("seed", 0), stages, run=run)], missing
+            return [Series(title, run.get("seed", 0), stages, run=run)], missing
     try:
         model = locate_model(name)
     except LLMDropError as error:
@@ -186,11 +187,24 @@ def _local_series(name: str, n_seeds: int) -> tuple[list[Series], dict[str, str]
     return [Series(model.name, seed, (_random_stage(model, model.name, seed), final)) for seed in range(n_seeds)], {}
 
 
+def _run_of(folder: Path) -> dict:
+    """What a run.json beside checkpoints says. Raises LLMDropError if it cannot be used."""
+    about = folder / "run.json"
+    try:
+        run = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+        if not isinstance(run, dict) or not all(isinstance(run.get(key, 1), int) for key in ("tokens_per_step", "seed")):
+            raise ValueError('expected is a mapping such as {"tokens_per_step": 8192}')
+    except (OSError, ValueError, RecursionError) as error:
+        raise LLMDropError(f"The run.json in {folder} cannot be used: {first_line(error)}. Correct or delete it.") from error
+    return run
+
+
 def _stages_in(folder: Path, name: str, tokens_per_step: int | None) -> tuple[tuple[Stage, ...], dict[str, str]]:
     """The models in a folder whose names state a step, in that order; and those that cannot be used (name -> reason)."""
-    named = {path: parse_stage(path.name, tokens_per_step) for path in folder.iterdir() if not path.name.startswith(".")}
-    paths = [path for path, (step, _) in named.items() if step is not None and (path / "config.json").exists()]
-    stage_at = lambda path: Stage(path.name, *named[path], locate_folder(f"{name}, {path.name}", path))  # noqa: E731
+    paths = checkpoints_in(folder)
+    stage_at = lambda path: Stage(  # noqa: E731
+        path.name, *parse_stage(path.name, tokens_per_step), locate_folder(f"{name}, {path.name}", path)
+    )
     found, reasons = each_available(paths, stage_at, "stages", several=True)
     missing = {f"{name}, {path.name}": reason for path, reason in reasons.items()}
     return tuple(sorted(found, key=lambda stage: stage.step or 0)), missing

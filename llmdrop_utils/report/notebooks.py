@@ -1,18 +1,17 @@
 """Execute notebooks with papermill and keep rendered copies without anything that changes from run to run."""
 
-import contextlib
 import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import disk_error, short_name, shown, write_text
+from ..base.files import disk_error, shown, write_text
+from ..models.names import label, local_path
 
 KERNEL = "python3"  # what every source notebook names; it is always this very interpreter (see `_own_kernel`)
 QUIET = {  # the kernel talks over local sockets; ipykernel's and the debugger's notes about that are not for the reader
@@ -61,7 +60,7 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
         path.unlink(missing_ok=True)
     os.environ |= QUIET
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, _own_kernel(Path(folder)), warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         partial = Path(folder) / rendered.name  # of this process alone: two runs may meet
         try:
@@ -70,6 +69,7 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
                 str(partial),
                 parameters,
                 kernel_name=KERNEL,
+                kernel_manager_class=_own_kernel(Path(folder)),
                 progress_bar=False,
                 cwd=str(files.ROOT),
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
@@ -93,25 +93,22 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
         write_text(rendered, nbformat.writes(page) + "\n")
 
 
-@contextlib.contextmanager
-def _own_kernel(folder: Path) -> Iterator[None]:
-    """Inside, the kernel "python3" is this interpreter, whatever kernels the user has installed."""
-    from ipykernel.kernelspec import write_kernel_spec
+def _own_kernel(folder: Path) -> type:
+    """Starts this very interpreter as the kernel, whatever kernels, folders and profiles of Jupyter and IPython a user has."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
 
-    write_kernel_spec(str(folder / "kernels" / KERNEL), overrides={"argv": _command()})
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), before]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["JUPYTER_PATH"]
-        else:
-            os.environ["JUPYTER_PATH"] = before
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(
+                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                language="python",
+                env={"IPYTHONDIR": str(folder)},
+                metadata={"kernel_provisioner": {"provisioner_name": "local-provisioner"}},
+            )
 
-
-def _command() -> list[str]:
-    return [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    return OwnKernel
 
 
 def _keep(partial: Path, failed: Path) -> None:
@@ -128,5 +125,5 @@ def _strip(page, parameters: dict) -> None:
         if "injected-parameters" in tags:
             cell.id = "injected-parameters"
             model = str(parameters.get("MODEL", ""))
-            if model and Path(model).exists():
-                cell.source = cell.source.replace(model, short_name(model))
+            if local_path(model):
+                cell.source = cell.source.replace(model, label(model))

@@ -1,26 +1,23 @@
 """The paper's claims, and a verdict for each from the tables of a run.
 
-data/claims.yaml lists the claims and their rules. A check reads the tables of its notebook and judges each model; a claim is
-reproduced if it holds for all of them. The scorecard lists every claim, run or not.
+data/claims.yaml lists the claims and their rules. A check reads the tables of its notebook and says what is compared with which
+threshold; the rule engine (rules.py) decides. The scorecard lists every claim, run or not.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import yaml
 
 from ..base import files
 from ..base.files import replacing, write_text
+from .rules import NOT_RUN, OUTCOMES, Finding, decide
 from .show import as_markdown
 from .tables import Tables, read_tables
-
-REPRODUCED, DEVIATES, NOT_RUN = "reproduced", "deviates", "not run"
-
-Finding = tuple[str, bool | None, str]  # model, does the claim hold (None: could not be tested), the numbers
 
 CHECKS: dict[str, Callable[..., Iterator[Finding]]] = {}  # rule -> (tables, thresholds by name) -> findings
 ADVICE: dict[str, Callable[[Tables], str]] = {}  # notebook -> tables -> what they mean for a user
@@ -34,9 +31,12 @@ class Verdict:
     claim: str
     where: str
     notebook: str
-    verdict: str  # REPRODUCED, DEVIATES or NOT_RUN
+    verdict: str  # one of `rules.OUTCOMES`
     evidence: str  # the numbers, or why it was not run and what would run it
     rule: str
+    history: tuple[
+        dict, ...
+    ] = ()  # date, rule, verdicts (run -> verdict), why: of earlier rules, changed after numbers were seen
 
 
 def load_claims() -> list[dict]:
@@ -54,7 +54,7 @@ def judge(results: Path, notebook: str | None = None) -> list[Verdict]:
             continue
         verdict, evidence = _judge(claim, read_tables(results / claim["notebook"]))
         shown = {key: claim[key] for key in ("id", "claim", "where", "notebook", "rule")}
-        verdicts.append(Verdict(**shown, verdict=verdict, evidence=evidence))
+        verdicts.append(Verdict(**shown, verdict=verdict, evidence=evidence, history=tuple(claim.get("history", ()))))
     return verdicts
 
 
@@ -63,28 +63,53 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
         return NOT_RUN, f"notebook {claim['notebook']} is not written yet"
     if not tables:
         return NOT_RUN, f"notebook {claim['notebook']} has not been run: `make reproduce NOTEBOOKS={claim['notebook'][:2]}`"
-    findings = list(CHECKS[claim["check"]](tables, **claim.get("thresholds", {})))
-    findings += [(row.what, None, row.reason) for row in tables["not_run"].itertuples()]
-    tested = [holds for _, holds, _ in findings if holds is not None]
+    try:
+        findings = list(CHECKS[claim["check"]](tables, **claim.get("thresholds", {})))
+    except (KeyError, AttributeError) as error:
+        return NOT_RUN, (
+            f"the tables of notebook {claim['notebook']} are of an older version, without {error.args[0]!r}: "
+            f"`make reproduce NOTEBOOKS={claim['notebook'][:2]}` makes them anew"
+        )
+    findings += [Finding(row.what, row.reason) for row in tables["not_run"].itertuples()]
+    outcome, settles = decide(findings)
     named = len(findings) > 1  # a single model needs no name in each line
     evidence = "; ".join(
-        (f"{model}: " if named else "") + ("" if holds is not None else "not run: ") * named + text
-        for model, holds, text in findings
+        (f"{f.model}: " if named else "") + ("" if f.comparisons else "not run: ") * named + f.text for f in findings
     )
-    if not tested:
+    if outcome == NOT_RUN:
         return NOT_RUN, evidence or "this run has nothing to compare: see the corpora and sample counts of its profile"
-    return (REPRODUCED if all(tested) else DEVIATES), evidence
+    return outcome, ". ".join([evidence, *(f"To settle it: {note}" for note in settles)])
 
 
 def write_scorecard(verdicts: list[Verdict], folder: Path, run: str, about: str) -> Path:
     """Write scorecard.md (to read) and scorecard.csv (to compute with)."""
     with replacing(folder / "scorecard.csv") as temporary:
-        pd.DataFrame([dataclasses.asdict(v) for v in verdicts]).to_csv(temporary, index=False, lineterminator="\n")
-    counts = [f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in (REPRODUCED, DEVIATES, NOT_RUN)]
+        rows = pd.DataFrame([dataclasses.asdict(v) for v in verdicts])
+        rows.drop(columns="history").to_csv(temporary, index=False, lineterminator="\n")
+    counts = [f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in OUTCOMES]
     summary = f"{', '.join(counts)}, of {len(verdicts)} claims."
     rules = "\n".join(f"- *{v.claim}* {v.rule}" for v in verdicts if v.verdict != NOT_RUN)
-    parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, evidence=True), "How each verdict is reached:", rules]
+    parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, evidence=True)]
+    parts += ["## How each verdict is reached", ENGINE, rules]
+    if changed := [_history(v, run) for v in verdicts if v.history]:
+        parts += ["## Rules that changed after numbers were seen", "\n".join(changed)]
     return write_text(folder / "scorecard.md", "\n\n".join(parts).rstrip() + "\n")
+
+
+ENGINE = (
+    "Every rule is decided by the same engine from 95 % intervals. *Reproduced*: all intervals lie on the claim's side of the "
+    "threshold. *Deviates*: one lies on the other side, with Holm's correction for the number of comparisons in the rule. "
+    "*Inconclusive*: neither, and the evidence says how large a run would settle it."
+)
+
+
+def _history(verdict: Verdict, run: str) -> str:
+    """What a rule said before, and its verdict then on this run."""
+    entries = []
+    for entry in verdict.history:
+        then = entry["verdicts"].get(run, "not run")
+        entries.append(f"  - until {entry['date']} ({then}): {entry['rule']} Why it was changed: {entry['why'].strip()}")
+    return "\n".join([f"- *{verdict.claim}* Now {verdict.verdict}.", *entries])
 
 
 def as_html(verdicts: list[Verdict]) -> str:
@@ -122,6 +147,16 @@ def advice(notebook: str) -> Callable[[Callable[[Tables], str]], Callable[[Table
         return function
 
     return register
+
+
+def triple(row: Any, name: str, prefix: str = "") -> tuple[float, float, float]:
+    """A number of a row and the ends of its interval: columns `name`, `low` and `high` (or with a prefix: `speedup_low`)."""
+    return row[name], row[f"{prefix}low"], row[f"{prefix}high"]
+
+
+def kth_least(rows: pd.DataFrame, share: float) -> pd.Series:
+    """The last of the least important layers of a kind: rows have one layer each, and a share of them counts (one at least)."""
+    return rows.sort_values("importance", kind="stable").iloc[max(1, int(share * len(rows))) - 1]
 
 
 def percent(row: pd.Series, name: str) -> str:

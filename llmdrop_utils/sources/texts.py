@@ -13,12 +13,14 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..base.checks import whole
 from ..base.errors import LLMDropError
 from .catalogue import catalogue
 from .fetch import fetch_hub, fetch_package_files
@@ -33,8 +35,12 @@ def load_tokens(corpus: str, tokenizer, n_samples: int, seq_len: int) -> torch.L
     in importance and perplexity it is a token like others. Raises LLMDropError if the corpus is unknown, empty or too short,
     and NotAvailable if it cannot be fetched.
     """
+    n_samples = whole(n_samples, "The number of samples", at_least=0)
+    seq_len = whole(seq_len, "The length of samples", at_least=0)
     if n_samples < 1 or seq_len < 1:
         raise LLMDropError(f"Samples and their length must be 1 or more, but {n_samples} of {seq_len} tokens were asked for.")
+    if not isinstance(corpus, str):
+        raise LLMDropError(f"Expected the name of one corpus, found {corpus!r}.")
     beginning = text_beginning(tokenizer)
     of_text = _tokens_of_text(beginning, seq_len)
     stream: list[int] = []
@@ -53,6 +59,7 @@ def pack(documents: list[str], tokenizer, seq_len: int) -> torch.LongTensor:
 
     Raises LLMDropError if they do not fill a single one.
     """
+    seq_len = whole(seq_len, "The length of blocks")
     beginning = text_beginning(tokenizer)
     of_text = _tokens_of_text(beginning, seq_len)
     stream = [token for ids in _token_ids(documents, tokenizer) for token in ids]
@@ -66,6 +73,8 @@ def text_beginning(tokenizer) -> list[int]:
 
     Found by asking it. That a tokenizer has a begin-of-text token does not tell: many never use theirs.
     """
+    if not callable(tokenizer):
+        raise LLMDropError(f"Expected a tokenizer, found {tokenizer!r}. (Models with random weights have none.)")
     for text in ("a", "A", "0"):
         alone, whole = (tokenizer(text, add_special_tokens=add)["input_ids"] for add in (False, True))
         places = [n for n in range(len(whole)) if whole[n : n + len(alone)] == alone]
@@ -131,8 +140,44 @@ def _not_held_out() -> LLMDropError:
     )
 
 
+def as_tokens(given: object, shortest: int = 1) -> torch.LongTensor:
+    """Token ids as int64 (n_samples, seq_len): from a tensor or array of integers, rows of integers, or what a tokenizer
+    returns. Raises LLMDropError for anything else: no sample, a single sequence, samples of different lengths, padding."""
+    tokens: Any = given
+    if isinstance(given, Mapping):  # a BatchEncoding is one
+        tokens = given.get("input_ids")
+        if (mask := given.get("attention_mask")) is not None and not np.all(np.asarray(mask)):
+            raise LLMDropError(
+                "These token ids hold padding, which would be measured as text. Cut samples of one length (`load_tokens`), or "
+                "give `measure_importance` the attention mask."
+            )
+    try:
+        rows = isinstance(tokens, list | tuple)
+        tensor = torch.as_tensor(np.array([np.asarray(row) for row in tokens]) if rows else tokens)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, text, None
+        raise LLMDropError(f"Expected token ids (n_samples, seq_len), found {_shortly(given)}: {error}.") from None
+    if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < shortest or _is_no_integer(tensor):
+        wanted = "seq_len" if shortest == 1 else f"seq_len >= {shortest}"
+        raise LLMDropError(
+            f"Expected token ids (n_samples, {wanted}), found {tensor.dtype} {tuple(tensor.shape)}. "
+            "One sequence alone is tokens[None]."
+        )
+    return tensor.long()
+
+
+def _is_no_integer(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex()
+
+
+def _shortly(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else f'{text[:57]}...'}"
+
+
 def fingerprint(tokens: torch.Tensor) -> str:
     """sha256 of token ids and their shape, in hex: what the key of a result records about its input."""
+    if not isinstance(tokens, torch.Tensor) or _is_no_integer(tokens):
+        raise LLMDropError(f"Expected a tensor of token ids, found {_shortly(tokens)}.")
     content = tokens.detach().to("cpu", torch.int64).contiguous()
     return hashlib.sha256(str(tuple(content.shape)).encode() + content.numpy().tobytes()).hexdigest()
 

@@ -28,6 +28,7 @@ TABLES = {
     ),
     "text": table(
         "model corpus kind", Key("n", "Dropped", "d"), Column("sub_layers", "Sub-layers", "d"),
+        Column("samples", "Samples", "d"),
         Column("perplexity", "Perplexity", ".1f", "perplexity_low", "perplexity_high"), "perplexity_low perplexity_high",
         Column("accuracy", "Next-token accuracy", ".1%", "accuracy_low", "accuracy_high"), "accuracy_low accuracy_high",
         Column("kl", "KL from dense, nats per token", ".3f", "kl_low", "kl_high"), "kl_low kl_high",
@@ -135,6 +136,7 @@ def text_rows(text: TextValues, corpus: str, plans: Mapping[Cell, DropPlan]) -> 
         if not cell.on_curve:
             continue
         row = {"corpus": corpus, "kind": cell.kind, "n": cell.n, "sub_layers": plans[cell].n_drop}
+        row["samples"] = len(text.nll)
         for name, (low, high) in intervals.items():
             row |= {name: points[name][i], f"{name}_low": low[i], f"{name}_high": high[i]}
         rows.append(row)
@@ -142,20 +144,30 @@ def text_rows(text: TextValues, corpus: str, plans: Mapping[Cell, DropPlan]) -> 
 
 
 def reach_rows(text: TextValues) -> list[dict]:
-    """How many of a kind can be dropped before less than 90 % of the dense model's next-token accuracy is retained.
+    """How many of a kind can be dropped before less than 90 % of the dense model's next-token accuracy is retained."""
+    rows = []
+    for kind in dict.fromkeys(cell.kind for cell in text.cells[1:] if cell.on_curve):
+        reach = reach_of(text, kind)
+        low, high = text.interval(reach[1:])
+        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(text, kind)[-1]})
+    return rows
+
+
+def tried_of(text: TextValues, kind: str) -> list[int]:
+    """How many of a kind were dropped on its curve, in order."""
+    return sorted(cell.n for cell in text.cells if cell.kind == kind and cell.on_curve)
+
+
+def reach_of(text: TextValues, kind: str) -> np.ndarray:
+    """The number of `reach_rows`, followed by its bootstrap: (1 + REPEATS,).
 
     Counts are tried in order, and the last before the first that fails is given: 0.95, 0.85, 0.92 at n = 1, 2, 3 reach 1.
     """
-    retained = share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")]))  # the value, then its bootstrap
-    rows = []
-    for kind in dict.fromkeys(cell.kind for cell in text.cells[1:] if cell.on_curve):
-        counts = sorted(cell.n for cell in text.cells if cell.kind == kind and cell.on_curve)
-        holds = retained[:, [text.cells.index(Cell(kind, n)) for n in counts]] >= KEEP
-        without_break = np.where(holds.all(1), len(counts), holds.argmin(1))
-        reach = np.array([0, *counts])[without_break]
-        low, high = text.interval(reach[1:])
-        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": counts[-1]})
-    return rows
+    retained = share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")]))
+    counts = tried_of(text, kind)
+    holds = retained[:, [text.cells.index(Cell(kind, n)) for n in counts]] >= KEEP
+    without_break = np.where(holds.all(1), len(counts), holds.argmin(1))
+    return np.array([0, *counts])[without_break]
 
 
 def task_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..base.errors import LLMDropError
-from ..models.locate import folder_identity
+from ..models.names import folder_identity
 from ..models.outlook import Outlook, Shape, outlook
 from ..models.recipe import load_recipe, series_folder, untrained
 from ..models.series import PICKLED_WEIGHTS, SMALL_FILES, WEIGHTS

@@ -20,19 +20,9 @@ from . import paper
 from .run import STUDIES
 from .speedup.generation import GENERATION
 
-WHY = {  # kinds of reasons why a number is not compared, as the scorecard counts them
-    "model": "need a model that this run does not have",
-    "table": "belong to tables that no notebook writes yet",
-    "notebook": "belong to notebooks that this run leaves out",
-    "row": "were measured in another way, or not at all",
-    "statement": "are statements without a number",
-    "setting": "are settings, not results",
-    "unlabelled": "are printed without their model, task or count",
-}
-
 
 class NotRun(Exception):
-    """Why a number is not compared: `args` are a key of `WHY`, and a sentence that says what would run it."""
+    """Why a number is not compared: `args` are a key of `WHY` in numbers.py, and a sentence on what would run it."""
 
 
 class Ours(NamedTuple):

@@ -7,9 +7,18 @@ import pandas as pd
 
 from ..base.files import replacing
 from . import paper
-from .number_rules import WHY, NotRun, RunTables, look_up
+from .number_rules import NotRun, RunTables, look_up
 
 COMPARED, NOT_RUN = "compared", "not run"
+WHY = {  # kinds of reasons why a number is not compared, as the scorecard counts them
+    "model": "need a model that this run does not have",
+    "table": "belong to tables that no notebook writes yet",
+    "notebook": "belong to notebooks that this run leaves out",
+    "row": "were measured in another way, or not at all",
+    "statement": "are statements without a number",
+    "setting": "are settings, not results",
+    "unlabelled": "are printed without their model, task or count",
+}
 
 
 def compare(folder: Path) -> pd.DataFrame:

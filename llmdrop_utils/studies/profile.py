@@ -5,6 +5,7 @@ A study declares the section that it needs with `@section`; a profile without th
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
 from ..base.settings import Counts, CountsByName, Names, Positive, Settings, build
 from ..models.load import DTYPES, default_dtype
+from ..models.names import label, local_path, plain_name
 from ..selection.ranking import SELECTIONS
 
 S = TypeVar("S", bound=Settings)
@@ -99,7 +101,8 @@ class Profile:
 
     @property
     def run(self) -> str:
-        return self.name if self.model is None else f"{self.name}-{files.short_name(self.model)}"
+        """Its name: of no two profiles, and of no two models, the same."""
+        return self.name if self.model is None else f"{self.name}-{label(self.model)}"
 
     def to_json(self) -> dict[str, Any]:
         """All that the profile says, as plain values."""
@@ -115,11 +118,12 @@ def profile_names() -> list[str]:
 def load_profile(name: str, model: str | None = None) -> Profile:
     """Read data/profiles/<name>.yaml; `model` replaces its models, and its series of checkpoints.
 
-    A profile that `extends` another has its keys, but for those that it gives itself; a section that is null is left out.
-    Raises LLMDropError for an unknown profile, and for keys that are unknown, missing or of the wrong type.
+    A relative path in `model` begins in the working directory, one in a profile in the checkout. A profile that `extends`
+    another has its keys, but for those that it gives itself; a section that is null is left out. Raises LLMDropError for an
+    unknown profile, and for keys that are unknown, missing or of the wrong type.
     """
-    content = _read(name, [])
-    where = f"{name}.yaml"
+    content, where = _read(name, []), f"{name}.yaml"
+    model = None if model is None else _from(None, model)
     sections: dict[type[Settings], Settings] = {}
     for key in [key for key in SECTIONS if key in content]:
         values = content.pop(key)
@@ -128,19 +132,27 @@ def load_profile(name: str, model: str | None = None) -> Profile:
         if not isinstance(values, dict):
             raise LLMDropError(f"{where} must hold the key {key!r} with keys of its own.")
         part = build(SECTIONS[key], values, f"{where}, under {key}")
-        sections[type(part)] = part if model is None else part.model_copy(update=_of_model(part, model))
+        sections[type(part)] = part.model_copy(update=_series_of(part, model))
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {where}: it is set by the command.")
     head = build(Head, content, where, also=list(SECTIONS))
-    profile = Profile(name, head.description, head.models, sections, head.dtype, model)
     if model is None:
-        return profile
-    return dataclasses.replace(profile, models=[model], description=description_of(profile.run))
+        return Profile(name, head.description, [_from(files.ROOT, one) for one in head.models], sections, head.dtype)
+    return Profile(name, f"{label(model)} with the settings of the profile {name}.", [model], sections, head.dtype, model)
 
 
-def _of_model(part: Settings, model: str) -> dict[str, Any]:
-    """What a section says when the run is for one model: a section that follows series follows this one."""
-    return {"series": [model]} if "series" in type(part).model_fields else {}
+def _from(base: Path | None, model: str) -> str:
+    """A model as it is given; where it is a path an absolute one, since notebooks run in another folder."""
+    model = plain_name(model)
+    path = local_path(model, base)
+    return model if path is None else str(path)
+
+
+def _series_of(part: Settings, model: str | None) -> dict[str, Any]:
+    """The series that a section follows, if it follows any: its own, or the model that the run is for."""
+    if "series" not in type(part).model_fields:
+        return {}
+    return {"series": [model] if model is not None else [_from(files.ROOT, series) for series in part.model_dump()["series"]]}
 
 
 def _read(name: str, extended_by: list[str]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class TaskWork(Work):
     @property
     def keys(self) -> list[dict]:
         harness = importlib.metadata.version("lm_eval")
-        more: dict = {"task": self.fingerprint, "tokenizer": self.tokenizer, "lm_eval": harness}
+        more: dict[str, str | None] = {"task": self.fingerprint, "tokenizer": self.tokenizer, "lm_eval": harness}
         if any(task.OUTPUT_TYPE == "generate_until" for task in self.members):
             more["generation"] = self._generation
         return [self._key("task", TASKS_VERSION, plan=plan.key.to_json(), **more) for plan in self.plans]

@@ -56,7 +56,7 @@ def test_a_lock_holds_against_other_processes(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(number, tmp_path):
     assert isinstance(files.disk_error(OSError(number, "x"), tmp_path), DiskFull)
-    other = OSError(errno.EACCES, "x")
+    other = OSError(errno.ENOENT, "x")
     assert files.disk_error(other, tmp_path) is other
 
 

@@ -37,7 +37,7 @@ def derived(base, tmp_path):
 def test_one_changed_weight(base, derived, tmp_path):
     located, changed, _ = base
     assert derived == locate_model(str(tmp_path / "Derived"))
-    assert (derived.name, derived.bases, located.bases) == ("derived", (located.identity,), ())
+    assert (derived.name, derived.bases, located.bases) == (f"derived-{derived.identity[7:15]}", (located.identity,), ())
     assert derived.identity != located.identity
     model, tokenizer = load_model(str(tmp_path / "Derived"), torch.float32, "cpu")
     assert (model.llmdrop_identity, model.llmdrop_bases) == (derived.identity, (located.identity,))
@@ -116,7 +116,7 @@ def test_what_does_not_belong_together(derived, change):
 )
 def test_damaged_file(derived, content):
     (derived.folder / "derived.json").write_bytes(content)
-    with pytest.raises(LLMDropError, match=r"derived.json of derived is damaged \(.*Derive the model again, or delete"):
+    with pytest.raises(LLMDropError, match=r"derived.json of derived-\w{8} is damaged \(.*Derive the model again, or delete"):
         locate_model(str(derived.folder))
 
 

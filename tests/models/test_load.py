@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from unittest import mock
 
 import families
@@ -10,9 +11,10 @@ import sentencepiece
 import torch
 from gguf_files import make_llama, write_gguf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from llmdrop_utils import DropPlan, LLMDropError, drop, load_model, locate_available
-from llmdrop_utils.models import convert
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located, load_tokenizer, model_of_shape
 from llmdrop_utils.models.locate import locate_model
@@ -24,6 +26,14 @@ def folder(tmp_path):
     families.tiny("qwen3").save_pretrained(tmp_path / "My Qwen3")
     byte_tokenizer().save_pretrained(tmp_path / "My Qwen3")
     return tmp_path / "My Qwen3"
+
+
+def change(folder):
+    """Alter one weight."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def test_named_model_is_made_once(cache):
 
 def test_directory(folder, cache):
     located = locate_model(str(folder))
-    assert located.name == "my-qwen3", "the path itself must not get into results"
+    assert located.name == f"my-qwen3-{located.identity[7:15]}", "the path itself must not get into results"
     model, _ = load_located(located)
     assert model.config.model_type == "qwen3"
     before = located.identity
@@ -92,7 +102,7 @@ def test_tokenizer_with_code_of_its_own(folder, cache, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(code))
     (folder / "tokenization_neo.py").write_text("raise SystemExit('executed!')")
     located = locate_model(str(folder))
-    with pytest.raises(LLMDropError, match="tokenizer of my-qwen3 could not be loaded"):
+    with pytest.raises(LLMDropError, match=r"tokenizer of my-qwen3-\w{8} could not be loaded"):
         load_tokenizer(located)
     tokenizer = load_tokenizer(dataclasses.replace(located, tokenizer="LlamaTokenizer"))
     truth = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
@@ -113,9 +123,10 @@ def test_some_of_several_models(network, cache):
     [
         ("smollm2-135", r"Unknown model 'smollm2-135'. Did you mean 'smollm2-135m'\?"),
         ("", "Unknown model ''"),
-        ("./nowhere", r"Unknown model './nowhere'.*a directory with config.json"),
+        ("./nowhere", r"There is no folder or .gguf file ./nowhere: .* holds no 'nowhere'.* Give a directory with config.json"),
         ("small-llama", r"small-llama is a series of checkpoints: notebook 07 follows it \(NOTEBOOKS=07\)"),
         ("nowhere.gguf", "There is no file nowhere.gguf"),
+        ("nowhere.GGUF", "There is no file nowhere.GGUF"),
         ("random:llama-9", "There is no shape 'llama-9'. There are: llama-2-7b, llama-2-13b"),
     ],
 )
@@ -158,10 +169,10 @@ def test_folders_that_are_no_models(folder, cache):
 
 def test_damaged_files(folder, cache, tmp_path):
     (folder / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(LLMDropError, match="my-qwen3 could not be loaded: "):
+    with pytest.raises(LLMDropError, match=r"my-qwen3-\w{8} could not be loaded: "):
         load_model(str(folder))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(LLMDropError, match="bad is not a GGUF file that transformers can read"):
+    with pytest.raises(LLMDropError, match=r"bad-\w{8} is not a GGUF file that transformers can read"):
         locate_model(str(tmp_path / "bad.gguf"))
     assert not list((cache / "models").glob("bad*")), "a failed conversion leaves nothing behind"
 
@@ -172,7 +183,7 @@ def test_missing_weights_are_not_made_up(folder, cache, tmp_path):
     drop(model, DropPlan((1,), (0,))).save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     with pytest.raises(
-        LLMDropError, match="saved lacks [0-9]+ of the weights that its config.json promises, such as model.layers.0"
+        LLMDropError, match=r"saved-\w{8} lacks [0-9]+ of the weights that its config.json promises, such as model.layers.0"
     ):
         load_model(str(tmp_path / "saved"))
 
@@ -180,10 +191,8 @@ def test_missing_weights_are_not_made_up(folder, cache, tmp_path):
 def test_full_disk_while_converting(tmp_path, cache, llama, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf", *llama)
 
-    model = mock.Mock()
-    monkeypatch.setattr(convert.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")):
-        model.save_pretrained.side_effect = error
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", mock.Mock(side_effect=error))
         with pytest.raises(LLMDropError, match="The disk is full"):
             locate_model(str(tmp_path / "tiny.gguf"))
         assert not [path for path in (cache / "models").iterdir() if path.suffix != ".lock"]
@@ -198,11 +207,16 @@ def test_leftovers_of_a_killed_conversion_go(tmp_path, cache, llama):
     assert not left.exists()
 
 
-def test_two_models_of_one_name(tmp_path, cache):
-    for parent in ("a", "b"):
-        families.tiny("qwen3").save_pretrained(tmp_path / parent / "model")
-    with pytest.raises(LLMDropError, match="Two different models of one run are both called 'model'"):
-        locate_available([str(tmp_path / "a" / "model"), str(tmp_path / "b" / "model")])
+def test_two_models_of_one_name(folder, tmp_path, cache):
+    """Tables tell them apart; what is one model twice is an error."""
+    (tmp_path / "b").mkdir()
+    other = shutil.copytree(folder, tmp_path / "b" / folder.name)
+    with pytest.raises(LLMDropError, match=r"The model 'my-qwen3-\w{8}' is given twice in one run"):
+        locate_available([str(folder), str(other)])
+    change(other)
+    located, _ = locate_available([str(folder), str(other)])
+    assert [model.name for model in located] == [f"my-qwen3-{model.identity[7:15]}" for model in located]
+    assert located[0].name != located[1].name
 
 
 def test_families_without_sdpa_load_too(tmp_path, cache):

@@ -210,8 +210,8 @@ def test_a_directory_of_checkpoints(tmp_path, cache):
     (tmp_path / "run" / "step-5").mkdir()  # no model
     ((series,), missing) = locate_series(str(tmp_path / "run"))
     assert [(stage.name, stage.step, stage.tokens) for stage in series.stages] == [("step-3", 3, None), ("step-100", 100, None)]
-    assert list(missing) == ["run, step-20"]
-    assert "has no *.safetensors" in missing["run, step-20"]
+    assert list(missing) == [f"{series.name}, step-20"]
+    assert "has no *.safetensors" in missing[f"{series.name}, step-20"]
 
 
 def test_known_models(hub, cache):

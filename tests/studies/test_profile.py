@@ -116,11 +116,11 @@ def test_unknown_profile():
     ("model", "run"),
     [
         (None, "cpu"),
-        ("Qwen/Qwen3-8B@" + "a" * 40, "cpu-qwen3-8b"),
-        ("/data/My Model/", "cpu-my-model"),
-        ("/home/me@work/models/Llama", "cpu-llama"),
-        ("files/SmolLM2.Q4_1.gguf", "cpu-smollm2.q4_1"),
+        ("Qwen/Qwen3-8B", "cpu-qwen--qwen3-8b"),
+        ("Qwen/Qwen3-8B@" + "a" * 40, "cpu-qwen--qwen3-8b@aaaaaaaa"),
         ("gemma3-270m", "cpu-gemma3-270m"),
+        ("medium-llama", "cpu-medium-llama"),
+        ("random:llama-3-8b", "cpu-random-llama-3-8b"),
     ],
 )
 def test_run_names(model, run):

@@ -20,6 +20,7 @@ from llmdrop_utils.measure.metrics import KINDS
 from llmdrop_utils.measure.speed import Limits
 from llmdrop_utils.measure.speed import Speed as Measured
 from llmdrop_utils.models import locate as models_locate
+from llmdrop_utils.models.load import default_dtype
 from llmdrop_utils.models.locate import LocatedModel, locate_model
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE
@@ -536,6 +537,21 @@ def test_crossover_lies_where_the_lines_meet():
     assert (row["measured"], row["apart_somewhere"]) == (np.inf, False)
 
 
+@pytest.mark.parametrize(
+    ("attention", "mlp", "apart"),
+    [
+        ([1.0, 1.4], [1.0, 1.2], True),
+        ([1.0, 1.2], [1.0, 1.4], True),
+        ([1.0, 1.3], [1.0, 1.2], False),
+        ([1.0, 1.2], [1.0, 1.3], False),
+    ],
+)
+def test_apart_where_intervals_do_not_overlap(attention, mlp, apart):
+    """Of 0.08 on either side: 1.2 and 1.4 are apart, 1.2 and 1.3 are not."""
+    (row,) = crossover_rows(speed_table(*decode_at([16, 64], attention, mlp, 0.08)), 2)
+    assert row["apart_somewhere"] is apart
+
+
 def test_crossover_takes_what_was_swept():
     """Both kinds at one n, at several contexts; batches apart; no static caches, no batch that fills the GPU."""
     rows = [
@@ -615,7 +631,12 @@ def test_random_weights_have_speed_and_no_quality(clock):
     assert (missing.what, missing.reason) == ("random:tiny-llama, compiled back end", "there is no compiler")
     code = code_provenance()
     assert tables["models"].values.tolist() == [
-        ["random:tiny-llama", 6, f"{code['processor']}, {code['cpu_threads']} threads", "float32"]
+        [
+            "random:tiny-llama",
+            6,
+            f"{code['processor']}, {code['cpu_threads']} threads",
+            str(default_dtype()).removeprefix("torch."),
+        ]
     ]
     eager = [load for load in clock if load.backend == "eager"]
     STUDIES["05_speedup"](alone)
@@ -689,8 +710,8 @@ def test_takeaways_tell_the_numbers():
 def test_takeaways_of_generations_tell_of_the_whole():
     """1 s from samples: whole, the dense model took 0.98 s, and 0.8 s with two attention layers dropped."""
     compared = (
-        "It was also timed whole, once. From samples it takes 1.02 times as long for the dense model, 1.25 times as long with 2 "
-        "attention layers dropped."
+        "It was also timed whole, once. From samples it takes 1.02 times as long for the dense model, 1.25 times as long with "
+        "2 attention layers dropped."
     )
     tables = hand_made()
     for name in ("figS8_speedup", "figS11_trade"):

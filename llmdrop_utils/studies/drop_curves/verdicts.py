@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 
+from ...base.stats import difference_interval
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check, percent
+from ...report.verdicts import advice, check, percent, triple
 
 OTHERS = {"mlp": "of the MLPs", "block": "of the blocks"}
+DOCUMENTS = "documents of each task"
 
 
 @check
@@ -14,11 +17,20 @@ def quarter_of_attention_keeps_quality(tables: Tables, layers: float, retained: 
         n_layers = tables["models"].set_index("model")["n_layers"][model]
         tried = rows[(rows["kind"] == "attention")]
         if tried.empty:
-            yield model, None, "this profile drops no attention layers for the tasks"
+            yield Finding(model, "this profile drops no attention layers for the tasks")
             continue
         row = tried.loc[(tried["n"] - n_layers * layers).abs().idxmin()]
-        text = f"Attn-{row['n']} of {n_layers} retains {100 * row['retained']:.1f} % of the mean over {row['tasks']} tasks"
-        yield model, bool(row["retained"] >= retained), f"{text} ({percent(row, 'retained')})"
+        if row["retained"] != row["retained"]:
+            yield Finding(model, "the dense model is not above guessing, so there is nothing to retain")
+            continue
+        share = Comparison(f"Attn-{row['n']} retains", *triple(row, "retained", "retained_"), at_least=retained, form=".1%",
+                           size=_documents(tables, model), unit=DOCUMENTS)  # fmt: skip
+        yield Finding(
+            model,
+            f"Attn-{row['n']} of {n_layers} retains {100 * row['retained']:.1f} % ({percent(row, 'retained')}) of what lies "
+            f"above guessing in the mean over {row['tasks']} tasks",
+            [share],
+        )
 
 
 @check
@@ -27,13 +39,14 @@ def attention_beats_mlp_and_block(tables: Tables) -> Iterator[Finding]:
     for model in tables["average"]["model"].unique():
         rows = gaps[gaps["model"] == model]
         if rows.empty:
-            yield model, None, "this profile drops no two kinds at equal n for the tasks"
+            yield Finding(model, "this profile drops no two kinds at equal n for the tasks")
             continue
-        text = [
-            f"Attn-{r.n} − {r.other}-{r.n}: {100 * r.difference:+.1f} points ({100 * r.low:+.1f} to {100 * r.high:+.1f})"
+        compared = [
+            Comparison(f"Attn-{r.n} − {r.other}-{r.n}", 100 * r.difference, 100 * r.low, 100 * r.high, above=0, form="+.1f",
+                       size=_documents(tables, model), unit=DOCUMENTS)
             for r in rows.itertuples()
-        ]
-        yield model, bool((rows["low"] > 0).all()), "; ".join(text)
+        ]  # fmt: skip
+        yield Finding(model, f"points of the mean score: {'; '.join(map(str, compared))}", compared)
 
 
 @check
@@ -42,34 +55,34 @@ def half_of_attention(tables: Tables, points: float) -> Iterator[Finding]:
         n_layers = tables["models"].set_index("model")["n_layers"][model]
         half = rows[(rows["kind"] == "attention") & (rows["n"] * 2 == n_layers)]
         if "70b" not in model.lower() or half.empty:
-            yield model, None, "the claim is about a 70B model: `make reproduce PROFILE=gpu` runs it"
+            yield Finding(model, "the claim is about a 70B model: `make reproduce PROFILE=gpu` runs it")
             continue
         row = half.iloc[0]
-        text = f"Attn-{row['n']} of {n_layers} loses {row['points_lost']:.1f} points"
-        yield (
-            model,
-            bool(row["points_lost_low"] <= points),
-            f"{text} ({row['points_lost_low']:.1f} to {row['points_lost_high']:.1f})",
-        )
+        loss = Comparison(f"Attn-{row['n']} of {n_layers} loses, in points,", *triple(row, "points_lost", "points_lost_"),
+                          at_most=points, size=_documents(tables, model), unit=DOCUMENTS)  # fmt: skip
+        yield Finding(model, str(loss), [loss])
 
 
 @check
-def larger_models_lose_less(tables: Tables, retained: float) -> Iterator[Finding]:
+def larger_models_lose_less(tables: Tables) -> Iterator[Finding]:
     average = tables["average"].query("kind == 'attention'")
     layers = tables["models"].set_index("model")["n_layers"]
     for small, large in (("llama-2-13b", "llama-2-70b"), ("llama-3-8b", "llama-3-70b")):
-        if not {small, large} <= set(average["model"]):
-            yield f"{small} and {large}", None, "both are needed: `make reproduce PROFILE=gpu` runs them"
+        half = average[average["n"] * 2 == average["model"].map(layers)].set_index("model")
+        if not {small, large} <= {*half.index}:
+            yield Finding(f"{small} and {large}", "both are needed: `make reproduce PROFILE=gpu` runs them")
             continue
-        share = {}
-        for model in (small, large):
-            rows = average[average["model"] == model].sort_values("n")
-            holds = rows["retained"].to_numpy() >= retained
-            share[model] = rows["n"][: holds.argmin() if not holds.all() else len(holds)].max() / layers[model]
-        text = ", ".join(
-            f"{model} keeps {100 * retained:.0f} % up to {100 * value:.0f} % of its attention" for model, value in share.items()
-        )
-        yield f"{small} and {large}", bool(share[large] > share[small]), text
+        shares = {model: triple(half.loc[model], "retained", "retained_") for model in (large, small)}
+        difference = Comparison(f"{large} minus {small}", *difference_interval(*shares.values()), at_least=0, form="+.1%",
+                                size=_documents(tables, small), unit=DOCUMENTS)  # fmt: skip
+        text = ", ".join(f"{model} retains {100 * share[0]:.1f} %" for model, share in shares.items())
+        yield Finding(f"{small} and {large}", f"without half of the attention layers, {text}", [difference])
+
+
+def _documents(tables: Tables, model: str) -> float:
+    """Of the task with the fewest."""
+    rows = tables["tasks"]
+    return float(rows[rows["model"] == model]["documents"].min())
 
 
 @advice("02_drop_curves")

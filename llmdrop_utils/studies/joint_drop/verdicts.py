@@ -2,46 +2,54 @@
 
 from collections.abc import Iterator
 
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check
+from ...report.verdicts import advice, check, triple
 from ..curve_rows import KEEP
 
 
 @check
 def joint_goes_furthest(tables: Tables) -> Iterator[Finding]:
-    gaps = tables["gaps"].query("kind == 'joint' and measure == 'text'")
-    for model in tables["text"]["model"].unique():
-        rows = gaps[(gaps["model"] == model) & ~gaps["same_plan"].astype(bool)]
-        # High ratios: from where joint no longer is attention drop under another name.
-        counts = sorted(set(rows[rows["other"] == "attention"]["n"]))
-        if not counts:
-            yield model, None, "the joint ranking drops attention alone up to the largest number tried"
+    for model, rows in tables["further"].groupby("model", sort=False):
+        if rows["is_cut"].astype(bool).any():
+            reason = "90 % of next-token accuracy are retained up to the largest number that was tried, so none is the furthest"
+            yield Finding(model, reason)
             continue
-        rows = rows[rows["n"] == counts[-1]]
-        found = [f"{r.other} {r.difference:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in rows.itertuples()]
-        text = f"Joint-{counts[-1]} minus the same number of one kind, nats per token of held-out text: " + ", ".join(found)
-        yield model, bool((rows["low"] > 0).all()), text
+        compared = [
+            Comparison(f"further than {r.other} by", r.difference, r.low, r.high, above=0, form="+.0f",
+                       size=_samples(tables, model))
+            for r in rows.itertuples()
+        ]  # fmt: skip
+        text = f"joint drop retains 90 % of next-token accuracy up to {rows['joint'].iloc[0]:.0f} sub-layers, "
+        yield Finding(model, text + ", ".join(map(str, compared)), compared)
 
 
 @check
 def attention_goes_first(tables: Tables, layers: float) -> Iterator[Finding]:
-    for row in tables["first_mlp"].itertuples():
-        text = f"{row.attention_before} of {row.n_layers} attention layers stand ahead of the first MLP"
-        yield row.model, bool(row.low >= row.n_layers * layers), f"{text} ({row.low:.0f} to {row.high:.0f})"
+    for row in tables["first_mlp"].to_dict("records"):
+        share, low, high = (value / row["n_layers"] for value in triple(row, "attention_before"))
+        ahead = Comparison("ahead of the first MLP, of the attention layers,", share, low, high, at_least=layers, form=".1%")
+        text = f"{row['attention_before']:.0f} of {row['n_layers']} attention layers stand ahead of the first MLP"
+        yield Finding(row["model"], f"{text} ({row['low']:.0f} to {row['high']:.0f})", [ahead])
 
 
 @check
-def iterative_no_better(tables: Tables) -> Iterator[Finding]:
+def iterative_no_better(tables: Tables, nats: float) -> Iterator[Finding]:
     for model, rows in tables["iterative"].groupby("model", sort=False):
-        text = [
-            f"Attn-{r.n}: {r.difference:+.3f} nats per token ({r.low:+.3f} to {r.high:+.3f}; {r.shared} of {r.n} layers shared)"
+        compared = [
+            Comparison(f"Attn-{r.n}", r.difference, r.low, r.high, at_least=-nats, form="+.3f", size=_samples(tables, model))
             for r in rows.itertuples()
         ]
-        yield (
-            model,
-            bool((rows["high"] >= 0).all()),
-            "iterative minus one-shot (negative: iterative is better): " + ", ".join(text),
+        text = [f"{c}, {r.shared} of {r.n} layers shared" for c, r in zip(compared, rows.itertuples(), strict=True)]
+        yield Finding(
+            model, f"iterative minus one-shot, nats per token (negative: iterative is better): {'; '.join(text)}", compared
         )
+
+
+def _samples(tables: Tables, model: str) -> float:
+    """How many samples of held-out text there are."""
+    rows = tables["text"]
+    return float(rows[rows["model"] == model]["samples"].min())
 
 
 @advice("03_joint_drop")

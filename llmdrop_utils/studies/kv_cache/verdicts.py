@@ -2,25 +2,39 @@
 
 from collections.abc import Iterator
 
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check
+from ...report.verdicts import advice, check
 
 
 @check
-def cache_shrinks_in_proportion(tables: Tables) -> Iterator[Finding]:
-    for row in tables["paper"].query("n > 0").itertuples():
-        exact = row.counted_bytes == row.formula_bytes
-        share = row.counted_bytes * row.n_layers == row.dense_bytes * (row.n_layers - row.n)
+def cache_shrinks_in_proportion(tables: Tables, tolerance: float) -> Iterator[Finding]:
+    for row in tables["paper"].itertuples():
         left, dense = row.counted_bytes / 2**30, row.dense_bytes / 2**30
+        printed = _exactly(f"Attn-{row.n}, counted of the paper's number,", left / row.paper_gib, tolerance)
         text = f"Attn-{row.n} leaves {left:g} of {dense:g} GiB (the paper prints {row.paper_gib:g})"
-        yield row.model, bool(exact and share), text
+        yield Finding(row.model, text, [*_shares(row), printed])
     for model, rows in tables["caches"].groupby("model", sort=False):
         if not rows["full_attention"].astype(bool).all():
-            yield model, None, "its sliding windows hold a fixed number of tokens, so the share depends on which are dropped"
+            reason = "its sliding windows hold a fixed number of tokens, so the share depends on which are dropped"
+            yield Finding(model, reason)
             continue
-        exact = (rows["counted_bytes"] == rows["formula_bytes"]).all()
-        share = (rows["counted_bytes"] * rows["n_layers"] == rows["dense_bytes"] * (rows["n_layers"] - rows["n"])).all()
-        yield model, bool(exact and share), f"{len(rows)} caches, each to the byte as the formula says"
+        compared = [comparison for row in rows.itertuples() for comparison in _shares(row)]
+        yield Finding(model, f"{len(rows)} caches, each compared with the formula and with its share of the layers", compared)
+
+
+def _shares(row) -> list[Comparison]:
+    """A cache counted, against the formula and against the share of the layers that keep theirs."""
+    of_layers = row.dense_bytes * (row.n_layers - row.n) / row.n_layers
+    return [
+        _exactly(f"Attn-{row.n} of {row.n_layers}, counted of the formula,", row.counted_bytes / row.formula_bytes),
+        _exactly(f"Attn-{row.n} of {row.n_layers}, counted of its share,", row.counted_bytes / of_layers),
+    ]
+
+
+def _exactly(what: str, ratio: float, tolerance: float = 0.0) -> Comparison:
+    """A count has no interval: the ratio is one or it is not."""
+    return Comparison(what, ratio, ratio, ratio, at_least=1 - tolerance, at_most=1 + tolerance, form=".4f")
 
 
 @advice("06_kv_cache")

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from ...base.stats import difference_interval
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check, lowest_of, span
+from ...report.verdicts import advice, check, kth_least, lowest_of, span, triple
 
 
 @check
@@ -18,50 +20,81 @@ def attention_most_redundant(tables: Tables) -> Iterator[Finding]:
                 f"{worst['corpus']}: {worst['difference']:.3f}, {span(worst)}; lower in "
                 f"{group['layers_lower'].min()} to {group['layers_lower'].max()} of {worst['n_layers']} layers)"
             )
-        yield model, bool((rows["high"] < 0).all()), "; ".join(text)
+        compared = [
+            Comparison(f"attention minus {r.other} on {r.corpus}", r.difference, r.low, r.high, below=0, form=".3f",
+                       size=_samples(tables, model))
+            for r in rows.itertuples()
+        ]  # fmt: skip
+        yield Finding(model, "; ".join(text), compared)
 
 
 @check
-def near_zero_attention(tables: Tables, layers: float, cosine: float) -> Iterator[Finding]:
-    order = tables["order"].query("kind == 'attention'")
-    distribution = tables["distribution"].query("kind == 'attention'")
-    for model, rows in order.merge(distribution, on=["model", "corpus", "layer"]).groupby("model", sort=False):
-        worst = {}
-        for corpus, group in rows.groupby("corpus", sort=False):
-            worst[corpus] = group[group["position"] < max(1, int(layers * len(group)))]["q95"].max()
-        corpus = max(worst, key=lambda name: worst[name])
-        text = f"95 % of tokens keep a cosine above {1 - worst[corpus]:.3f} in these layers, or more (least on {corpus})"
-        yield model, worst[corpus] < 1 - cosine, text
+def near_zero_attention(tables: Tables, layers: float, importance: float) -> Iterator[Finding]:
+    for model, rows in tables["importance"].groupby("model", sort=False):
+        compared, worst = [], []
+        for corpus, of_corpus in rows.groupby("corpus", sort=False):
+            last = {kind: kth_least(of_kind, layers) for kind, of_kind in of_corpus.groupby("kind", sort=False)}
+            attention = triple(last["attention"], "importance")
+            worst.append(last["attention"])
+            shared = {"size": last["attention"]["n_samples"], "form": ".4f"}
+            compared.append(Comparison(f"the last of these on {corpus}", *attention, at_most=importance, **shared))
+            for other in ("mlp", "block"):
+                difference = difference_interval(attention, triple(last[other], "importance"))
+                compared.append(Comparison(f"attention minus {other} at this rank on {corpus}", *difference, below=0, **shared))
+        most = max(worst, key=lambda row: row["importance"])
+        text = f"the least important {layers:.0%} of the attention layers have an importance of at most ".replace("%", " %")
+        others = ", ".join(f"{c.value:+.4f} {c.what.split(' at ')[0]}" for c in compared[1:3])
+        yield Finding(
+            model,
+            f"{text}{most['importance']:.4f} ({span(most, 4)}, on {most['corpus']}); on {worst[0]['corpus']}, by the last of "
+            f"equally many, {others}",
+            compared,
+        )
 
 
 @check
 def deeper_more_redundant(tables: Tables, correlation: float) -> Iterator[Finding]:
     for model, rows in tables["depth"].groupby("model", sort=False):
         mean = rows.groupby("kind")["correlation"].mean()
-        holds = bool((mean <= correlation).all() and (rows["high"] < 0).all())
         text = [
             f"{kind} {mean[kind]:+.2f} (over corpora {group['correlation'].min():+.2f} to {group['correlation'].max():+.2f})"
             for kind, group in rows.groupby("kind", sort=False)
         ]
-        yield model, holds, "correlation of depth and importance: " + ", ".join(text)
+        compared = [
+            Comparison(
+                f"{r.kind} on {r.corpus}", r.correlation, r.low, r.high, at_most=correlation, size=_samples(tables, model)
+            )
+            for r in rows.itertuples()
+        ]
+        yield Finding(model, "correlation of depth and importance: " + ", ".join(text), compared)
 
 
 @check
 def corpus_does_not_matter(tables: Tables, correlation: float) -> Iterator[Finding]:
     for model, rows in tables["corpora"].groupby("model", sort=False):
-        lowest = lowest_of(rows)
-        text = [f"{r['kind']} {r['correlation']:.2f} ({span(r)}, {r['a']} and {r['b']})" for r in lowest]
-        yield model, all(r["low"] >= correlation for r in lowest), "lowest correlation: " + ", ".join(text)
+        text = [f"{r['kind']} {r['correlation']:.2f} ({span(r)}, {r['a']} and {r['b']})" for r in lowest_of(rows)]
+        compared = [
+            Comparison(f"{r.kind}, {r.a} and {r.b}", r.correlation, r.low, r.high, at_least=correlation,
+                       size=_samples(tables, model))
+            for r in rows.itertuples()
+        ]  # fmt: skip
+        yield Finding(model, "lowest correlation: " + ", ".join(text), compared)
 
 
 @check
 def sample_count_does_not_matter(tables: Tables, samples: int, correlation: float) -> Iterator[Finding]:
     for model, rows in tables["sample_agreement"].groupby("model", sort=False):
         nearest = min(rows["n_samples"].unique(), key=lambda n: abs(n - samples))
-        lowest = lowest_of(rows[rows["n_samples"] == nearest])
-        text = [f"{r['kind']} {r['correlation']:.2f} (single groups {span(r)})" for r in lowest]
-        holds = all(r["correlation"] >= correlation for r in lowest)
-        yield model, holds, f"mean correlation of {lowest[0]['groups']} groups of {nearest}: " + ", ".join(text)
+        of_size = rows[rows["n_samples"] == nearest]
+        groups = of_size["groups"].iloc[0]
+        text = [f"{r.kind} {r.correlation:.2f} ({r.low:.2f} to {r.high:.2f})" for r in of_size.itertuples()]
+        compared = [
+            Comparison(
+                r.kind, r.correlation, r.low, r.high, at_least=correlation, size=groups, unit=f"groups of {nearest} samples"
+            )
+            for r in of_size.itertuples()
+        ]
+        yield Finding(model, f"mean correlation of {groups} groups of {nearest}: " + ", ".join(text), compared)
 
 
 @check
@@ -70,15 +103,24 @@ def published_lists(tables: Tables, shared: float) -> Iterator[Finding]:
     for model in importance["model"].unique():
         rows = published[published["model"] == model] if len(published) else published
         if rows.empty:
-            yield (
-                model,
-                None,
-                f"no published drop list is known for {model}; `make reproduce PROFILE=gpu` tests three models",
+            yield Finding(
+                model, f"no published drop list is known for {model}; `make reproduce PROFILE=gpu` tests three models"
             )
             continue
         rows = rows[rows["corpus"] == rows["corpus"].iloc[0]]
         text = [f"{r.kind}-{r.n_drop} {r.shared}/{r.n_drop} (by chance {r.by_chance:.1f})" for r in rows.itertuples()]
-        yield model, bool((rows["shared"] >= shared * rows["n_drop"]).all()), ", ".join(text)
+        compared = [
+            Comparison(f"{r.kind}-{r.n_drop}", r.shared / r.n_drop, r.low / r.n_drop, r.high / r.n_drop, at_least=shared,
+                       size=_samples(tables, model), form=".0%")
+            for r in rows.itertuples()
+        ]  # fmt: skip
+        yield Finding(model, ", ".join(text), compared)
+
+
+def _samples(tables: Tables, model: str) -> float:
+    """How many samples the importance of a model is measured on."""
+    rows = tables["importance"]
+    return float(rows[rows["model"] == model]["n_samples"].min())
 
 
 @advice("01_similarity")

@@ -1,8 +1,5 @@
 """Notebook 05: how much faster models get, what that costs, and what bytes and operations would give."""
 
-import itertools
-
-import numpy as np
 import pandas as pd
 
 from ...base.errors import NotAvailable
@@ -19,6 +16,7 @@ from ..work import Cell
 from .crossover import crossover_rows
 from .generation import GENERATION, Timed, compose_generations, read_timings
 from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
+from .trade import TRADE_PAIRS, pair_rows, trade_rows
 
 SPEEDUP = Column("speedup", "Speed-up", ".2f", "speedup_low", "speedup_high")
 LEVEL = Column("level", "Intervals cover", ".1%")
@@ -44,6 +42,7 @@ TABLES = {
         "model", Key("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", Column("noisy", "Noisy"),
         LOST, "points_lost_low points_lost_high", Column("retained", "Retained", ".1%"), SDR, "sdr_low sdr_high",
     ),
+    "trade_pairs": TRADE_PAIRS,
     "protocol": table(
         "model", Key("backend", "Back end"), Key("batch_size", "Batch", "d"), *DROPPED,
         Column("prompt", "Prompt", ",d"), Column("new_tokens", "New tokens", ",d"),
@@ -103,7 +102,8 @@ def speedup(run: Run) -> Tables:
     timings = pd.DataFrame([t.as_row() for t in [*timed, *generations]])
     tables = {
         "speed": timings,
-        "trade": trade_rows(timings, quality, settings),
+        "trade": (trade := trade_rows(timings, quality["average"], settings)),
+        "trade_pairs": pair_rows(trade, quality["gaps"]),
         "protocol": protocol_rows(timings, settings),
         "crossover": crossover_rows(timings, settings.sweep_n),
         "limits": limit_rows(values),
@@ -113,52 +113,19 @@ def speedup(run: Run) -> Tables:
     return run.write(tables, work)
 
 
-def _quality(run: Run, located: list[LocatedModel]) -> pd.DataFrame:
-    """Mean task scores of notebook 02, which are measured if they are missing; none for random weights."""
-    nothing = pd.DataFrame(columns=["model", "kind", "n"])
+def _quality(run: Run, located: list[LocatedModel]) -> Tables:
+    """The tables of notebook 02, which are measured if they are missing; empty ones for random weights."""
+    nothing = {name: pd.DataFrame(columns=["model", "kind", "n", "other", "measure"]) for name in ("average", "gaps")}
     if all(model.is_random for model in located):
         return nothing
     try:
-        return drop_curves(run.profile)["average"]
+        return drop_curves(run.profile)
     except NotAvailable as reason:
         run.not_run["quality"] = str(reason)
         return nothing
 
 
 # ---- from timings to rows -----------------------------------------------------------------------------------------------
-
-
-def sdr(points_lost: float, speedup: float) -> float:
-    """Speedup degradation ratio (paper, eq. 7): points lost for each percent of speed-up. NaN where there is no speed-up.
-
-    2 points for a speed-up of 1.25 are 2 / 25 = 0.08 points per percent.
-    """
-    percent = 100 * (speedup - 1)
-    return points_lost / percent if percent else float("nan")
-
-
-def trade_rows(timings: pd.DataFrame, quality: pd.DataFrame, settings: Speed) -> list[dict]:
-    """What the paper's generation gains, against what it costs in quality (NaN where that was not measured).
-
-    timings: the table "speed". quality: the table "average" of notebook 02. The interval of SDR is the widest that the
-    intervals of points and of speed-up allow; where the latter holds 1, the ratio has none.
-    """
-    gained = ["model", "backend", "kind", "n", "speedup", "speedup_low", "speedup_high", "noisy"]
-    lost = ["points_lost", "points_lost_low", "points_lost_high", "retained"]
-    costs = {(cost["model"], cost["kind"], cost["n"]): cost for cost in quality.to_dict("records")}
-    protocol = (timings["context"] == settings.prompt) & (timings["new_tokens"] == settings.new_tokens)
-    chosen = timings[protocol & (timings["what"] == GENERATION) & (timings["kind"] != "dense")]
-    rows = []
-    for gain in chosen.to_dict("records"):
-        row = {name: gain[name] for name in gained} | dict.fromkeys([*lost, "sdr", "sdr_low", "sdr_high"], np.nan)
-        if cost := costs.get((gain["model"], gain["kind"], gain["n"])):
-            row |= {name: cost[name] for name in lost} | {"sdr": sdr(cost["points_lost"], gain["speedup"])}
-            if gain["speedup_low"] > 1:  # a division by what may be zero has no interval
-                ends = itertools.product(("low", "high"), repeat=2)
-                corners = [sdr(cost[f"points_lost_{a}"], gain[f"speedup_{b}"]) for a, b in ends]
-                row |= {"sdr_low": min(corners), "sdr_high": max(corners)}
-        rows.append(row)
-    return rows
 
 
 def protocol_rows(timings: pd.DataFrame, settings: Speed) -> list[dict]:

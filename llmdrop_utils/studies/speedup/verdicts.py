@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check
+from ...report.verdicts import advice, check, triple
 from .crossover import in_words
 from .generation import GENERATION
 
@@ -13,7 +14,7 @@ from .generation import GENERATION
 @check
 def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Finding]:
     layers = tables["models"].set_index("model")["n_layers"]
-    rows = tables["speed"].query("kind == 'attention' and context == 2048")
+    rows = tables["speed"].query("kind == 'attention' and context == 2048 and new_tokens == 2048")
     rows = rows[rows["what"] == GENERATION]
     for model in layers.index:
         half = rows[(rows["model"] == model) & (2 * rows["n"] == layers[model])]
@@ -22,35 +23,36 @@ def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Find
             if len(half):
                 row = half.iloc[0]
                 reason += f" (in this run, Attn-{row['n']} of {layers[model]}: {row['speedup']:.2f} x)"
-            yield model, None, reason
+            yield Finding(model, reason)
             continue
-        text = [f"{r.backend} {r.speedup:.2f} x ({r.speedup_low:.2f} to {r.speedup_high:.2f})" for r in half.itertuples()]
-        holds = bool((half["speedup_high"] >= speedup).any() and not half["noisy"].astype(bool).all())
-        yield model, holds, f"Attn-{half.iloc[0]['n']} of {layers[model]}, 2,048 tokens in and out: " + ", ".join(text)
+        # A noisy timing has no say, whichever way it points.
+        compared = [
+            Comparison(f"{row['backend']}{', too noisy to count' if row['noisy'] else ''}", *ends, at_least=speedup,
+                       unit="repeats")
+            for row in half.to_dict("records")
+            for ends in [(float("nan"),) * 3 if row["noisy"] else triple(row, "speedup", "speedup_")]
+        ]  # fmt: skip
+        text = f"Attn-{half.iloc[0]['n']} of {layers[model]}, 2,048 tokens in and out: {'; '.join(map(str, compared))}"
+        yield Finding(model, text, compared, enough="one")
 
 
 @check
 def attention_is_best_trade(tables: Tables) -> Iterator[Finding]:
-    trade = tables["trade"]
+    pairs = tables["trade_pairs"]
     for model in tables["models"]["model"]:
-        rows = trade[(trade["model"] == model) & trade["sdr"].notna()] if len(trade) else trade
-        attention = rows[rows["kind"] == "attention"].set_index(["backend", "n"]) if len(rows) else rows
-        pairs = [
-            (attention.loc[r.backend, r.n], r)
-            for r in rows.itertuples()
-            if r.kind in ("mlp", "block") and (r.backend, r.n) in attention.index
-        ]
-        if not pairs:
-            yield model, None, "this run has no quality and speed of two kinds at equal n"
+        rows = pairs[pairs["model"] == model]
+        if rows.empty:
+            yield Finding(model, "this run has no quality and speed of two kinds at equal n")
             continue
-        text, judged = [], []
-        for a, r in pairs:
-            known = a["sdr_high"] == a["sdr_high"] and r.sdr_low == r.sdr_low
-            judged += [a["sdr_high"] < r.sdr_low] if known else []
-            found = f"attention {a['sdr']:.2f} ({a['sdr_low']:.2f} to {a['sdr_high']:.2f}), {r.kind} {r.sdr:.2f} "
-            found += f"({r.sdr_low:.2f} to {r.sdr_high:.2f})"
-            text.append(f"n = {r.n}, {r.backend}: {found if known else f'against {r.kind} a speed-up is within noise'}")
-        yield model, all(judged) if judged else None, "points lost per percent of speed-up: " + "; ".join(text)
+        compared = [
+            Comparison(f"n = {r.n}, {r.backend}: attention minus {r.other}", r.difference, r.low, r.high, below=0,
+                       unit="documents and repeats")
+            for r in rows.itertuples() if r.low == r.low
+        ]  # fmt: skip
+        text = "; ".join(map(str, compared))
+        if slow := [f"n = {r.n}, {r.backend}: {r.other}" for r in rows.itertuples() if r.low != r.low]:
+            text += f"{'; ' if text else ''}not judged, since a speed-up is within noise: {', '.join(slow)}"
+        yield Finding(model, f"points lost per percent of speed-up: {text}", compared)
 
 
 @advice("05_speedup")

@@ -2,17 +2,16 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ...base.errors import LLMDropError
-from ...base.files import short_name
 from ...base.settings import Names, Positive, Settings
 from ...measure.importance import Importance
 from ...measure.metrics import KINDS
 from ...models.load import load_tokenizer
+from ...models.locate import shown_name
 from ...models.recipe import load_recipe, untrained
 from ...models.series import Series, known_models, locate_series
 from ...report.tables import Column, Tables, table
@@ -167,8 +166,7 @@ def _locate(run: Run) -> list[Series]:
         run.not_run |= missing
         return series
 
-    shown = lambda name: short_name(name) if Path(name).exists() else name  # noqa: E731
-    return [series for found in run.available(stages.series, locate, "series", name=shown) for series in found]
+    return [series for found in run.available(stages.series, locate, "series", name=shown_name) for series in found]
 
 
 def _held_out_blocks(series: Series, stages: Stages) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -1,11 +1,14 @@
 """Rules of notebook 07: stages of training."""
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
 
+from ...base.stats import difference_interval
+from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import Finding, advice, check, span
+from ...report.verdicts import advice, check, kth_least, span, triple
 
 
 @check
@@ -14,7 +17,7 @@ def redundant_from_the_start(tables: Tables, first: float) -> Iterator[Finding]:
         others = seeds[seeds["kind"] != "attention"]
         late = others[others["progress"] >= first]
         if late["position"].nunique() < 2:
-            yield model, None, "it has no two stages after the first ninth of its training"
+            yield Finding(model, "it has no two stages after the first ninth of its training")
             continue
         text = []
         for layers, rows in late.groupby("layers", sort=False):
@@ -24,27 +27,34 @@ def redundant_from_the_start(tables: Tables, first: float) -> Iterator[Finding]:
                 f"{worst['above_attention']:+.4f} ({worst['above_low']:+.4f} to {worst['above_high']:+.4f}) above attention"
             )
             text.append(f"{found}, {_since(others[others['layers'] == layers])}")
-        yield model, bool((late["above_low"] > 0).all()), "; ".join(text)
+        compared = [
+            Comparison(f"{r.kind} minus attention, {r.layers}, {r.stage} of seed {r.seed}", r.above_attention, r.above_low,
+                       r.above_high, above=0, form="+.4f")
+            for r in late.itertuples()
+        ]  # fmt: skip
+        yield Finding(model, "; ".join(text), [*compared, *_lacking(late, seeds)])
 
 
 @check
 def others_rise(tables: Tables, first: float) -> Iterator[Finding]:
     change = tables["change"]
-    for model, _ in _by_model(tables["means"]):
-        rows = change[(change["model"] == model) & (change["progress"] >= first)] if len(change) else change
-        if rows.empty:
-            yield model, None, "it has no two stages after the first ninth of its training"
+    for model, seeds in _by_model(tables["means"]):
+        late = change[(change["model"] == model) & (change["progress"] >= first)] if len(change) else change
+        if late.empty:
+            yield Finding(model, "it has no two stages after the first ninth of its training")
             continue
-        holds, text = [], []
-        for (layers, seed), of_seed in rows.groupby(["layers", "seed"], sort=False):
-            found = of_seed[of_seed["position"] == of_seed["position"].min()]
-            by_kind = found.set_index("kind")
-            others = by_kind.drop(index="attention")
-            flat = abs(by_kind.loc["attention", "change"]) < others["change"].abs().min()
-            holds.append(bool((others["low"] > 0).all() and flat))
-            changes = ", ".join(f"{kind} {row['change']:+.4f}" for kind, row in by_kind.iterrows())
-            text.append(f"{layers}, seed {seed}, from {found['stage'].iloc[0]}: {changes}")
-        yield model, all(holds), f"change to the last stage, {'; '.join(text)}"
+        start = late[late["position"] == late["position"].min()]
+        text, compared = [], _lacking(start, seeds)
+        for (layers, seed), of_seed in start.groupby(["layers", "seed"], sort=False):
+            by_kind = {row["kind"]: triple(row, "change") for row in of_seed.to_dict("records")}
+            where = f"{layers}, seed {seed}"
+            for kind in ("mlp", "block"):
+                more = difference_interval(by_kind[kind], _size(by_kind["attention"]))
+                compared.append(Comparison(f"{kind} rises, {where}, by", *by_kind[kind], above=0, form="+.4f"))
+                compared.append(Comparison(f"{kind} by more than attention changes, {where},", *more, above=0, form="+.4f"))
+            changes = ", ".join(f"{kind} {value:+.4f}" for kind, (value, _, _) in by_kind.items())
+            text.append(f"{where}, from {of_seed['stage'].iloc[0]}: {changes}")
+        yield Finding(model, f"change to the last stage, {'; '.join(text)}", compared)
 
 
 @check
@@ -52,27 +62,51 @@ def same_layers_at_every_stage(tables: Tables, first: float, correlation: float)
     for model, seeds in _by_model(tables["agreement"].query("kind == 'attention'")):
         seen = seeds[(seeds["progress"] >= first) & (seeds["progress"] < 1)]
         if seen.empty:
-            yield model, None, "it has no stage between the first ninth and the end of its training"
+            yield Finding(model, "it has no stage between the first ninth and the end of its training")
             continue
         worst = seen.sort_values("low").iloc[0]
         text = f"lowest rank correlation with the last stage {worst['correlation']:.2f} ({span(worst)}; seed {worst['seed']}, "
         text += f"{worst['stage']}; {worst['shared']} of the {worst['n']} most droppable shared)"
-        yield model, bool((seen["low"] >= correlation).all()), text
+        compared = [
+            Comparison(f"{r.stage} of seed {r.seed}", r.correlation, r.low, r.high, at_least=correlation)
+            for r in seen.itertuples()
+        ]
+        yield Finding(model, text, [*compared, *_lacking(seen, seeds)])
 
 
 @check
-def redundant_at_random(tables: Tables) -> Iterator[Finding]:
-    for model, seeds in _by_model(tables["means"]):
-        rows = seeds[seeds["step"] == 0]
-        if rows.empty:
-            yield model, None, "its untrained weights are unavailable"
+def redundant_at_random(tables: Tables, layers: float, importance: float) -> Iterator[Finding]:
+    for model, seeds in _by_model(tables["importance"].query("kind == 'attention'")):
+        untrained = seeds[seeds["step"] == 0]
+        if untrained.empty:
+            yield Finding(model, "its untrained weights are unavailable")
             continue
-        text = []
-        for layers, found in rows.groupby("layers", sort=False):
-            mean = found.groupby("kind", sort=False)["importance"].mean()
-            text.append(f"{layers}: " + ", ".join(f"{kind} {value:.4f}" for kind, value in mean.items()))
-        others = rows[rows["kind"] != "attention"]
-        yield model, bool((others["above_low"] > 0).all()), f"{rows['seed'].nunique()} seeds, {'; '.join(text)}"
+        last = [kth_least(rows, layers) for _, rows in untrained.groupby("seed", sort=False)]
+        compared = [
+            Comparison(f"seed {row['seed']}", *triple(row, "importance"), at_most=importance, form=".4f") for row in last
+        ]
+        text = f"with random weights, the least important {layers:.0%} of the attention layers have an importance of at most"
+        found = f"{text.replace('%', ' %')} {', '.join(map(str, compared))}"
+        yield Finding(model, found, [*compared, *_lacking(untrained, seeds)])
+
+
+def _size(change: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A change without its sign: -3 (-4 to 1) is 3 (0 to 4)."""
+    value, low, high = change
+    ends = sorted((abs(low), abs(high)))
+    return abs(value), (0.0 if low < 0 < high else ends[0]), ends[1]
+
+
+def _lacking(rows: pd.DataFrame, seeds: pd.DataFrame) -> list[Comparison]:
+    """What cannot be compared: a stage that some seeds have, and another lacks."""
+    have = set(zip(rows["seed"], rows["position"], strict=True))
+    stages = dict(zip(rows["position"], rows["stage"], strict=True))
+    return [
+        Comparison(f"seed {seed} lacks the stage {stage}", math.nan, math.nan, math.nan)
+        for seed in seeds["seed"].unique()
+        for position, stage in stages.items()
+        if (seed, position) not in have
+    ]
 
 
 @advice("07_training_stages")

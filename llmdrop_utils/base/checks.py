@@ -1,0 +1,25 @@
+"""What a caller gave, as what is needed; or one clear error."""
+
+import operator
+
+from .errors import LLMDropError
+
+
+def as_whole(value: object) -> int | None:
+    """An int from an int, or from an integer of NumPy or torch; None from anything else, truth values included."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        return None
+
+
+def whole(value: object, what: str, at_least: int = 1) -> int:
+    """The same, or LLMDropError: "The batch size must be a whole number, but is 2.5."."""
+    number = as_whole(value)
+    if number is None:
+        raise LLMDropError(f"{what} must be a whole number, but is {value!r}.")
+    if number < at_least:
+        raise LLMDropError(f"{what} must be {at_least} or more, but is {number}.")
+    return number

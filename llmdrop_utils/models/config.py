@@ -1,0 +1,111 @@
+"""config.json of a model -> its configuration; one clear error for whatever is no causal language model.
+
+Of a multimodal model whose text part is a language model by itself, this is the configuration of the text part.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+from ..base.errors import LLMDropError
+from .convert import first_line
+
+# Where checkpoints of multimodal models keep the weights of their text part -> where the text model has them.
+TEXT_WEIGHTS = {
+    r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head\.)": "model.",
+}
+OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
+
+
+def read_config(name: str, folder: Path):
+    """The configuration of the causal language model in a folder.
+
+    name: of the model, for messages. Raises LLMDropError for a config.json that is damaged, that contradicts itself, or that
+    describes another kind of model.
+    """
+    config = full_config(name, folder)
+    text = text_part(config)
+    _refuse_other_kinds(name, config, text)
+    return text
+
+
+def full_config(name: str, folder: Path):
+    """What config.json says, of a multimodal model the other parts too. Raises LLMDropError if it cannot be used."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LLMDropError(f"The config.json of {name} cannot be read: {first_line(error)}. Download it again.") from error
+    check_settings(name, settings)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a family checks its settings as it likes
+        raise _unusable(name, error) from error
+
+
+def config_of(name: str, settings: Any):
+    """The configuration that the content of a config.json describes. Raises what `read_config` raises."""
+    check_settings(name, settings)
+    more = dict(settings)
+    try:
+        config = AutoConfig.for_model(more.pop("model_type"), **more)
+    except Exception as error:
+        raise _unusable(name, error) from error
+    text = text_part(config)
+    _refuse_other_kinds(name, config, text)
+    return text
+
+
+def check_settings(name: str, settings: Any) -> None:
+    """Raise LLMDropError unless the content of a config.json is a mapping that names a kind of model."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        found = "it has no text under 'model_type'" if isinstance(settings, dict) else f"it holds {type(settings).__name__}"
+        raise LLMDropError(
+            f"The config.json of {name} is not that of a transformers model: {found}. Expected is a mapping such as "
+            '{"model_type": "llama", ...}. Download it again, or save the model with save_pretrained.'
+        )
+
+
+def _unusable(name: str, error: Exception) -> LLMDropError:
+    return LLMDropError(
+        f"The configuration of {name} could not be read: {first_line(error)}. Correct its config.json, or download it again."
+    )
+
+
+def text_part(config):
+    """The configuration of the text part of a multimodal model, if that is a language model by itself; otherwise the same."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    text = config.get_text_config()
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
+        return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model says whether the head is tied
+    return text
+
+
+def _refuse_other_kinds(name: str, config, text) -> None:
+    """Raise LLMDropError for a model that does not predict the next token, saying what it is."""
+    heads = [head for head in config.architectures or [] if isinstance(head, str)]
+    if other := next((head for head in heads if OTHER_HEADS.search(head)), None):
+        raise LLMDropError(
+            f"{name} is a sequence classifier or reward model ({other}): its head gives scores, not next tokens. Give the "
+            "causal language model that it was made from."
+        )
+    if config.is_encoder_decoder or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise LLMDropError(
+            f"{name} is {kind} ({config.model_type}), no causal language model. Give a model that predicts the next token from "
+            "those before it, such as Qwen/Qwen3-8B."
+        )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        part = config.get_text_config()
+        what = (
+            f"is multimodal ({config.model_type}), and its text part ({part.model_type}) cannot be taken by itself. "
+            "Give a text model of the same family"
+            if part is not config
+            else f"is a {config.model_type} model, for which transformers has no causal language model. Give one"
+        )
+        raise LLMDropError(f"{name} {what}, such as Qwen/Qwen3-8B.")
