@@ -16,9 +16,10 @@ from .base.errors import LLMDropError, NotAvailable
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
+from .report.distance import describe_distance
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
-from .report.tables import distance_from_reference, models_measured, read_tables
+from .report.tables import models_measured, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
 from .studies.numbers import write_numbers
 from .studies.page import TABLES
@@ -208,12 +209,7 @@ def _report(profile: Profile, folders: RunFolders) -> None:
             print(f"  {verdict.verdict:10}  {verdict.claim}")
     others = [v for v in verdicts if v.verdict == NOT_RUN]
     print(f"  {len(others)} more claims were not run; scorecard.md says why.")
-    distance = distance_from_reference(profile.run)
-    if distance is None:
-        print(f"There are no committed reference results for the run {profile.run!r} to compare with.")
-    else:
-        print(f"Distance from the committed results (data/reference/{profile.run}):")
-        print(distance.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    print(describe_distance(profile.run, {notebook: study.tables for notebook, study in STUDIES.items()}))
 
 
 # ---- what a rendered notebook depends on ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from ...base import stats
 from ...base.settings import Counts, Positive, Settings
 from ...dropping.plan import DropPlan
 from ...measure.importance import Importance
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import drop_sequence, select
 from .. import curve_rows
 from ..curve_rows import TextValues, reach_of, tried_of
@@ -20,7 +20,7 @@ from ..work import Cell, ImportanceWork, IterativeWork
 ITERATIVE, SAME_SAMPLES = "iterative", "one-shot on the same samples"
 
 TABLES = curve_rows.TABLES | {
-    "order": table("model", Column("position", "Position", "d"), "kind", Column("layer", "Layer", "d"),
+    "order": table("model", Key("position", "Position", "d"), Column("kind", "Kind"), Column("layer", "Layer"),
                    Column("importance", "Importance", ".4f")),
     "first_mlp": table(
         "model", Column("attention_before", "Attention layers ahead of the first MLP", "d", "low", "high"), "low high",
@@ -32,7 +32,7 @@ TABLES = curve_rows.TABLES | {
         "low high", Column("is_cut", "Up to the largest number tried"),
     ),
     "iterative": table(
-        "model", Column("n", "Dropped", "d"), Column("shared", "Shared layers", "d"),
+        "model", Key("n", "Dropped", "d"), Column("shared", "Shared layers", "d"),
         Column("one_shot", "Perplexity, one-shot", ".1f"), Column("iterative", "Perplexity, iterative", ".1f"),
         Column("difference", "Iterative minus one-shot, nats per token", "+.3f", "low", "high"), "low high",
         Column("one_shot_layers", "One-shot drops"), Column("layers", "Iterative drops"),

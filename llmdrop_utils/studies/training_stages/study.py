@@ -67,9 +67,9 @@ TABLES = {
         Column("n", "Dropped", "d"), Column("shared", "Shared", "d"), Column("by_chance", "By chance", ".1f"),
     ),
     "settled": table(
-        "model seed position", Column("stage", "Settled from"), "step", TOKENS,
-        Column("progress", "Training seen", ".1%", "low", "high"), "kind share", Column("n", "Dropped", "d"), "layers",
-        "low high low_stage high_stage",
+        "model seed", Column("position", "Position", "d"), Column("stage", "Settled from"), Column("step", "Step", "d"), TOKENS,
+        Column("progress", "Training seen", ".1%", "low", "high"), "kind share", Column("n", "Dropped", "d"),
+        Column("layers", "Layers"), "low high", Column("low_stage", "Earliest"), Column("high_stage", "Latest"),
     ),
     "cost": table(
         *KIND_AND_STAGE, "share", Column("n", "Dropped", "d"),
