@@ -17,6 +17,7 @@ from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
 from .report.distance import describe_distance
+from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
 from .report.tables import models_measured, read_tables
@@ -180,9 +181,22 @@ def keep_as_reference(run: str) -> RunFolders:
 def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
     """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
     verdicts = judge(folders.tables)
-    about = f"{_about(folders.tables, description)}\n\n{write_numbers(folders.tables, folders.figures)}"
-    write_scorecard(verdicts, folders.figures, run, about)
+    declared = {name: study.tables for name, study in STUDIES.items()}
+    about = [_about(folders.tables, description), write_numbers(folders.tables, folders.figures)]
+    if moved := write_dtypes(run, folders.tables, folders.figures, declared):
+        about.append(moved)
+    write_scorecard(verdicts, folders.figures, run, "\n\n".join(about), _in_other_dtype(run, folders, verdicts))
     return verdicts
+
+
+def _in_other_dtype(run: str, folders: RunFolders, verdicts: list[Verdict]) -> dict[str, str]:
+    """Claim -> its verdict in the other dtype, of the notebooks that were measured in both."""
+    found = {}
+    for notebook in dict.fromkeys(verdict.notebook for verdict in verdicts):
+        if notebook in STUDIES and (other := other_dtype(run, notebook, folders.tables)):
+            dtype, tables = other
+            found |= {v.id: f"{v.verdict} ({dtype})" for v in judge(tables.parent, notebook)}
+    return found
 
 
 def _about(tables: Path, description: str) -> str:
