@@ -191,7 +191,7 @@ def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
 
 def _in_other_dtype(run: str, folders: RunFolders, verdicts: list[Verdict]) -> dict[str, str]:
     """Claim -> its verdict in the other dtype, of the notebooks that were measured in both."""
-    found = {}
+    found: dict[str, str] = {}
     for notebook in dict.fromkeys(verdict.notebook for verdict in verdicts):
         if notebook in STUDIES and (other := other_dtype(run, notebook, folders.tables)):
             dtype, tables = other
