@@ -65,8 +65,8 @@ def write_dtypes(run: str, tables: Path, folder: Path, declared: Mapping[str, De
         found.append(rows.assign(notebook=notebook, dtype_here=dtypes_of(tables / notebook), dtype_there=dtype))
         relative = (rows["difference"] / (rows["high"] - rows["low"]).where(lambda width: width > 0)).abs()
         lines.append(
-            f"{notebook} in {dtype}: of {len(rows):,} numbers {100 * rows['inside'].mean():.0f} % stay inside their interval, and "
-            f"half move by less than {relative.median():.2f} of its width"
+            f"{notebook} in {dtype}: of {len(rows):,} numbers {100 * rows['inside'].mean():.0f} % stay inside their interval, "
+            f"and half move by less than {relative.median():.2f} of its width"
         )
     (folder / "dtypes.csv").unlink(missing_ok=True)
     if not found:
