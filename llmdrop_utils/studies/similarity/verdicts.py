@@ -19,7 +19,7 @@ def attention_most_redundant(tables: Tables) -> Iterator[Finding]:
                 f"attention {group['attention'].mean():.3f} against {other} {group['compared'].mean():.3f} "
                 f"(medians {group['attention_median'].mean():.3f} and {group['compared_median'].mean():.3f}; weakest on "
                 f"{worst['corpus']}: {worst['difference']:.3f}, {span(worst)}; lower in "
-                f"{group['layers_lower'].min()} to {group['layers_lower'].max()} of {worst['n_layers']} layers)"
+                f"{group['layers_lower'].min()} of {worst['n_layers']} layers or more)"
             )
         compared = [
             Comparison(f"attention minus {r.other} on {r.corpus}", r.difference, r.low, r.high, below=0, form=".3f",
