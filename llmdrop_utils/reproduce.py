@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .base import files
-from .base.errors import LLMDropError, NotAvailable
+from .base.errors import LLMDropError, NotApplicable, NotAvailable
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
@@ -55,7 +55,11 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
         print(f"{name}: measuring and rendering")
         _check_tokenizer(name, profile)
         done.unlink(missing_ok=True)
-        tables = STUDIES[name](profile, force) if name in STUDIES else {}
+        try:
+            tables = STUDIES[name](profile, force) if name in STUDIES else {}
+        except NotApplicable as reason:
+            print(f"{name}: not run. {reason}")
+            continue
         run_notebook(source, rendered, parameters)
         if not len(tables.get("not_run", ())):  # what could not be run is tried again the next time
             write_text(done, _state(inputs, name, folders))

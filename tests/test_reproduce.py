@@ -345,6 +345,16 @@ def test_profile_without_a_section(capsys):
     assert "07_training_stages: not run. The profile zz-less has no section 'stages'" in capsys.readouterr().out
 
 
+def test_a_notebook_that_does_not_apply_is_not_run(tmp_path, monkeypatch, capsys):
+    """The model has six layers, and as many are to be dropped at least."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    speed = {"n_drop": {"attention": [6, 7]}, "sweep_n": 8, "whole": None, "compiled": None}
+    reproduce.reproduce(load_profile("smoke", "random:tiny-llama").replacing(speed=speed), "05")
+    said = capsys.readouterr().out
+    assert "05_speedup: not run. The profile times more dropped layers than there are: random:tiny-llama has 6." in said
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
 def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
     """Whatever a user's own kernel of that name is."""
     broken = tmp_path / "jupyter" / "kernels" / "python3"

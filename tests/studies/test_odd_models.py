@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmdrop_utils import load_profile
 from llmdrop_utils.base import files
+from llmdrop_utils.base.errors import NotApplicable
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.studies import page as page_module
 
@@ -63,13 +64,17 @@ def test_shallow_models(open_notebook, tmp_path, n_layers):
     """Fewer layers than the profile drops: what cannot be computed is left out."""
     folder = save(tmp_path / "shallow", num_hidden_layers=n_layers)
     for name in NOTEBOOKS:
-        open_notebook(name, folder)
+        if name == "05_speedup":  # under `cpu` 4 layers or more are dropped, of more than there are
+            with pytest.raises(NotApplicable, match=rf"times more dropped layers than there are: .* has {n_layers}\."):
+                open_notebook(name, folder)
+        else:
+            open_notebook(name, folder)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # computed and learned positions
 def test_models_that_know_few_positions(open_notebook, tmp_path, family):
     few = {"max_position_embeddings": 40} if family == "llama" else {"n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
-    folder = save(tmp_path / "short", name=family, **few)
+    folder = save(tmp_path / "short", name=family, num_hidden_layers=6, **few)
     for name in NOTEBOOKS:
         page = open_notebook(name, folder)
         told = {row.what: row.reason for row in page.tables["not_run"].itertuples()}

@@ -8,6 +8,8 @@ from ...report.panels import curves, task_grid, text_curves
 from ...report.style import KIND_NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 
+NONE_DROPPED = "The model has too few layers for the numbers that the profile drops for tasks."
+
 
 @figure("02_drop_curves")
 def fig05_drop_curves(tables: Tables) -> Drawing:
@@ -21,7 +23,7 @@ def fig05_drop_curves(tables: Tables) -> Drawing:
         worst = [f"{KIND_NAMES[kind]} on {loss.idxmax()} ({100 * loss.max():.1f} points)" for kind, loss in lost.items()]
         dense = rows[rows["kind"] == "dense"]
         guessing = dense[dense["low"] <= dense["chance"]]["task"]
-        text = f"The largest losses at n = {n}: {', '.join(worst)}."
+        text = f"The largest losses at n = {n}: {', '.join(worst)}." if lost else NONE_DROPPED
         if len(guessing):
             text += f" Nothing follows from {', '.join(guessing)}: there even the dense model is not above guessing."
         return text
@@ -75,7 +77,8 @@ def figS5_average(tables: Tables) -> Drawing:
         dense = rows[rows["kind"] == "dense"].iloc[0]
         above = 100 * (dense["value"] - dense["chance"])
         side = "above" if above > 0 else "below"
-        return f"Points lost at n = {n}: {', '.join(lost)}. The dense model is {abs(above):.1f} points {side} guessing."
+        of_n = f"Points lost at n = {n}: {', '.join(lost)}." if n else NONE_DROPPED
+        return f"{of_n} The dense model is {abs(above):.1f} points {side} guessing."
 
     return Drawing(fig, data, for_each_model(data, sentence))
 
@@ -109,9 +112,9 @@ def figS16_across_corpora(tables: Tables) -> Drawing:
 
 
 def shared_count(rows: pd.DataFrame) -> int:
-    """The largest number dropped at which most kinds were measured."""
+    """The largest number dropped at which most kinds were measured; 0 if the model is too shallow for all of the profile's."""
     kinds = rows[rows["kind"].isin(KIND_NAMES)].groupby("n")["kind"].nunique()
-    return int(kinds[kinds == kinds.max()].index.max())
+    return int(kinds[kinds == kinds.max()].index.max()) if len(kinds) else 0
 
 
 def _about(perplexity: float) -> str:

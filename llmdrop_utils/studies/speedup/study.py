@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ...base.errors import NotAvailable
+from ...base.errors import NotApplicable, NotAvailable
 from ...base.provenance import code_provenance
 from ...dropping.plan import DropPlan
 from ...models.load import default_dtype
@@ -91,6 +91,9 @@ def speedup(run: Run) -> Tables:
     compiled = [item for item in work if item.load.backend == "compiled"]
     run.measure(compiled, several=True, what="{}, compiled back end")  # it is an addition: eager timings stand alone
     work = [item for item in work if all(run.store.get(key) for key in item.keys)]
+    if plans and not any(plans.values()) and not run.not_run:
+        depth = ", ".join(f"{model.name} has {n_layers_of(model)}" for model in located)
+        raise NotApplicable(f"The profile times more dropped layers than there are: {depth}. Change n_drop under speed.")
     if not work:
         raise NotAvailable("Nothing could be timed:\n" + "\n".join(run.not_run.values()))
     timed: list[Timed] = []
