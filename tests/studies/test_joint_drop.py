@@ -102,11 +102,9 @@ def test_iterative_minus_one_shot():
     assert two["iterative"] == pytest.approx(4 * np.exp(0.25))
 
 
-def test_both_ways_see_the_same_samples(monkeypatch):
-    monkeypatch.setattr("llmdrop_utils.studies.joint_drop.study.identity_of", lambda model: {
-        "model": model, "dtype": None, "attention": "eager"
-    })  # fmt: skip
-    item = types.SimpleNamespace(tokens=np.arange(12).reshape(4, 3), batch_size=2, model="hand")
+def test_both_ways_see_the_same_samples():
+    identity = {"model": "hand", "dtype": None, "attention": "eager"}
+    item = types.SimpleNamespace(tokens=np.arange(12).reshape(4, 3), batch_size=2, identity=identity)
     work = iterative_work(item, n_samples=2, n_drop=5)
     assert (work.tokens.tolist(), work.batch_size, work.n_drop) == ([[0, 1, 2], [3, 4, 5]], 2, 5)
 
