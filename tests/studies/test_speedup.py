@@ -217,6 +217,8 @@ def test_keys_of_stored_records_do_not_change(tiny, monkeypatch):
         "model": tiny.identity,
         "dtype": "float32",
         "attention": "sdpa",
+        "transformers": "5",
+        "drawn_on": "cpu",
         "plan": {"attention": [4, 5], "mlp": []},
         "machine": {"processor": "P", "gpus": [], "cpu_threads": 2},
         "libraries": {"torch": "2", "transformers": "5"},
@@ -650,8 +652,9 @@ def test_random_weights_have_speed_and_no_quality(clock):
 
 
 def test_quality_of_notebook_02_stands_beside_the_speed(clock, monkeypatch):
-    quality = average(model="tiny-llama")
-    monkeypatch.setattr(speedup_study, "drop_curves", lambda profile: {"average": quality})
+    gaps = pd.DataFrame([{"model": "tiny-llama", "n": 2, "kind": "attention", "other": "mlp", "measure": "tasks", "difference": 0.1,
+                          "low": 0.05, "high": 0.15}])  # fmt: skip
+    monkeypatch.setattr(speedup_study, "drop_curves", lambda profile: {"average": average(model="tiny-llama"), "gaps": gaps})
     tables = STUDIES["05_speedup"](load_profile("smoke").replacing(speed={"compiled": None}))
     row = tables["trade"].query("kind == 'attention' and n == 2").iloc[0]
     assert row["sdr"] == pytest.approx(2 / (100 * (1 / 0.9 - 1)), rel=1e-4)
