@@ -27,7 +27,7 @@ TABLES = curve_rows.TABLES | {
         Column("n_layers", "Layers", "d"),
     ),
     "further": table(
-        "model", Column("other", "Compared with"), Column("joint", "Joint drop, sub-layers", "d"),
+        "model", Key("other", "Compared with"), Column("joint", "Joint drop, sub-layers", "d"),
         Column("compared", "The other, sub-layers", "d"), Column("difference", "Joint reaches further by", "+d", "low", "high"),
         "low high", Column("is_cut", "Up to the largest number tried"),
     ),
