@@ -51,25 +51,24 @@ def cache_bytes(cache: Cache) -> int:
 def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -> list[Part]:
     """The parts of a pass over `n_new` tokens a sequence, `context` more being in the cache; logits of the last token only.
 
-    Weights are those that the model has now: inside `dropped`, what is dropped costs nothing. Of experts, as many are read as
-    tokens can choose at most.
+    Weights are those that the decoder and the LM head have now: inside `dropped`, what is dropped costs nothing, and a vision
+    tower does not read text. Of experts, as many are read as tokens can choose at most.
     """
     anatomy = find_anatomy(model)
     config, tokens = anatomy.decoder.config, batch_size * n_new
     head = model.get_output_embeddings()
     parts = []
-    for module in model.modules():
+    for module in dict.fromkeys([*anatomy.decoder.modules(), *([] if head is None else [head])]):
         for weight in module.parameters(recurse=False):
             if weight.ndim < 2 or isinstance(module, nn.Embedding):
                 continue
             rows = batch_size if module is head else tokens
             read, used = weight.numel(), weight.numel()
-            if weight.ndim == 3:  # experts
-                chosen = config.num_experts_per_tok
+            if weight.ndim == 3 and (chosen := getattr(config, "num_experts_per_tok", None)):  # experts
                 read = read * min(1, rows * chosen / len(weight))
                 used = used * chosen / len(weight)
             parts.append(Part(read * weight.element_size(), 2.0 * rows * used))
-    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    width = next(p for p in anatomy.decoder.parameters() if p.is_floating_point()).element_size()
     kept = cache_geometry(config)
     multiplied = numbers_multiplied(config)
     for layer in left(anatomy, "attention"):

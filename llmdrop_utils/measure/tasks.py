@@ -1,6 +1,7 @@
 """Quality on tasks, as lm-eval defines them, under many drop plans at once."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -57,33 +58,74 @@ class FastLM(HFLM):
             raise LLMDropError(f"Expected a tokenizer, found {tokenizer!r}. (Models with random weights have none.)")
         batch_size = whole(batch_size, "The batch size")
         plans = check_plans(model, plans)
-        if rotary_following(model):
-            batch_size = 1  # of generation, where a long prompt would change how the others are read
+        lacks_padding = all(token is None for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token))
+        if lacks_padding:
+            tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token, which the model does not know
+        if lacks_padding or rotary_following(model):
+            batch_size = 1  # of generation: without padding, and where a long prompt would change how the others are read
         with measuring(model), _untied(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.plans = list(plans)
         self.on_batch: Callable[[float], None] = lambda share: None
         self.scores: Scores | None = None
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs):
+        if self.prefix_token_id is not None:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        tokens = self.tokenizer.encode(string, **special)
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+    def tok_decode(self, tokens, skip_special_tokens: bool = True):
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)  # there may be no end-of-text token
+
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self.tok_encode = functools.lru_cache(maxsize=16)(super().tok_encode)  # the choices of a question share its text
+        # The choices of a question share its text.
+        self.tok_encode = functools.lru_cache(maxsize=16)(self.tok_encode)  # type: ignore[method-assign]
         try:
-            return super().loglikelihood(requests, disable_tqdm)
+            encoded = [(request.args, *self._encode_request(*request.args)) for request in requests]
         finally:
             del self.tok_encode  # it refers to self, and would keep the model in memory
+        return self._loglikelihood_tokens(encoded, disable_tqdm)
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval does it: what has no context follows the begin-of-text (or end-of-text) token."""
+        before, tokens = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation, False))
+        return (before, tokens) if before else self._after_prefix(self.prefix_token_id, tokens)
+
+    @staticmethod
+    def _after_prefix(prefix: int | None, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Nothing is said of a first token that begins the text itself, or that nothing comes before."""
+        return (tokens[:1], tokens[1:]) if prefix is None or tokens[:1] == [prefix] else ([prefix], tokens)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         with measuring(self.model), skipping(self.model, self.plans[0]), finite_generation(self.model):
             return super().generate_until(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        self.scores = score(self.model, pairs, self.plans, self.max_length, on_batch=self.on_batch)
+        pairs = [
+            self._after_prefix(None, continuation) if context == [None] else (context, continuation)  # a rolling window
+            for _, context, continuation in requests
+        ]
+        self.scores = _score(self.model, pairs, self.plans, self.max_length, self.on_batch)
         answers = self.scores.answers(0)
         for (text, *_), answer in zip(requests, answers, strict=True):
             if text is not None:  # as lm-eval does, for its cache of answers
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
+
+
+def _score(model, pairs: list, plans: Sequence[DropPlan], max_length: int, on_batch) -> Scores:
+    """`score`; a continuation of no tokens, which lm-eval refuses together with all other requests, is certain: 0 nats."""
+    asked = [i for i, (_, continuation) in enumerate(pairs) if continuation]
+    found = score(model, [pairs[i] for i in asked], plans, max_length, on_batch=on_batch)
+    if len(asked) == len(pairs):
+        return found
+    parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    spread = {name: np.zeros((*part.shape[:-1], len(pairs)), part.dtype) for name, part in parts.items()}
+    for name, part in parts.items():
+        spread[name][..., asked] = part
+    return Scores(**spread)
 
 
 @contextlib.contextmanager

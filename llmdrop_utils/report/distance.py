@@ -30,7 +30,7 @@ def compare(reference: pd.DataFrame, here: pd.DataFrame, columns: tuple[Column, 
     texts, changed: cells that are no numbers, and those that differ
     """
     keys = [column.name for column in columns if isinstance(column, Key)]
-    old, new = _by_key(reference, keys), _by_key(here, keys)
+    old, new = by_key(reference, keys), by_key(here, keys)
     common = old.index.intersection(new.index, sort=False)
     row: dict = dict.fromkeys(("values", "undefined", "with_interval", "outside", "texts", "changed"), 0)
     row |= {
@@ -45,7 +45,7 @@ def compare(reference: pd.DataFrame, here: pd.DataFrame, columns: tuple[Column, 
     models = old["model"].unique() if "model" in keys else []
     only = models[0] if len(models) == 1 else None  # it is not named beside each value
     where = lambda name, key: f"{name}, {key}".replace(f", {only}", "", 1)  # noqa: E731
-    values = _values(columns, [*old.columns, *(name for name in new.columns if name not in old.columns)])
+    values = values_of(columns, [*old.columns, *(name for name in new.columns if name not in old.columns)])
     numbers = [(name, column) for name, column in values if column.form or _is_end(column, columns)]
     ranked = [name for name, column in numbers if column.low] or [n for n, column in numbers if not column.form.endswith("d")]
     for name, column in values:
@@ -132,7 +132,7 @@ def describe_distance(run: str, declared: Mapping[str, Declaration]) -> str:
 # ---- parts ------------------------------------------------------------------------------------------------------------------
 
 
-def _by_key(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def by_key(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The table, indexed by the text of its keys: "model, web, attention, 2". Of rows with one key, the first."""
     cells = [[_text(value) for value in table[key]] if key in table else [""] * len(table) for key in keys]
     indexed = table.set_index(pd.Index([", ".join(texts) for texts in zip(*cells, strict=True)], dtype=object))
@@ -147,7 +147,7 @@ def _text(value: object) -> str:
     return f"{float(value):.15g}" if is_number else str(value)  # type: ignore[arg-type]
 
 
-def _values(columns: tuple[Column, ...], names: list[str]) -> list[tuple[str, Column]]:
+def values_of(columns: tuple[Column, ...], names: list[str]) -> list[tuple[str, Column]]:
     """Names of columns that are no keys, each with its declaration."""
     return [
         (name, column)
@@ -175,7 +175,7 @@ def _conditions(run: str, declared: Mapping[str, Declaration]) -> Iterator[str]:
         yield f"Not run here: {', '.join(left)}."
     differs: dict[tuple[str, str], list[str]] = {}
     for notebook in both:
-        for of in (_dtypes, _devices):
+        for of in (dtypes_of, _devices):
             pair = of(local / notebook), of(committed / notebook)
             if pair[0] != pair[1]:
                 differs.setdefault(pair, []).append(notebook[:2])
@@ -183,7 +183,7 @@ def _conditions(run: str, declared: Mapping[str, Declaration]) -> Iterator[str]:
         yield f"Measured in {here}, the reference in {reference} (notebooks {', '.join(notebooks)})."
 
 
-def _dtypes(folder: Path) -> str:
+def dtypes_of(folder: Path) -> str:
     return " and ".join(sorted({entry["dtype"] for entry in _provenance(folder)}))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.files import replacing
+from ..sources.catalogue import exact_name
 
 Tables = dict[str, pd.DataFrame]
 
@@ -65,6 +66,18 @@ def frame(name: str, rows: Iterable[dict] | pd.DataFrame, declared: Declaration)
     if unknown or lacking:
         raise ValueError(f"The table {name!r} is not as declared: it has {unknown} besides, and lacks {lacking}.")
     return content
+
+
+def with_exact_names(rows: pd.DataFrame) -> pd.DataFrame:
+    """A table as it is shown: models under their exact names."""
+    return rows.assign(model=rows["model"].map(exact_name)) if "model" in rows and len(rows) else rows
+
+
+def models_measured(record: Path, between: str = " in ") -> list[str]:
+    """The models in a provenance.json, each with its dtype: "SmolLM2-135M-Instruct (Q4_1) in float32"."""
+    entries = json.loads(record.read_text(encoding="utf-8"))
+    # Stages of a series are called "<series>, <stage>": the series will do.
+    return list(dict.fromkeys(f"{exact_name(entry['model'].split(',')[0])}{between}{entry['dtype']}" for entry in entries))
 
 
 def read_tables(folder: Path) -> Tables:

@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 
-from llmdrop_utils import DropPlan, cache_bytes, dropped, kv_bytes
+from llmdrop_utils import DropPlan, Load, cache_bytes, dropped, kv_bytes, measure_speed
 from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.floors import Part, floor_seconds, parts_of_pass
 from llmdrop_utils.models.families import is_full_attention
@@ -95,3 +95,15 @@ def test_floor_takes_the_slower_of_both():
     parts = parts_of_pass(model, 1, 1, 4)
     assert floor_seconds(parts, 1e9, 1e30) == pytest.approx(sum(p.bytes for p in parts) / 1e9)
     assert floor_seconds(parts, 1e30, 1e9) == pytest.approx(sum(p.operations for p in parts) / 1e9)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_of_three_dimensions_need_not_be_experts(inside):
+    """A vision tower reads no text, so it counts for nothing; a convolution in the decoder is read whole."""
+    model = families.tiny("llama")
+    before = [sum(part.bytes for part in parts_of_pass(model, 1, 1, 10)), len(parts_of_pass(model, 1, 1, 10))]
+    (model.model.layers[0] if inside else model).tower = torch.nn.Conv1d(32, 8, 5, bias=False)
+    parts = parts_of_pass(model, 1, 1, 10)
+    more = 4 * 32 * 8 * 5 if inside else 0
+    assert [sum(part.bytes for part in parts) - more, len(parts) - inside] == before
+    assert measure_speed(model, Load("prefill", 4), repeats=1)[0].floor_seconds > 0

@@ -2,9 +2,10 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 
 from ...report.panels import curves, task_grid, text_curves
-from ...report.style import KIND_NAMES, WIDTH, Drawing, figure, for_each_model
+from ...report.style import KIND_NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 
 
@@ -75,6 +76,34 @@ def figS5_average(tables: Tables) -> Drawing:
         above = 100 * (dense["value"] - dense["chance"])
         side = "above" if above > 0 else "below"
         return f"Points lost at n = {n}: {', '.join(lost)}. The dense model is {abs(above):.1f} points {side} guessing."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+@figure("02_drop_curves")
+def figS16_across_corpora(tables: Tables) -> Drawing:
+    """Loss added on each corpus by dropping the attention layers that another corpus chooses (rows: chosen on it)."""
+    data = tables["across"]
+    if data.empty:
+        return nothing_to_show("The profile has one corpus: nothing to compare", data)
+    panels = list(data.groupby(["model", "n"], sort=False))
+    fig, axes = plt.subplots(1, len(panels), figsize=(min(WIDTH, 3.4 * len(panels)), 2.6), squeeze=False)
+    for ax, ((model, n), rows) in zip(axes.flat, panels, strict=True):
+        grid = rows.pivot(index="chosen_on", columns="tested_on", values="cost")
+        order = list(rows["chosen_on"].unique())
+        sns.heatmap(grid.loc[order, order], ax=ax, annot=True, fmt=".2f", cmap="cividis_r", cbar=False, vmin=0)
+        ax.set(xlabel="Tested on", ylabel="Chosen on", title=f"{model}\nAttn-{n}: added loss, nats per token")
+        ax.tick_params(axis="both", length=0, labelrotation=0)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        n = rows["n"].max()
+        others = rows[(rows["n"] == n) & (rows["chosen_on"] != rows["tested_on"])]
+        worst = others.loc[others["excess"].idxmax()]
+        return (
+            f"The {n} attention layers that one corpus chooses cost at most {worst['excess']:+.3f} nats per token "
+            f"({worst['excess_low']:+.3f} to {worst['excess_high']:+.3f}) more on another than the layers that this one "
+            f"chooses: chosen on {worst['chosen_on']}, tested on {worst['tested_on']}, where they cost {worst['cost']:.3f}."
+        )
 
     return Drawing(fig, data, for_each_model(data, sentence))
 

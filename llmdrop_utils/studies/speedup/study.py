@@ -15,7 +15,7 @@ from ..run import Run, study
 from ..work import Cell
 from .crossover import crossover_rows
 from .generation import GENERATION, Timed, compose_generations, read_timings
-from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
+from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work, too_long
 from .trade import TRADE_PAIRS, pair_rows, trade_rows
 
 SPEEDUP = Column("speedup", "Speed-up", ".2f", "speedup_low", "speedup_high")
@@ -86,6 +86,7 @@ def speedup(run: Run) -> Tables:
         with run.one_of(model):
             plans[model.name] = plans_of(run, model, corpora)
             work += speed_work(model, plans[model.name], run.profile)
+            run.not_run |= too_long(model, settings)
     run.measure([item for item in work if item.load.backend == "eager"])
     compiled = [item for item in work if item.load.backend == "compiled"]
     run.measure(compiled, several=True, what="{}, compiled back end")  # it is an addition: eager timings stand alone
