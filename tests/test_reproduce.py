@@ -375,7 +375,7 @@ def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_an_interrupted_run_leaves_one_line(tmp_path, everybody):
-    """Ctrl-C while a notebook's kernel works: nothing half made, no traceback, and the exit status of an interrupted command."""
+    """Ctrl-C while a notebook's kernel works: nothing half made, no traceback, and an interrupted command's exit status."""
     started = tmp_path / "started"
     notebook(tmp_path / "sources", "93_waits.ipynb", f"import time; open({str(started)!r}, 'w'); time.sleep(600)")
     code = f"""
@@ -415,8 +415,9 @@ def test_paths_from_anywhere(tmp_path, monkeypatch):
         locate_model(cli._profile(options).model)
     monkeypatch.setenv("LLMDROP_CALLED_FROM", str(tmp_path))
     assert cli._profile(options).model == str(folder)
-    shown = subprocess.run(["make", "-n", "-C", str(ROOT), "plan", "MODEL=my model"], capture_output=True, text=True, check=True,
-                           env=os.environ | {"PWD": str(tmp_path)}, cwd=tmp_path)  # fmt: skip
+    command = ["make", "-n", "-C", str(ROOT), "plan", "MODEL=my model"]
+    environment = os.environ | {"PWD": str(tmp_path)}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert '--model "my model"' in shown.stdout
 
 
