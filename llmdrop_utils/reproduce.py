@@ -250,7 +250,7 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
         claims,
     ]
     facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
-    content = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     own = sorted((files.PACKAGE / "studies" / notebook.stem[3:]).glob("*.py"))
     code = made_of(*own, files.PACKAGE / "studies" / "page.py")
     data = [files.DATA / "sources.yaml", files.DATA / "tasks.yaml", files.DATA / "paper_claims.json"]
