@@ -69,7 +69,7 @@ def figS5_average(tables: Tables) -> Drawing:
 
     def sentence(rows: pd.DataFrame) -> str:
         n = shared_count(rows)
-        dropped = rows[rows["n"] == n].set_index("kind")
+        dropped = rows[(rows["n"] == n) & rows["kind"].isin(KIND_NAMES)].set_index("kind")
         lost = [
             f"{KIND_NAMES[kind]} {row['points_lost']:.1f} ({row['points_lost_low']:.1f} to {row['points_lost_high']:.1f})"
             for kind, row in dropped.iterrows()
