@@ -385,7 +385,7 @@ def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_an_interrupted_run_leaves_one_line(tmp_path, everybody):
-    """Ctrl-C while a notebook's kernel works: nothing half made, no traceback, and an interrupted command's exit status."""
+    """Ctrl-C while a notebook's kernel works: nothing half made, no traceback, and the exit status of an interruption."""
     started = tmp_path / "started"
     notebook(tmp_path / "sources", "93_waits.ipynb", f"import time; open({str(started)!r}, 'w'); time.sleep(600)")
     code = f"""
@@ -425,9 +425,9 @@ def test_paths_from_anywhere(tmp_path, monkeypatch):
         locate_model(cli._profile(options).model)
     monkeypatch.setenv("LLMDROP_CALLED_FROM", str(tmp_path))
     assert cli._profile(options).model == str(folder)
-    command = ["make", "-n", "-C", str(ROOT), "plan", "MODEL=my model"]
+    make = ["make", "-n", "-C", str(ROOT), "plan", "MODEL=my model"]
     environment = os.environ | {"PWD": str(tmp_path)}
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    shown = subprocess.run(make, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert '--model "my model"' in shown.stdout
 
 
@@ -439,7 +439,8 @@ def test_force(monkeypatch, given, forced):
     assert cli.main([*SMOKE, *([] if given is None else [f"--force={given}"])]) == 0
     assert cli.main([*SMOKE, "--force"]) == 0
     assert called == [forced, True]
-    shown = subprocess.run(["make", "-n", "reproduce", f"FORCE={given or ''}"], capture_output=True, text=True, cwd=ROOT)
+    make = ["make", "-n", "reproduce", f"FORCE={given or ''}"]
+    shown = subprocess.run(make, capture_output=True, text=True, cwd=ROOT)
     assert f'--force="{given or ""}"' in shown.stdout
 
 
