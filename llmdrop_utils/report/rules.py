@@ -47,18 +47,24 @@ class Comparison:
         return min(self.at_most, self.below if math.isinf(self.below) else math.nextafter(self.below, -math.inf))
 
     @property
+    def is_known(self) -> bool:
+        """Are there a number and an interval at all?"""
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
+
+    @property
     def is_inside(self) -> bool:
         """Does the number itself fit the claim?"""
         return self.lower <= self.value <= self.upper
 
     @property
     def outcome(self) -> str:
-        """By its own interval alone. A number without an interval is inconclusive."""
-        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+        """By its own interval alone, which the number belongs to. A number without an interval is inconclusive."""
+        if not self.is_known:
             return INCONCLUSIVE
-        if self.lower <= self.low and self.high <= self.upper:
+        low, high = min(self.low, self.value), max(self.high, self.value)  # draws may all lie on one side of it
+        if self.lower <= low and high <= self.upper:
             return REPRODUCED
-        return DEVIATES if self.high < self.lower or self.low > self.upper else INCONCLUSIVE
+        return DEVIATES if high < self.lower or low > self.upper else INCONCLUSIVE
 
     def p(self, against: str = REPRODUCED) -> float:
         """How likely the number is if the truth lies at the threshold, as the interval says, normal tails assumed.
@@ -67,7 +73,7 @@ class Comparison:
         0.025 where the interval ends at the threshold.
         """
         _, distance, reach = self.nearest
-        if self.is_inside == (against == REPRODUCED) or math.isnan(reach):
+        if not self.is_known or self.is_inside == (against == REPRODUCED):
             return 1.0
         return float(norm.sf(Z * distance / reach)) if reach > 0 else 0.0
 
@@ -78,7 +84,8 @@ class Comparison:
         """
         _, distance, reach = self.nearest
         wider = float(norm.isf(TAIL / comparisons)) / Z
-        return (wider * reach / distance) ** 2 if distance > 0 else math.inf
+        times = wider * reach / distance if distance > 0 else math.inf
+        return times * times  # inf where ** would raise OverflowError
 
     @property
     def nearest(self) -> tuple[float, float, float]:
@@ -136,7 +143,7 @@ def decide(findings: Iterable[Finding]) -> tuple[str, list[str]]:
         outcome, open_ones, among = _outcome(finding, fails, len(strict))
         outcomes.append(outcome)
         if outcome == INCONCLUSIVE:
-            notes.append(_what_settles(open_ones, among))
+            notes.append(_what_settles(finding.enough, open_ones, among))
     worst = next(outcome for outcome in (DEVIATES, INCONCLUSIVE, REPRODUCED) if outcome in outcomes)
     return worst, notes if worst == INCONCLUSIVE else []
 
@@ -145,24 +152,30 @@ def _outcome(finding: Finding, fails: dict[int, bool], n_strict: int) -> tuple[s
     """The outcome for one model, the comparisons that leave it open, and among how many one of them must stand out."""
     each = finding.comparisons
     if finding.enough == "all":
-        if any(fails[id(c)] for c in each):
+        if any(fails[id(c)] and c.outcome == DEVIATES for c in each):  # where an interval ends at the threshold, p is 0.025 too
             return DEVIATES, [], 1
         open_ones = [c for c in each if c.outcome != REPRODUCED]
         return (INCONCLUSIVE if open_ones else REPRODUCED), open_ones, n_strict
-    if any(holm([c.p(against=DEVIATES) for c in each])):
+    holds = holm([c.p(against=DEVIATES) for c in each])
+    if any(stands_out and c.outcome == REPRODUCED for c, stands_out in zip(each, holds, strict=True)):
         return REPRODUCED, [], 1
     open_ones = [c for c in each if c.outcome != DEVIATES]
     return (INCONCLUSIVE if open_ones else DEVIATES), open_ones, len(each)
 
 
-def _what_settles(open_ones: Sequence[Comparison], among: int) -> str:
+def _what_settles(enough: str, open_ones: Sequence[Comparison], among: int) -> str:
     """Why a claim is open, and how large a run would have to be."""
-    unknown = [c for c in open_ones if not math.isfinite(c.low) or math.isnan(c.value)]
+    unknown = [c for c in open_ones if not c.is_known]
     if unknown:
         return f"no interval: {unknown[0]}"
-    # One that is outside must stand out among all; one that is inside only has to leave the threshold.
-    times, c = max(((c.needed(1 if c.is_inside else among), c) for c in open_ones), key=lambda pair: pair[0])
-    text = f"{c}, where the threshold is {format(c.nearest[0], c.form).replace('%', ' %')}: "
+    # A single one settles it if it stands out among all: outside where all must hold, inside where one is enough. If there is
+    # none, every other has to leave the threshold.
+    if single := [(c.needed(among), c) for c in open_ones if c.is_inside == (enough == "one")]:
+        times, c = min(single, key=lambda pair: pair[0])
+    else:
+        times, c = max(((c.needed(), c) for c in open_ones), key=lambda pair: pair[0])
+    threshold = round(c.nearest[0], 12) + 0.0  # 0 instead of the number next to it, and of -0
+    text = f"{c}, where the threshold is {format(threshold, c.form).replace('%', ' %')}: "
     if times > 1e4:
         return text + "the number lies at the threshold, which no larger run would settle"
     if math.isnan(c.size):
@@ -171,6 +184,6 @@ def _what_settles(open_ones: Sequence[Comparison], among: int) -> str:
 
 
 def _rounded(n: float) -> str:
-    """Two digits, rounded up: 1,234 -> "1,300"."""
+    """Two digits, rounded up: 1,234 -> "1,300"; 1,200 with an error of rounding is 1,200."""
     step = 10 ** max(0, math.floor(math.log10(n)) - 1)
-    return f"{math.ceil(n / step) * step:,}"
+    return f"{math.ceil(n / step - 1e-6) * step:,}"

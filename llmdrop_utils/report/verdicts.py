@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import yaml
+from pandas.errors import UndefinedVariableError
 
 from ..base import files
 from ..base.files import replacing, write_text
@@ -66,9 +67,10 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
         return NOT_RUN, f"notebook {claim['notebook']} has not been run: `make reproduce NOTEBOOKS={claim['notebook'][:2]}`"
     try:
         findings = list(CHECKS[claim["check"]](tables, **claim.get("thresholds", {})))
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, UndefinedVariableError) as error:
+        missing = (re.findall(r"'(\w+)'", str(error.args[0])) or error.args)[-1]
         return NOT_RUN, (
-            f"the tables of notebook {claim['notebook']} are of an older version, without {error.args[0]!r}: "
+            f"the tables of notebook {claim['notebook']} are of an older version, without {missing!r}: "
             f"`make reproduce NOTEBOOKS={claim['notebook'][:2]}` makes them anew"
         )
     findings += [Finding(row.what, row.reason) for row in tables["not_run"].itertuples()]

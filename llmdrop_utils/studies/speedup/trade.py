@@ -74,21 +74,32 @@ def pair_rows(trade: Sequence[Mapping], gaps: pd.DataFrame) -> list[dict]:
 def sdr_difference(a: Mapping, b: Mapping, width_of_gap: float) -> tuple[float, float, float]:
     """SDR of one row of the table "trade" minus that of another, and its 95 % interval.
 
-    With points p lost and percent g gained, p_a / g_a < p_b / g_b if p_a g_b - p_b g_a < 0. This product has no small number to
-    divide by, so its standard error follows from those of points and percents (delta method); dividing by g_a g_b at the end
-    gives points per percent. Points are paired by document: their covariance follows from the width of the interval of their
-    difference, 2 cov = var_a + var_b - var(a - b).
+    With points p lost and percent g gained, d is the difference p_a / g_a - p_b / g_b if p_a g_b - p_b g_a - d g_a g_b is zero.
+    This product has no small number to divide by. Its standard error s(d) follows from those of points and percents (delta
+    method), and the interval is of all d for which the product is within 1.96 s(d) of zero (Fieller 1954), the roots of a
+    quadratic. NaN where a speed-up is within noise, or both are so uncertain that no d is excluded.
+
+    Points are paired by document: their covariance follows from the width of the interval of their difference,
+    2 cov = var_a + var_b - var(a - b). Speed-ups count as independent, which is too wide for those of the same rounds.
     """
     (p_a, var_p_a), (p_b, var_p_b) = (_with_variance(row, "points_lost", 1) for row in (a, b))
     (s_a, var_g_a), (s_b, var_g_b) = (_with_variance(row, "speedup", 100) for row in (a, b))
     g_a, g_b = s_a - 100, s_b - 100
     difference = p_a / g_a - p_b / g_b
-    if min(a["speedup_low"], b["speedup_low"]) <= 1:
-        return difference, np.nan, np.nan
+    # z^2 s(d)^2 = points + v_a (p_b + d g_b)^2 + v_b (p_a - d g_a)^2, so (p_a g_b - p_b g_a - d g_a g_b)^2 less that is
+    # square d^2 - 2 half d + rest.
+    v_a, v_b = Z**2 * var_g_a, Z**2 * var_g_b
     covariance = (var_p_a + var_p_b - (width_of_gap / (2 * Z)) ** 2) / 2
-    variance = g_b**2 * var_p_a + g_a**2 * var_p_b - 2 * g_a * g_b * covariance + p_b**2 * var_g_a + p_a**2 * var_g_b
-    reach = Z * math.sqrt(max(0.0, variance)) / (g_a * g_b)
-    return difference, difference - reach, difference + reach
+    points = Z**2 * (g_b**2 * var_p_a + g_a**2 * var_p_b - 2 * g_a * g_b * covariance)
+    product = p_a * g_b - p_b * g_a
+    square = (g_a * g_b) ** 2 - g_b**2 * v_a - g_a**2 * v_b
+    half = product * g_a * g_b + p_b * g_b * v_a - p_a * g_a * v_b
+    rest = product**2 - points - p_b**2 * v_a - p_a**2 * v_b
+    is_clear = a["speedup_low"] > 1 and b["speedup_low"] > 1 and square > 0
+    if not is_clear or math.isnan(rest):
+        return difference, np.nan, np.nan
+    root = math.sqrt(max(0.0, half**2 - square * rest))
+    return difference, (half - root) / square, (half + root) / square
 
 
 def _with_variance(row: Mapping, name: str, factor: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Find
     rows = rows[rows["what"] == GENERATION]
     for model in layers.index:
         half = rows[(rows["model"] == model) & (2 * rows["n"] == layers[model])]
-        if "llama-2-70b" not in model or half.empty:
+        if "llama-2-70b" not in model.lower() or half.empty:
             reason = "the claim is about Llama-2-70B on a GPU: `make reproduce PROFILE=gpu-shapes NOTEBOOKS=05` times its shape"
             if len(half):
                 row = half.iloc[0]
