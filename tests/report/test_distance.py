@@ -56,6 +56,7 @@ def test_the_ends_of_an_interval_are_inside():
     assert found([(0, "value", 1.5)])["outside"] == found([(0, "value", 2.5)])["outside"] == 0
     assert found([(0, "value", 2.5 * (1 + 1e-6))])["outside"] == 0, "tables have six digits"
     assert found([(0, "value", 2.51)])["outside"] == found([(0, "value", 1.49)])["outside"] == 1
+    assert found([(0, "low", 2.1), (1, "high", 3.0)])["outside"] == 0, "the reference's interval, not that of this run"
 
 
 @pytest.mark.parametrize(("here", "beyond"), [(0.0015, False), (0.018, True), (-0.018, True)])
