@@ -110,7 +110,8 @@ def figS16_across_corpora(tables: Tables) -> Drawing:
         return (
             f"The {n} attention layers that one corpus chooses cost at most {worst['excess']:+.3f} nats per token "
             f"({worst['excess_low']:+.3f} to {worst['excess_high']:+.3f}) more on another than the layers that this one "
-            f"chooses: chosen on {worst['chosen_on']}, tested on {worst['tested_on']}, where they cost {worst['cost']:.3f}.{found}"
+            f"chooses: chosen on {worst['chosen_on']}, tested on {worst['tested_on']}, where they cost {worst['cost']:.3f}."
+            f"{found}"
         )
 
     return Drawing(fig, data, for_each_model(data, sentence))
