@@ -68,7 +68,8 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
     try:
         findings = list(CHECKS[claim["check"]](tables, **claim.get("thresholds", {})))
     except (KeyError, AttributeError, UndefinedVariableError) as error:
-        missing = (re.findall(r"'(\w+)'", str(error.args[0])) or error.args)[-1]
+        message = str(error.args[0])  # "correlation", or "Column not found: correlation", or "name 'correlation' is ..."
+        missing = (re.findall(r"'(\w+)'", message) or message.split())[-1]
         return NOT_RUN, (
             f"the tables of notebook {claim['notebook']} are of an older version, without {missing!r}: "
             f"`make reproduce NOTEBOOKS={claim['notebook'][:2]}` makes them anew"

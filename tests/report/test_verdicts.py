@@ -1,4 +1,4 @@
-"""Every claim has a home and a rule, and each rule can come out either way."""
+"""Claims, thresholds and history in data/claims.yaml; what a reader of the scorecard and of a notebook sees."""
 
 import json
 import re
@@ -7,312 +7,272 @@ import pandas as pd
 import pytest
 import yaml
 
-from llmdrop_utils.base.files import ROOT
-from llmdrop_utils.report import verdicts as claims
+from llmdrop_utils.base.files import REFERENCE, ROOT
+from llmdrop_utils.report import verdicts
+from llmdrop_utils.report.rules import DEVIATES, INCONCLUSIVE, NOT_RUN, OUTCOMES, REPRODUCED, Comparison, Finding
+from llmdrop_utils.report.verdicts import Verdict
+from llmdrop_utils.studies.curve_rows import KEEP
 
-PAPER = json.loads((ROOT / "data" / "paper_claims.json").read_text())
+PAPER = json.loads((ROOT / "data" / "paper_claims.json").read_text(encoding="utf-8"))
+PRINTED = {claim["id"]: claim["value"] for claim in PAPER["claims"]}
+RAW = yaml.safe_load((ROOT / "data" / "claims.yaml").read_text(encoding="utf-8"))
+
+
+# ---- data/claims.yaml -------------------------------------------------------------------------------------------------
 
 
 def test_claims_file():
-    listed = claims.load_claims()
+    listed = verdicts.load_claims()
     assert len({c["id"] for c in listed}) == len(listed)
     identifiers = [c["id"] for c in PAPER["claims"]]
     assert len(identifiers) == len(set(identifiers)) == 732
+    keys = {"id", "claim", "where", "notebook", "rule", "paper"}
     for claim in listed:
-        assert {"id", "claim", "where", "notebook", "rule", "paper"} <= set(claim)
-        assert claim.get("check") in {None, *claims.CHECKS}
+        assert keys <= set(claim) <= keys | {"check", "thresholds", "history"}
         for prefix in claim["paper"]:
             assert any(i.startswith(prefix) for i in identifiers), f"{claim['id']}: nothing in the paper begins with {prefix}"
-    assert {c["check"] for c in listed if "check" in c} == set(claims.CHECKS), "a rule that no claim uses"
+    checks = [c["check"] for c in listed if "check" in c]
+    assert sorted(checks) == sorted(verdicts.CHECKS), "each rule has its claim"
 
 
 def test_every_number_of_the_paper_s_results_belongs_to_a_claim():
     """Except settings, which are no claims: Table 5, calibration length, deployment memory."""
-    prefixes = tuple(p for c in claims.load_claims() for p in c["paper"])
+    prefixes = tuple(p for c in verdicts.load_claims() for p in c["paper"])
     rest = {c["id"] for c in PAPER["claims"] if not c["id"].startswith(prefixes)}
     assert {i.split(".")[0] for i in rest} <= {"T5", "X"}, sorted(rest)
     assert {i for i in rest if i.startswith("X")} <= {"X.seq", "X.size"}, sorted(rest)
 
 
 def notebooks_with_a_check():
-    return {c["notebook"] for c in claims.load_claims() if "check" in c}
+    return {c["notebook"] for c in verdicts.load_claims() if "check" in c}
 
 
-def test_checked_notebooks_exist():
+def test_notebooks_exist_and_have_advice():
     for name in notebooks_with_a_check():
         assert (ROOT / "notebooks" / f"{name}.ipynb").exists()
+    assert set(verdicts.ADVICE) == notebooks_with_a_check()
 
 
-def frame(**columns):
-    return pd.DataFrame({"model": "m"} | columns)
+@pytest.mark.parametrize("claim", [claim for claim in RAW if "check" in claim], ids=lambda claim: claim["id"])
+def test_a_rule_says_the_numbers_that_its_code_reads(claim):
+    """Every threshold stands in the sentence, and no other number but how far curves are followed, and what is explained."""
+    for name in claim.get("thresholds", {}):
+        assert f"{{{name}" in claim["rule"]
+    own = re.sub(rf"\([^)]*\)|\{{[^}}]*\}}|95 % interval|{100 * KEEP:.0f} % of the dense", "", claim["rule"])
+    assert not re.search(r"\d\.\d|\d %", own), own
 
 
-def contrast(high):
-    means = {"attention": 0.1, "compared": 0.2, "attention_median": 0.1, "compared_median": 0.2, "difference": -0.1}
-    layers = {"layers_lower": 3, "n_layers": 4}
-    return {"contrast": frame(corpus=["a", "a"], other=["mlp", "block"], low=[-0.2] * 2, high=[-0.05, high], **means, **layers)}
+def test_thresholds_stand_in_the_sentence():
+    rules = {claim["id"]: claim["rule"] for claim in verdicts.load_claims()}
+    assert "nearest to 25 %, at least 97.8 % of what lies above guessing" in rules["attention-drop-keeps-quality"]
+    assert "At least 43.8 % of all attention layers" in rules["attention-goes-first"]
+    assert "From 11.1 % of the training on" in rules["redundant-from-the-start"]
+    assert not any("{" in rule for rule in rules.values())
 
 
-def depth(mlp, high):
-    kinds = ["attention", "mlp", "block"]
-    return {"depth": frame(corpus=["a"] * 3, kind=kinds, correlation=[-0.9, mlp, -0.8], low=[-1.0] * 3, high=[high] * 3)}
+def test_thresholds_are_the_paper_s():
+    """Those that the paper gives a number for. The others (correlations, importance, nats) are ours."""
+    of = {claim["id"]: claim.get("thresholds", {}) for claim in RAW}
+    dense, guessing = PRINTED["T1.Llama-2-13B.Baseline.Avg"], 37.5
+    above = (0.99 * dense - guessing) / (dense - guessing)
+    assert of["attention-drop-keeps-quality"]["retained"] == pytest.approx(above, abs=5e-4)
+    lost = PRINTED["T3.Llama-2-70B.Baseline.Avg"] - PRINTED["T3.Llama-2-70B.Attn-40.Avg"]
+    assert lost <= of["half-the-attention"]["points"] < round(lost, 1) + 0.0501, "what rounds to the printed number"
+    assert of["attention-drop-is-fast"]["speedup"] == PRINTED["T3.Llama-2-70B.Attn-40.SpeedUp"]
+    ahead = {32: PRINTED["X.joint.first.mistral"], 40: PRINTED["X.joint.first.13b"]}
+    assert of["attention-goes-first"]["layers"] == min(n / n_layers for n_layers, n in ahead.items())
+    for claim in ("redundant-from-the-start", "others-rise", "same-layers-at-every-stage"):
+        assert 500 / 4500 - 0.001 < of[claim]["first"] <= 500 / 4500, "the first checkpoint counts"
 
 
-def corpora(low):
-    return {"corpora": frame(a=["x"] * 3, b=["y"] * 3, kind=["attention", "mlp", "block"], correlation=[0.9] * 3,
-                             low=[low, 0.85, 0.85], high=[0.95] * 3)}  # fmt: skip
+@pytest.mark.parametrize("entry", [(c["id"], entry) for c in RAW for entry in c.get("history", ())], ids=lambda e: e[0])
+def test_history_of_a_rule(entry):
+    _, old = entry
+    assert set(old) == {"date", "rule", "verdicts", "why"}
+    assert re.fullmatch(r"2026-\d\d-\d\d", str(old["date"]))
+    for run, verdict in old["verdicts"].items():
+        assert (REFERENCE / run).is_dir(), f"no committed run {run}"
+        assert verdict in OUTCOMES
 
 
-def samples(correlation):
-    return {"sample_agreement": frame(corpus=["x"] * 2, kind=["mlp"] * 2, n_samples=[4, 64], groups=[16, 1],
-                                      correlation=[correlation, 0.1], low=[0.8] * 2, high=[1.0] * 2)}  # fmt: skip
+def test_history_is_in_order_of_time():
+    for claim in RAW:
+        dates = [str(entry["date"]) for entry in claim.get("history", ())]
+        assert dates == sorted(dates)
 
 
-def distribution(q95):
-    rows = {"corpus": ["x"] * 4, "kind": ["attention"] * 4}
-    return {"distribution": frame(**rows, layer=range(4), q95=[0.9, q95, 0.9, 0.01]),
-            "order": frame(**rows, position=range(4), layer=[1, 3, 2, 0])}  # fmt: skip
+# ---- from tables to a verdict ---------------------------------------------------------------------------------------------
 
 
-def published(shared):
-    importance = frame(corpus=["x"], kind=["attention"])
-    rows = frame(corpus=["x"], kind=["attention"], n_drop=[8], shared=[shared], by_chance=[2.0])
-    return {"importance": importance, "published": rows if shared is not None else rows.iloc[:0]}
+@pytest.fixture
+def judged(monkeypatch):
+    """The verdict of a rule with these findings, on tables with these models that are not run."""
+
+    def judge(*findings, not_run=()):
+        monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables, size: iter(findings) if size == 3 else None)
+        claim = {"check": "made_up", "thresholds": {"size": 3}, "notebook": "09_x"}
+        return verdicts._judge(claim, {"not_run": pd.DataFrame(list(not_run), columns=["what", "reason"])})
+
+    return judge
 
 
-def average(retained, n=8, n_layers=32):
-    rows = {"kind": ["dense", "attention"], "n": [0, n], "tasks": 2, "retained": [1.0, retained]}
-    return {"models": frame(n_layers=[n_layers]), "average": frame(**rows, retained_low=0.9, retained_high=1.0)}
+HOLDS, FAILS = Comparison("a", 2, 1.5, 2.5, at_least=1), Comparison("b", 0, -0.5, 0.5, at_least=1)
+OPEN = Comparison("c", 2, 0, 4, at_least=1, size=10, unit="samples")
 
 
-def half(low, model="llama-2-70b"):
-    rows = {"kind": ["attention"], "n": [40], "points_lost": [low + 1], "points_lost_low": [low], "points_lost_high": [low + 2]}
-    tables = {"models": frame(n_layers=[80]), "average": frame(**rows)}
-    return {name: table.assign(model=model) for name, table in tables.items()}
+def test_evidence_of_one_model_and_of_several(judged):
+    assert judged(Finding("m", "two", [HOLDS])) == (REPRODUCED, "two")
+    assert judged(Finding("m", "none", [FAILS])) == (DEVIATES, "none")
+    assert judged(Finding("m", "two", [HOLDS]), Finding("n", "none", [FAILS])) == (DEVIATES, "m: two; n: none")
+    assert judged(Finding("m", "two", [HOLDS]), Finding("n", "it has no layers")) == (
+        REPRODUCED, "m: two; n: not run: it has no layers",
+    )  # fmt: skip
+    assert judged(Finding("m", "it has no layers")) == (NOT_RUN, "it has no layers")
+    assert judged(Finding("m", "it is small"), Finding("n", "so is it")) == (
+        NOT_RUN, "m: not run: it is small; n: not run: so is it",
+    )  # fmt: skip
+    assert judged() == (
+        NOT_RUN,
+        "this run has nothing to compare: see the corpora and sample counts of its profile",
+    )
 
 
-def series(large):
-    rows = {"kind": "attention", "n": [4, 8] * 2, "retained": [0.99, 0.9, 0.99, large]}
-    models = ["llama-2-13b", "llama-2-70b"]
-    layers = pd.DataFrame({"model": models, "n_layers": [40, 40]})
-    return {"models": layers, "average": pd.DataFrame(rows).assign(model=[m for m in models for _ in range(2)])}
+def test_what_is_unavailable_is_named(judged):
+    assert judged(Finding("m", "two", [HOLDS]), not_run=[("big", "it is gated")]) == (
+        REPRODUCED, "m: two; big: not run: it is gated",
+    )  # fmt: skip
+    assert judged(not_run=[("big", "it is gated")]) == (NOT_RUN, "it is gated")
 
 
-def gaps(low, kind="attention", measure="tasks"):
-    rows = {"n": [8, 8], "kind": kind, "other": ["attention" if kind == "joint" else "block", "mlp"], "measure": measure}
-    table = frame(**rows, difference=0.1, low=[low, 0.05], high=0.2, same_plan=False)
-    return {"gaps": table, "average": frame(kind=["dense"]), "text": frame(kind=["dense"])}
-
-
-def first_mlp(low):
-    return {"first_mlp": frame(attention_before=[12], low=[low], high=[14], n_layers=[32])}
-
-
-def iterative(high):
-    return {"iterative": frame(n=[4, 8], difference=-0.1, low=-0.2, high=[0.1, high], shared=3)}
-
-
-def half_speed(high, model="random:llama-2-70b"):
-    rows = {"what": "generation from samples", "backend": "eager", "kind": "attention", "n": [40], "context": 2048}
-    speed = pd.DataFrame(rows | {"speedup": 1.4, "speedup_low": 1.3, "speedup_high": high, "noisy": False}).assign(model=model)
-    return {"speed": speed, "models": pd.DataFrame({"model": [model], "n_layers": [80]})}
-
-
-def trade(high):
-    kinds = {"kind": ["attention", "mlp", "block"], "n": 8, "backend": "eager"}
-    table = frame(**kinds, sdr=[0.1, 0.5, 0.5], sdr_low=[0.0, 0.3, 0.4], sdr_high=[high, 0.7, 0.6])
-    return {"trade": table, "models": frame(n_layers=[30])}
-
-
-def caches(counted, formula=500):
-    sizes = {"formula_bytes": [formula], "counted_bytes": [counted], "dense_bytes": [1000], "n_layers": 40, "n": 20}
-    own = frame(full_attention=False, length=[8], **sizes)
-    return {"paper": frame(paper_gib=[26], **sizes), "caches": own.iloc[:0]}
-
-
-STAGE = {"stage": ["step-0", "step-1", "step-9"], "step": [0, 1, 9], "position": [0, 1, 2], "progress": [0.0, 0.5, 1.0]}
-
-
-def means(random, middle):
-    """Lower ends by which MLP and block lie above attention, at random weights and half-way."""
-    rows = {"importance": 0.1, "above_attention": 0.2, "above_high": 0.3, "layers": "all layers"}
-    kinds = [frame(**STAGE, **rows, kind=kind, above_low=[random, middle, 0.1]) for kind in ("attention", "mlp", "block")]
-    return {"means": pd.concat(kinds, ignore_index=True).assign(seed=0)}
-
-
-def change(mlp, attention):
-    rows = frame(kind=["attention", "mlp", "block"], change=[attention, 0.2, 0.3], low=[-0.1, mlp, 0.1], high=0.4)
-    place = {"seed": 0, "position": 1, "stage": "step-1", "progress": 0.5, "layers": "all layers"}
-    return means(0.1, 0.1) | {"change": rows.assign(**place)}
-
-
-def same_layers(low):
-    rows = frame(**STAGE, kind="attention", correlation=0.9, low=[-0.5, low, 1.0], high=1.0, n=2, shared=2)
-    return {"agreement": rows.assign(seed=0)}
-
-
-def apply(check, tables):
-    """The findings of a rule with the thresholds of data/claims.yaml."""
-    (claim,) = [claim for claim in claims.load_claims() if claim.get("check") == check]
-    return list(claims.CHECKS[check](tables, **claim.get("thresholds", {})))
+def test_what_would_settle_it_is_told_behind_the_evidence(judged):
+    told = "c 2.00 (0.00 to 4.00), where the threshold is 1.00: about 40 samples instead of 10 would settle it"
+    assert judged(Finding("m", "two", [OPEN])) == (INCONCLUSIVE, f"two. To settle it: {told}")
+    verdict, evidence = judged(Finding("m", "two", [OPEN]), Finding("n", "more", [OPEN, HOLDS]))
+    assert evidence == f"m: two; n: more. To settle it: {told}. To settle it: {told}"
+    assert verdict == INCONCLUSIVE
+    assert "settle" not in judged(Finding("m", "two", [OPEN]), Finding("n", "none", [FAILS]))[1]
 
 
 @pytest.mark.parametrize(
-    ("check", "good", "bad"),
+    ("read", "named"),
     [
-        ("redundant_from_the_start", means(-0.1, 0.1), means(-0.1, -0.01)),
-        ("redundant_at_random", means(0.01, 0.1), means(-0.01, 0.1)),
-        ("others_rise", change(0.1, -0.1), change(-0.01, -0.1)),
-        ("others_rise", change(0.1, -0.1), change(0.1, -0.25)),
-        ("same_layers_at_every_stage", same_layers(0.85), same_layers(0.75)),
-        ("attention_most_redundant", contrast(-0.01), contrast(0.01)),
-        ("near_zero_attention", distribution(0.05), distribution(0.2)),
-        ("deeper_more_redundant", depth(-0.6, -0.1), depth(-0.2, -0.1)),
-        ("deeper_more_redundant", depth(-0.6, -0.1), depth(-0.6, 0.1)),
-        ("corpus_does_not_matter", corpora(0.82), corpora(0.78)),
-        ("sample_count_does_not_matter", samples(0.95), samples(0.85)),
-        ("published_lists", published(6), published(5)),
-        ("quarter_of_attention_keeps_quality", average(0.995), average(0.985)),
-        ("attention_beats_mlp_and_block", gaps(0.01), gaps(-0.01)),
-        ("half_of_attention", half(2.0), half(3.0)),
-        ("joint_goes_furthest", gaps(0.01, "joint", "text"), gaps(-0.01, "joint", "text")),
-        ("attention_goes_first", first_mlp(8), first_mlp(7)),
-        ("iterative_no_better", iterative(0.1), iterative(-0.01)),
-        ("half_of_attention_is_faster", half_speed(1.5), half_speed(1.45)),
-        ("attention_is_best_trade", trade(0.2), trade(0.35)),
-        ("cache_shrinks_in_proportion", caches(500), caches(501)),
-        ("cache_shrinks_in_proportion", caches(500), caches(520, formula=520)),
+        (lambda rows: rows["retained"], "retained"),
+        (lambda rows: rows[["model", "retained"]], "retained"),
+        (lambda rows: [row.retained for row in rows.itertuples()], "retained"),
+        (lambda rows: rows.query("retained > 1"), "retained"),
+        (lambda rows: rows.set_index("retained"), "retained"),
+        (lambda rows: rows.groupby("model")["retained"], "retained"),
+        (lambda rows: {"average": rows}["trade_pairs"], "trade_pairs"),
     ],
 )
-def test_rules_come_out_both_ways(check, good, bad):
-    assert [holds for _, holds, _ in apply(check, good)] == [True]
-    assert [holds for _, holds, _ in apply(check, bad)] == [False]
+def test_tables_of_an_older_version(monkeypatch, read, named):
+    """However a rule reads them, it names what they lack, and says how to make them anew."""
+    monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables: iter([read(tables["average"])]))
+    claim = {"check": "made_up", "notebook": "02_drop_curves"}
+    assert verdicts._judge(claim, {"average": pd.DataFrame({"model": ["m"]})}) == (
+        NOT_RUN,
+        f"the tables of notebook 02_drop_curves are of an older version, without '{named}': "
+        "`make reproduce NOTEBOOKS=02` makes them anew",
+    )
 
 
-def test_larger_models_lose_less():
-    """The pair that both models of are there is judged; the other is not run."""
-    for retained, verdict in ((0.96, True), (0.9, False)):
-        found = apply("larger_models_lose_less", series(retained))
-        assert [holds for _, holds, _ in found] == [verdict, None]
+def test_a_fault_of_a_rule_is_not_taken_for_an_old_table(monkeypatch):
+    monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables: iter([1 / 0]))
+    with pytest.raises(ZeroDivisionError):
+        verdicts._judge({"check": "made_up", "notebook": "02_drop_curves"}, {"average": pd.DataFrame()})
 
 
-def test_claims_about_other_models_are_not_run():
-    ((_, holds, reason),) = apply("half_of_attention", half(2.0, model="smollm2-135m"))
-    assert holds is None
-    assert "the claim is about a 70B model" in reason
+# ---- the scorecard ----------------------------------------------------------------------------------------------------
+
+HISTORY = (
+    {"date": "2026-01-02", "rule": "The first rule.", "verdicts": {"demo": DEVIATES}, "why": "It was too strict.\n"},
+    {"date": "2026-03-04", "rule": "The second rule.", "verdicts": {"other": REPRODUCED}, "why": "It read one number."},
+)
 
 
-def test_speed_of_other_models_is_told_but_not_judged():
-    tables = half_speed(1.5)
-    ((_, holds, reason),) = apply("half_of_attention_is_faster", tables | {"models": frame(n_layers=[80])})
-    assert holds is None
-    assert "the claim is about Llama-2-70B on a GPU" in reason
-    ((_, holds, reason),) = apply("attention_is_best_trade", trade(0.2) | {"trade": pd.DataFrame()})
-    assert holds is None
-    assert "no quality and speed of two kinds" in reason
+def verdict(i, outcome, **more):
+    return Verdict(f"id-{i}", f"Claim {i}.", f"Sec. {i}", "01_x", outcome, f"Evidence {i}.", f"Rule {i}.", **more)
 
 
-def test_a_speed_up_within_noise_is_no_evidence():
-    tables = trade(0.2)
-    tables["trade"].loc[0, ["sdr_low", "sdr_high"]] = float("nan")
-    ((_, holds, reason),) = apply("attention_is_best_trade", tables)
-    assert holds is None
-    assert "within noise" in reason
+def test_the_scorecard(tmp_path):
+    several = [verdict(0, REPRODUCED), verdict(1, INCONCLUSIVE), verdict(2, REPRODUCED, history=HISTORY), verdict(3, NOT_RUN)]
+    page = verdicts.write_scorecard(several, tmp_path, "demo", "About it.").read_text(encoding="utf-8")
+    assert page.startswith(
+        "# Scorecard: demo\n\nAbout it.\n\n2 reproduced, 0 deviates, 1 inconclusive, 1 not run, of 4 claims.\n"
+    )
+    assert re.search(r"\| Claim 1\. +\| Sec\. 1 +\| 01_x +\| \*\*inconclusive\*\* +\| Evidence 1\. +\|", page)
+    reached, changed = page.split("## How each verdict is reached")[1].split("## Rules that changed after numbers were seen")
+    assert "- *Claim 0.* Rule 0.\n- *Claim 1.* Rule 1.\n- *Claim 2.* Rule 2." in reached
+    assert "Claim 3" not in reached, "no rule was applied"
+    for told in ("95 % intervals", "Holm's correction", "*Reproduced*", "*Deviates*", "*Inconclusive*", "how large a run"):
+        assert told in reached
+    assert changed == (
+        "\n\n- *Claim 2.* Now reproduced.\n"
+        "  - until 2026-01-02 (deviates): The first rule. Why it was changed: It was too strict.\n"
+        "  - until 2026-03-04 (not run): The second rule. Why it was changed: It read one number.\n"
+    )
+    table = pd.read_csv(tmp_path / "scorecard.csv")
+    assert list(table.columns) == ["id", "claim", "where", "notebook", "verdict", "evidence", "rule"]
+    assert list(table["verdict"]) == [REPRODUCED, INCONCLUSIVE, REPRODUCED, NOT_RUN]
 
 
-def test_windows_are_not_judged_by_share():
-    own = frame(full_attention=[False], formula_bytes=1, counted_bytes=1, dense_bytes=1, n_layers=2, n=1)
-    (_, (_, holds, reason)) = apply("cache_shrinks_in_proportion", caches(500) | {"caches": own})
-    assert holds is None
-    assert "sliding windows" in reason
-
-
-def test_joint_that_never_differs_from_attention_is_not_run():
-    tables = gaps(0.01, "joint", "text")
-    tables["gaps"]["same_plan"] = True
-    ((_, holds, _),) = apply("joint_goes_furthest", tables)
-    assert holds is None
-
-
-def test_a_single_trained_checkpoint_has_no_course():
-    """Two stages, random and trained: nothing can be said of the way between them."""
-    tables = change(0.1, -0.1) | same_layers(0.9)
-    for check, table in (
-        ("others_rise", "change"),
-        ("same_layers_at_every_stage", "agreement"),
-        ("redundant_from_the_start", "means"),
-    ):
-        ((_, holds, reason),) = apply(check, tables | {table: tables[table][tables[table]["position"] != 1]})
-        assert holds is None
-        assert "it has no" in reason
-
-
-def test_every_seed_must_hold():
-    good, bad = means(-0.1, 0.1)["means"], means(-0.1, -0.01)["means"].assign(seed=1)
-    ((_, holds, text),) = apply("redundant_from_the_start", {"means": pd.concat([good, bad])})
-    assert holds is False
-    assert "all layers: least at step-1 of seed 1, where" in text
-    assert "so from step-9 on" in text
-    never = means(-0.1, -0.1)["means"].assign(above_low=-0.1)
-    ((_, holds, text),) = apply("redundant_from_the_start", {"means": never})
-    assert holds is False
-    assert "not so at the last stage" in text
-
-
-def test_without_the_first_layer_too():
-    """What holds for all layers only because of the first does not hold."""
-    both = pd.concat([means(0.1, 0.1)["means"], means(0.1, -0.01)["means"].assign(layers="all but the first")])
-    ((_, holds, _),) = apply("redundant_from_the_start", {"means": both})
-    assert holds is False
-
-
-def test_no_list_is_not_run():
-    ((_, holds, reason),) = apply("published_lists", published(None))
-    assert holds is None
-    assert "no published drop list is known for m" in reason
-
-
-def test_thresholds_are_what_rule_and_code_share(monkeypatch):
-    """Every threshold stands in its rule's sentence, and another number there is another verdict."""
-    for claim in yaml.safe_load((ROOT / "data" / "claims.yaml").read_text()):
-        for name in claim.get("thresholds", {}):
-            assert f"{{{name}" in claim["rule"], f"{claim['id']}: {name}"
-        own = re.sub(r"95 %|\{[^}]*\}", "", claim["rule"])  # of the numbers in the sentence, all but the thresholds
-        assert not re.search(r"\d\.\d", own), f"{claim['id']}: a number that the code does not read"
-    rule = next(c["rule"] for c in claims.load_claims() if c["id"] == "attention-drop-keeps-quality")
-    assert "nearest to 25 %, the mean task score is at least 99 % of" in rule
-    for retained, holds in ((0.99, False), (0.98, True)):
-        check = claims.CHECKS["quarter_of_attention_keeps_quality"]
-        assert [found for _, found, _ in check(average(0.985), layers=0.25, retained=retained)] == [holds]
-
-
-def test_every_notebook_has_advice():
-    assert set(claims.ADVICE) == {c["notebook"] for c in claims.load_claims() if "check" in c}
-
-
-def test_verdicts_in_a_notebook_fold_their_evidence():
-    verdict = claims.Verdict("a", "A claim.", "Sec. 1", "01_x", claims.REPRODUCED, "The evidence.", "The rule.")
-    page = claims.as_html([verdict])
-    assert "The evidence" not in page.split("<details>")[0]
-    assert "<summary>A claim.</summary>\n\nThe evidence.\n\n*Rule: The rule.*" in page
+def test_a_scorecard_without_history(tmp_path):
+    page = verdicts.write_scorecard([verdict(0, DEVIATES)], tmp_path, "demo", "About it.").read_text(encoding="utf-8")
+    assert "Rules that changed" not in page
+    assert "0 reproduced, 1 deviates, 0 inconclusive, 0 not run, of 1 claims." in page
 
 
 def test_scorecard_lists_every_claim(tmp_path):
-    """Without results everything is not run, and says what would run it."""
-    verdicts = claims.judge(tmp_path)
-    claims.write_scorecard(verdicts, tmp_path, "demo", "About it.")
-    assert {v.verdict for v in verdicts} == {claims.NOT_RUN}
-    assert len(pd.read_csv(tmp_path / "scorecard.csv")) == len(claims.load_claims())
-    page = (tmp_path / "scorecard.md").read_text()
-    assert page.startswith("# Scorecard: demo\n\nAbout it.\n")
+    """Without results everything is not run, and says what would run it. The history of each rule is told all the same."""
+    several = verdicts.judge(tmp_path)
+    page = verdicts.write_scorecard(several, tmp_path, "demo", "About it.").read_text(encoding="utf-8")
+    assert {v.verdict for v in several} == {NOT_RUN}
+    assert [v.id for v in several] == [claim["id"] for claim in RAW]
+    for claim in RAW:
+        assert page.count(f"- *{claim['claim']}* Now not run.") == ("history" in claim)
+    assert page.count("  - until ") == sum(len(claim.get("history", ())) for claim in RAW)
     assert "make reproduce NOTEBOOKS=01" in page
     assert "is not written yet" in page
 
 
-def test_models_that_could_not_be_had_are_named():
-    claim = {"check": "attention_most_redundant", "notebook": "01_similarity"}
-    missing = pd.DataFrame({"what": ["big"], "reason": ["it is gated"]})
-    verdict, evidence = claims._judge(claim, contrast(-0.01) | {"not_run": missing})
-    assert verdict == claims.REPRODUCED
-    assert "m: attention 0.100" in evidence
-    assert "big: not run: it is gated" in evidence
+def test_claims_of_one_notebook(tmp_path):
+    several = verdicts.judge(tmp_path, "05_speedup")
+    assert [v.id for v in several] == ["attention-drop-is-fast", "best-trade-off"]
+
+
+def test_verdicts_in_a_notebook_fold_their_evidence():
+    page = verdicts.as_html([verdict(0, REPRODUCED)])
+    assert "Evidence 0" not in page.split("<details>")[0]
+    assert "**reproduced**" in page.split("<details>")[0]
+    assert "<summary>Claim 0.</summary>\n\nEvidence 0.\n\n*Rule: Rule 0.*" in page
+
+
+# ---- what rules are made of -----------------------------------------------------------------------------------------------
+
+
+def test_a_number_and_its_ends():
+    row = {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.7, "low": 8, "high": 9}
+    assert verdicts.triple(row, "speedup", "speedup_") == (1.5, 1.4, 1.7)
+    assert verdicts.triple(row, "speedup") == (1.5, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "share", "last"), [(8, 0.25, 1), (8, 0.5, 3), (30, 0.25, 6), (3, 0.25, 0), (1, 0.25, 0), (4, 1, 3)]
+)
+def test_the_last_of_the_least_important(n_layers, share, last):
+    """Of eight layers a quarter are two: the second least. Seven of 30; one at least."""
+    values = pd.Series(range(n_layers)).sample(frac=1, random_state=0)
+    rows = pd.DataFrame({"importance": values, "layer": values + 100})
+    assert verdicts.kth_least(rows, share)["layer"] == 100 + last
+
+
+def test_lowest_of_each_kind():
+    rows = pd.DataFrame({"kind": ["mlp", "attention", "mlp"], "correlation": [0.9, 0.5, 0.8]})
+    assert [(row["kind"], row["correlation"]) for row in verdicts.lowest_of(rows)] == [("mlp", 0.8), ("attention", 0.5)]
+
+
+def test_how_ends_are_told():
+    assert verdicts.span(pd.Series({"low": 0.8123, "high": 0.9})) == "0.81 to 0.90"
+    assert verdicts.span(pd.Series({"low": -0.0123, "high": 0.9})) == "-0.012 to 0.900"
+    assert verdicts.span(pd.Series({"low": 0.5, "high": 0.9}), 4) == "0.5000 to 0.9000"
+    assert verdicts.percent(pd.Series({"x_low": 0.9512, "x_high": 1.008}), "x") == "95.1 to 100.8 %"

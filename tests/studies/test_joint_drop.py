@@ -236,3 +236,10 @@ def test_labels_of_methods():
     assert Cell("attention", 2, ITERATIVE).label == "iterative"
     assert [Cell("joint", 2).on_curve, Cell("attention", 2, SAME_SAMPLES).on_curve] == [True, False]
     assert DropPlan(attention=(1, 0)).key == DropPlan(attention=(0, 1)).key
+
+
+def test_a_model_of_one_layer_has_a_joint_curve_alone():
+    """One of its two sub-layers can be dropped jointly, none of a single kind."""
+    values = np.ones((2, 2))
+    assert further_rows(TextValues([DENSE_CELL, Cell("joint", 1)], values, values, values)) == []
+    assert further_rows(TextValues([DENSE_CELL], *[values[:, :1]] * 3)) == []

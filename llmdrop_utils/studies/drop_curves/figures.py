@@ -102,10 +102,16 @@ def figS16_across_corpora(tables: Tables) -> Drawing:
         n = rows["n"].max()
         others = rows[(rows["n"] == n) & (rows["chosen_on"] != rows["tested_on"])]
         worst = others.loc[others["excess"].idxmax()]
+        beaten = others[others["excess_high"] < 0].groupby("tested_on", sort=False)["cost"].idxmin()
+        better = [
+            f"{others.loc[i, 'chosen_on']} for {tested_on} ({others.loc[i, 'excess']:+.3f})" for tested_on, i in beaten.items()
+        ]
+        found = f" Another corpus chooses better for some than they choose themselves: {', '.join(better)}." if better else ""
         return (
             f"The {n} attention layers that one corpus chooses cost at most {worst['excess']:+.3f} nats per token "
             f"({worst['excess_low']:+.3f} to {worst['excess_high']:+.3f}) more on another than the layers that this one "
             f"chooses: chosen on {worst['chosen_on']}, tested on {worst['tested_on']}, where they cost {worst['cost']:.3f}."
+            f"{found}"
         )
 
     return Drawing(fig, data, for_each_model(data, sentence))

@@ -130,10 +130,14 @@ def order_rows(scores: Importance) -> list[dict]:
 def further_rows(text: TextValues) -> list[dict]:
     """How many more sub-layers joint drop can do without than each kind alone, with 90 % of next-token accuracy retained.
 
-    A block is two sub-layers. `is_cut`: one of the two retains so much at every number that was tried.
+    A block is two sub-layers. `is_cut`: one of the two retains so much at every number that was tried. A kind of which a
+    shallow model has too few to drop any is left out.
     """
+    tried = {cell.kind for cell in text.cells if cell.on_curve}
+    if "joint" not in tried:
+        return []
     rows, joint = [], reach_of(text, "joint")
-    for other in SINGLE:
+    for other in (kind for kind in SINGLE if kind in tried):
         compared = reach_of(text, other) * (2 if other == "block" else 1)
         low, high = text.interval(joint[1:] - compared[1:])
         is_cut = any(reach_of(text, kind)[0] == tried_of(text, kind)[-1] for kind in ("joint", other))
