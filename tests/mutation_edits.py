@@ -228,11 +228,11 @@ KEY_EDITS = [
 
 # ---- rules ------------------------------------------------------------------------------------------------------------------
 
-RULE_TESTS = "tests/report/test_verdicts.py"
+RULE_TESTS = "tests/report/test_rules.py tests/report/test_verdicts.py tests/studies/test_verdicts.py"
 RULES = [
     *edits(
         "report/rules.py", RULE_TESTS,
-        ("the value decides", "if self.lower <= self.low and self.high <= self.upper:", "if self.is_inside:"),
+        ("the value decides", "if self.lower <= low and high <= self.upper:", "if self.is_inside:"),
         ("no correction for many", "if p_values[i] > tail / (len(order) - rank):", "if p_values[i] > tail:"),
         ("holm goes on after a failure", "            break\n        rejected", "            continue\n        rejected"),
         ("inconclusive deviates", "(INCONCLUSIVE if open_ones else REPRODUCED), open_ones, n_strict",
@@ -240,7 +240,7 @@ RULES = [
         ("the best of models", "in (DEVIATES, INCONCLUSIVE, REPRODUCED)", "in (REPRODUCED, INCONCLUSIVE, DEVIATES)"),
         ("tail of both sides", "TAIL = 0.025", "TAIL = 0.05"),
         ("threshold itself is above", "math.nextafter(self.above, math.inf)", "self.above"),
-        ("size without a square", "(wider * reach / distance) ** 2", "wider * reach / distance"),
+        ("size without a square", "return times * times", "return times"),
         ("a number without an interval deviates", "            return INCONCLUSIVE\n", "            return DEVIATES\n"),
     ),
     *edits("studies/similarity/verdicts.py", RULE_TESTS,
