@@ -19,15 +19,7 @@ def test_rank_correlation_is_spearman():
     assert stats.rank_correlation(np.ones(4), np.arange(4)) == 0
 
 
-def test_bootstrap_covers_the_mean():
-    """The 95 % interval holds the true mean in about 95 of 100 cases, and weights count."""
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        rows = rng.normal(3.0, 1.0, size=(40, 1))
-        low, high = stats.interval(stats.bootstrap_means(rows, np.ones(40)), 40)
-        hits += low[0] < 3.0 < high[0]
-    assert 0.88 <= hits / 200 <= 0.99
+def test_weights_count():
     rows, weights = np.array([[0.0], [1.0]]), np.array([1, 10**9])
     assert np.median(stats.bootstrap_means(rows, weights)) > 0.999
 
@@ -160,3 +152,91 @@ def test_another_seed_draws_apart():
     assert np.array_equal(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 1))
     apart = np.corrcoef(stats.bootstrap_means(rows, weights, 1), stats.bootstrap_means(rows, weights, 2))[0, 1]
     assert abs(apart) < 0.2
+
+
+# ---- intervals cover what they say ------------------------------------------------------------------------------------------
+# Each column is a run of its own. All draw the same samples, as the runs of one profile do.
+
+RUNS = 2000  # of which 95 % are 1,900, give or take 10
+
+
+def covered(ends, truth):
+    """Share of the runs whose interval (low, high) holds the true value."""
+    low, high = map(np.asarray, ends)
+    return np.mean((low <= truth) & (truth <= high))
+
+
+def sampled(shape, n, seed=0):
+    """n samples of each run, and their true mean. Right and wrong answers (0/1) are right as often as the name says."""
+    rng = np.random.default_rng([n, seed])
+    if shape == "normal":
+        return rng.normal(3.0, 1.0, (n, RUNS)), 3.0
+    return (rng.random((n, RUNS)) < float(shape)).astype(float), float(shape)
+
+
+@pytest.mark.parametrize(
+    ("n", "shape"),
+    # Of 16 answers, the intervals of neighbouring scores are so far apart that none has 95 %.
+    [(16, "normal"), *itertools.product((32, 100, 500), ("normal", "0.45", "0.7"))],
+)
+def test_means_over_documents_are_covered(n, shape):
+    rows, truth = sampled(shape, n)
+    assert 0.93 <= covered(stats.interval(stats.bootstrap_means(rows, np.ones(n)), n), truth) <= 0.97
+
+
+def neighbours(n, correlation, seed=0):
+    """Samples of a moving average of two, mean 0: each is correlated with the next one, and with no other."""
+    share = (1 - np.sqrt(1 - 4 * correlation**2)) / (2 * correlation) if correlation else 0.0
+    noise = np.random.default_rng([n, seed]).normal(size=(n + 1, RUNS))
+    return noise[1:] + share * noise[:-1]
+
+
+def test_neighbours_are_correlated_as_asked():
+    rows = neighbours(64, 0.35)
+    assert np.mean(rows[1:] * rows[:-1]) / rows.var() == pytest.approx(0.35, abs=0.01)
+    assert np.mean(rows[2:] * rows[:-2]) / rows.var() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("n", [32, 64])
+@pytest.mark.parametrize("correlation", [0.0, 0.2, 0.35])
+def test_means_over_text_are_covered(n, correlation):
+    """Whether neighbouring samples are alike (up to what was seen in real text) or not."""
+    rows = neighbours(n, correlation)
+    assert 0.93 <= covered(stats.text_interval(stats.text_means(rows, np.ones(n)), n), 0) <= 0.97
+
+
+def test_single_draws_of_neighbours_would_be_too_narrow():
+    rows = neighbours(64, 0.35)
+    assert covered(stats.interval(stats.bootstrap_means(rows, np.ones(64)), 64), 0) < 0.91
+
+
+def test_paired_differences_are_covered():
+    """Documents differ much more than the two models do on each. The interval for independent ones covers too much."""
+    n = 100
+    shared, ours, theirs = (sampled("normal", n, seed)[0] for seed in range(3))
+    a, b = 5 * shared + ours + 1, 5 * shared + theirs
+    draws = [stats.bootstrap_means(rows, np.ones(n)) for rows in (a, b)]
+    assert 0.93 <= covered(stats.interval(draws[0] - draws[1], n), 1) <= 0.97
+    sides = [np.array([rows.mean(0), *stats.interval(drawn, n)]).T for rows, drawn in zip((a, b), draws, strict=True)]
+    found = np.array([stats.difference_interval(*pair) for pair in zip(*sides, strict=True)])
+    assert covered(found[:, 1:].T, 1) == 1
+
+
+@pytest.mark.parametrize("n", [5, 16])
+def test_means_of_few_groups_are_covered(n):
+    rows, truth = sampled("normal", n)
+    assert 0.93 <= covered(np.transpose([stats.mean_interval(values) for values in rows.T]), truth) <= 0.97
+
+
+@pytest.mark.parametrize(("n", "m"), [(32, 32), (32, 100), (100, 500)])
+@pytest.mark.parametrize("shape", ["normal", "0.7"])
+def test_differences_of_independent_means_are_covered(n, m, shape):
+    sides = []
+    for seed, size in enumerate((n, m)):
+        rows, truth = sampled(shape, size, seed + 1)
+        rows, truth = rows * (1 + 2 * seed), truth * (1 + 2 * seed)
+        draws = stats.bootstrap_means(rows, np.ones(size), seed)
+        sides.append((np.array([rows.mean(0), *stats.interval(draws, size)]).T, truth))
+    (a, true_a), (b, true_b) = sides
+    found = np.array([stats.difference_interval(*pair) for pair in zip(a, b, strict=True)])
+    assert 0.93 <= covered(found[:, 1:].T, true_a - true_b) <= 0.97

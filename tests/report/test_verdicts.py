@@ -55,7 +55,7 @@ def test_notebooks_exist_and_have_advice():
 
 @pytest.mark.parametrize("claim", [claim for claim in RAW if "check" in claim], ids=lambda claim: claim["id"])
 def test_a_rule_says_the_numbers_that_its_code_reads(claim):
-    """Every threshold stands in the sentence, and no other number but how far curves are followed, and what is explained."""
+    """Every threshold stands in the sentence; no other number but how far curves are followed, and what brackets explain."""
     for name in claim.get("thresholds", {}):
         assert f"{{{name}" in claim["rule"]
     own = re.sub(rf"\([^)]*\)|\{{[^}}]*\}}|95 % interval|{100 * KEEP:.0f} % of the dense", "", claim["rule"])
