@@ -12,13 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .base import files
-from .base.errors import LLMDropError, NotAvailable
+from .base.errors import LLMDropError, NotApplicable, NotAvailable
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
+from .report.distance import describe_distance
+from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
-from .report.tables import distance_from_reference, read_tables
+from .report.tables import models_measured, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
 from .studies.numbers import write_numbers
 from .studies.page import TABLES
@@ -53,7 +55,11 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
         print(f"{name}: measuring and rendering")
         _check_tokenizer(name, profile)
         done.unlink(missing_ok=True)
-        tables = STUDIES[name](profile, force) if name in STUDIES else {}
+        try:
+            tables = STUDIES[name](profile, force) if name in STUDIES else {}
+        except NotApplicable as reason:
+            print(f"{name}: not run. {reason}")
+            continue
         run_notebook(source, rendered, parameters)
         if not len(tables.get("not_run", ())):  # what could not be run is tried again the next time
             write_text(done, _state(inputs, name, folders))
@@ -179,9 +185,22 @@ def keep_as_reference(run: str) -> RunFolders:
 def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
     """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
     verdicts = judge(folders.tables)
-    about = f"{_about(folders.tables, description)}\n\n{write_numbers(folders.tables, folders.figures)}"
-    write_scorecard(verdicts, folders.figures, run, about)
+    declared = {name: study.tables for name, study in STUDIES.items()}
+    about = [_about(folders.tables, description), write_numbers(folders.tables, folders.figures)]
+    if moved := write_dtypes(run, folders.tables, folders.figures, declared):
+        about.append(moved)
+    write_scorecard(verdicts, folders.figures, run, "\n\n".join(about), _in_other_dtype(run, folders, verdicts))
     return verdicts
+
+
+def _in_other_dtype(run: str, folders: RunFolders, verdicts: list[Verdict]) -> dict[str, str]:
+    """Claim -> its verdict in the other dtype, of the notebooks that were measured in both."""
+    found: dict[str, str] = {}
+    for notebook in dict.fromkeys(verdict.notebook for verdict in verdicts):
+        if notebook in STUDIES and (other := other_dtype(run, notebook, folders.tables)):
+            dtype, tables = other
+            found |= {v.id: f"{v.verdict} ({dtype})" for v in judge(tables.parent, notebook)}
+    return found
 
 
 def _about(tables: Path, description: str) -> str:
@@ -189,8 +208,7 @@ def _about(tables: Path, description: str) -> str:
     lines = [description]
     for record in sorted(tables.glob("*/provenance.json")):
         entries = json.loads(record.read_text(encoding="utf-8"))
-        # Stages of a series are called "<series>, <stage>": the series will do.
-        models = dict.fromkeys(f"{entry['model'].split(',')[0]} in {entry['dtype']}" for entry in entries)
+        models = models_measured(record)
         texts = [f"{e['corpus']} ({e['tokens'][0]} x {e['tokens'][1]} tokens)" for e in entries if "corpus" in e]
         tasks = [f"{e['task']} ({e['num_fewshot'] or 0}-shot)" for e in entries if "task" in e]
         on = f"; on {', '.join(dict.fromkeys(texts + tasks))}" if texts + tasks else ""
@@ -209,12 +227,7 @@ def _report(profile: Profile, folders: RunFolders) -> None:
             print(f"  {verdict.verdict:10}  {verdict.claim}")
     others = [v for v in verdicts if v.verdict == NOT_RUN]
     print(f"  {len(others)} more claims were not run; scorecard.md says why.")
-    distance = distance_from_reference(profile.run)
-    if distance is None:
-        print(f"There are no committed reference results for the run {profile.run!r} to compare with.")
-    else:
-        print(f"Distance from the committed results (data/reference/{profile.run}):")
-        print(distance.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    print(describe_distance(profile.run, {notebook: study.tables for notebook, study in STUDIES.items()}))
 
 
 # ---- what a rendered notebook depends on ----------------------------------------------------------------------------------
@@ -237,7 +250,7 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
         claims,
     ]
     facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
-    content = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     own = sorted((files.PACKAGE / "studies" / notebook.stem[3:]).glob("*.py"))
     code = made_of(*own, files.PACKAGE / "studies" / "page.py")
     data = [files.DATA / "sources.yaml", files.DATA / "tasks.yaml", files.DATA / "paper_claims.json"]
@@ -249,12 +262,8 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
 
 def _state(inputs: str, notebook: str, folders: RunFolders) -> str:
     """The inputs, and a hash of all that the notebook made: a product that is missing or changed is made again."""
-    made = [
-        folders.pages / f"{notebook}.ipynb",
-        *_figures_of(notebook, folders),
-        *sorted((folders.tables / notebook).glob("*")),
-    ]
+    tables = sorted((folders.tables / notebook).glob("*"))
     content = hashlib.sha256()
-    for path in made:
+    for path in [folders.pages / f"{notebook}.ipynb", *_figures_of(notebook, folders), *tables]:
         content.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
     return f"{inputs} {content.hexdigest()}\n"

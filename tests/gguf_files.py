@@ -56,3 +56,35 @@ def write_gguf(path, model, tokenizer):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def rewrite_gguf(source, target, keep=lambda name: True, metadata=None, tensors=None):
+    """A copy of a GGUF file with some of its tensors, and further metadata (16-bit numbers, or text) and tensors."""
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+    for name, value in (metadata or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint16)(name, value)
+    for tensor in reader.tensors:
+        if keep(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def split_gguf(source, folder, stem, counts):
+    """Shards with so many tensors each, as the tools of llama.cpp name them; returns their paths."""
+    names = [tensor.name for tensor in gguf.GGUFReader(source).tensors]
+    paths = []
+    for i, count in enumerate(counts):
+        mine, names = names[:count], names[count:]
+        paths.append(folder / f"{stem}-{i + 1:05}-of-{len(counts):05}.gguf")
+        split = {"split.no": i, "split.count": len(counts), "split.tensors.count": sum(counts)}
+        rewrite_gguf(source, paths[-1], keep=set(mine).__contains__, metadata=split)
+    assert not names
+    return paths

@@ -5,7 +5,10 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,18 +19,20 @@ import pandas as pd
 import pytest
 from gguf_files import make_llama, write_gguf
 
-from llmdrop_utils import cli, load_profile, reproduce
+from llmdrop_utils import LLMDropError, cli, load_profile, locate_model, reproduce
 from llmdrop_utils.base import files as paths
 from llmdrop_utils.base.files import OUTPUT, ROOT
 from llmdrop_utils.models.convert import byte_tokenizer
-from llmdrop_utils.report import tables
+from llmdrop_utils.report.distance import distance_from_reference
 from llmdrop_utils.report.notebooks import run_notebook
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.studies import queue, work
 from llmdrop_utils.studies.run import STUDIES
+from llmdrop_utils.studies.training_stages.study import Stages
 
 pytestmark = pytest.mark.slow
 SMOKE = ["reproduce", "--profile", "smoke"]
+DECLARED = {notebook: study.tables for notebook, study in STUDIES.items()}
 PRODUCTS = ("figures", "notebooks")  # folders of a run
 
 
@@ -120,10 +125,12 @@ def my_model(request, tmp_path):
 
 def test_any_model(my_model, smoke_run):
     """Its own figures, page and scorecard, complete; and its path stays out of all that a run makes."""
-    shutil.rmtree(paths.RESULTS / "smoke-my-model", ignore_errors=True)
+    run = load_profile("smoke", str(my_model)).run
+    assert re.fullmatch(r"smoke-my-model-[0-9a-f]{8}", run)
+    shutil.rmtree(paths.RESULTS / run, ignore_errors=True)
     some = ["--notebooks", "01 07"] if my_model.suffix == ".gguf" else []  # a file is converted, then it is a directory
     assert cli.main([*SMOKE, "--model", str(my_model), *some]) == 0
-    mine = products("smoke-my-model")
+    mine = products(run)
     expected = {p.name for p in smoke_run}
     if some:
         expected = {
@@ -133,7 +140,7 @@ def test_any_model(my_model, smoke_run):
         }
     assert {p.name for p in mine} == expected
     assert untimed(products()) == untimed(smoke_run), "the other run is untouched"
-    everything = mine | products("smoke-my-model", [""])
+    everything = mine | products(run, [""])
     assert not [path for path, content in everything.items() if str(my_model.parent).encode() in content]
 
 
@@ -244,7 +251,9 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
     reasons = dict(zip(result["not_run"]["what"], result["not_run"]["reason"], strict=True))
     assert not [reason for reason in reasons.values() if str(tmp_path) in reason or str(ROOT) in reason]
     assert "is gated: accept its licence" in reasons["org/gated"]
-    assert "damaged could not be loaded" in reasons["damaged"]
+    (name,) = reasons.keys() - {"org/gated"}
+    assert re.fullmatch(r"damaged-[0-9a-f]{8}", name)
+    assert f"{name} could not be loaded" in reasons[name]
 
 
 def test_figures_from_the_reference_need_no_model(monkeypatch, capsys, tmp_path):
@@ -265,7 +274,7 @@ def test_figures_from_the_reference_need_no_model(monkeypatch, capsys, tmp_path)
     assert "There are no reference results of mars" in capsys.readouterr().err
 
 
-def test_a_run_changes_nothing_that_is_committed(smoke_run):
+def test_a_run_changes_nothing_that_is_committed(smoke_run, capsys):
     """A run of the very name that is committed, with results that differ in their last digits, goes elsewhere."""
     before = {path: path.stat().st_mtime_ns for folder in ("figures", "notebooks", "data/reference", "data/profiles")
               for path in (ROOT / folder).rglob("*") if path.is_file()}  # fmt: skip
@@ -279,7 +288,8 @@ def test_a_run_changes_nothing_that_is_committed(smoke_run):
     assert (mine.figures / "scorecard.csv").exists()
     for path, stamp in before.items():
         assert path.stat().st_mtime_ns == stamp, path
-    assert tables.distance_from_reference("cpu")["largest relative difference"].max() == pytest.approx(1e-5, rel=0.1)
+    assert distance_from_reference("cpu", DECLARED)["relative"].max() == pytest.approx(1e-5, rel=0.1)
+    assert "No verdict differs" in capsys.readouterr().out
     shutil.rmtree(mine.tables)
 
 
@@ -300,7 +310,7 @@ def test_reference(smoke_run, tmp_path, monkeypatch, capsys):
     assert (kept.figures / "scorecard.md").exists()
     assert {path.stem for path in kept.pages.iterdir()} == set(STUDIES)
     assert not list(tmp_path.rglob("*.done"))
-    assert tables.distance_from_reference("smoke")["largest relative difference"].max() == 0
+    assert distance_from_reference("smoke", DECLARED)["relative"].max() == 0
     assert cli.main(["reference", "--profile", "gpu"]) == 1
     assert "There are no results of the run 'gpu' to keep" in capsys.readouterr().err
 
@@ -343,16 +353,144 @@ def test_profile_without_a_section(capsys):
     assert "07_training_stages: not run. The profile zz-less has no section 'stages'" in capsys.readouterr().out
 
 
+def test_a_notebook_that_does_not_apply_is_not_run(tmp_path, monkeypatch, capsys):
+    """The model has six layers, and as many are to be dropped at least."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    speed = {"n_drop": {"attention": [6, 7]}, "sweep_n": 8, "whole": None, "compiled": None}
+    reproduce.reproduce(load_profile("smoke", "random:tiny-llama").replacing(speed=speed), "05")
+    said = capsys.readouterr().out
+    assert "05_speedup: not run. The profile times more dropped layers than there are: random:tiny-llama has 6." in said
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
 def test_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
-    """Whatever a user's own kernel of that name is."""
-    broken = tmp_path / "jupyter" / "kernels" / "python3"
-    broken.mkdir(parents=True)
+    """Whatever a user's own kernel of that name is, wherever Jupyter looks for it, and whatever IPython does at its start."""
     spec = {"argv": ["/nowhere/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}
-    (broken / "kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    notebook(tmp_path / "sources", "92_kernel.ipynb", "import sys; print(sys.prefix)")
+    for variable in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        broken = tmp_path / variable / "kernels" / "python3"
+        broken.mkdir(parents=True)
+        (broken / "kernel.json").write_text(json.dumps(spec))
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    startup = tmp_path / "IPYTHONDIR" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "mine.py").write_text("import sys; sys.prefix = 'altered'")
+    settings = tmp_path / "config"
+    settings.mkdir()
+    (settings / "jupyter_config.json").write_text(json.dumps({"KernelSpecManager": {"allowed_kernelspecs": ["other"]}}))
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(settings))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.setenv("JUPYTER_DEFAULT_PROVISIONER_NAME", "nowhere")
+    notebook(tmp_path / "sources", "92_kernel.ipynb", "import sys; print(sys.executable, sys.prefix)")
     run_notebook(tmp_path / "sources" / "92_kernel.ipynb", tmp_path / "out" / "92_kernel.ipynb", {"PROFILE": "smoke"})
-    assert sys.prefix in (tmp_path / "out" / "92_kernel.ipynb").read_text()
+    assert f"{sys.executable} {sys.prefix}" in (tmp_path / "out" / "92_kernel.ipynb").read_text()
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_an_interrupted_run_leaves_one_line(tmp_path, everybody):
+    """Ctrl-C while a notebook's kernel works: nothing half made, no traceback, and the exit status of an interruption."""
+    started = tmp_path / "started"
+    notebook(tmp_path / "sources", "93_waits.ipynb", f"import time; open({str(started)!r}, 'w'); time.sleep(600)")
+    code = f"""
+import pathlib, sys
+from llmdrop_utils import cli
+from llmdrop_utils.base import files
+files.NOTEBOOKS = pathlib.Path({str(tmp_path / "sources")!r})
+sys.exit(cli.main({SMOKE!r}))"""
+    environment = os.environ | {"LLMDROP_OUTPUT": str(tmp_path / "out"), "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+                           start_new_session=True)  # fmt: skip
+    while not started.exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    before = {path for path in tmp_path.iterdir() if path.name.startswith("tmp")}
+    assert before, "the copy that is executed"
+    os.killpg(run.pid, signal.SIGINT) if everybody else run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.strip() and "Executing" not in line]
+    assert lines == ["stopped; what was measured is stored, and the same command goes on from there"]
+    assert run.returncode == 130
+    assert not [path for path in before if path.is_dir() and path.exists()]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".ipynb", ".tmp")]
+
+
+def test_paths_from_anywhere(tmp_path, monkeypatch):
+    """A relative path begins where the command is called, also behind make -C; notebooks get it in full."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my model"
+    families.tiny("llama", vocab_size=257).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    for command in ("plan", "reproduce", "reference"):
+        options = cli._parser().parse_args([command, "--profile", "smoke", "--model", "./my model"])
+        assert cli._profile(options).models == cli._profile(options).section(Stages).series == [str(folder)]
+    monkeypatch.chdir("/")
+    with pytest.raises(LLMDropError, match="There is no folder or .gguf file"):
+        locate_model(cli._profile(options).model)
+    monkeypatch.setenv("LLMDROP_CALLED_FROM", str(tmp_path))
+    assert cli._profile(options).model == str(folder)
+    make = ["make", "-n", "-C", str(ROOT), "plan", "MODEL=my model"]
+    environment = os.environ | {"PWD": str(tmp_path)}
+    shown = subprocess.run(make, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert '--model "my model"' in shown.stdout
+
+
+@pytest.mark.parametrize(("given", "forced"), [("1", True), ("yes", True), ("", False), ("0", False), ("NO", False),
+                                                ("False", False), ("off", False), (None, False)])  # fmt: skip
+def test_force(monkeypatch, given, forced):
+    called = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda profile, notebooks, force, parameters: called.append(force))
+    assert cli.main([*SMOKE, *([] if given is None else [f"--force={given}"])]) == 0
+    assert cli.main([*SMOKE, "--force"]) == 0
+    assert called == [forced, True]
+    make = ["make", "-n", "reproduce", f"FORCE={given or ''}"]
+    shown = subprocess.run(make, capture_output=True, text=True, cwd=ROOT)
+    assert f'--force="{given or ""}"' in shown.stdout
+
+
+@pytest.mark.parametrize(("name", "variable"), [("CACHE", "LLMDROP_CACHE"), ("RESULTS", "LLMDROP_OUTPUT")])
+@pytest.mark.parametrize("place", ["file", "below a file", "no folder of the disk"])
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch, capsys, name, variable, place):
+    """One error before any work."""
+    (tmp_path / "file").write_text("x")
+    folder = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "below"}.get(place, Path("/proc/nowhere"))
+    monkeypatch.setattr(paths, name, folder)
+    monkeypatch.setattr(paths, "OUTPUT", folder if name == "RESULTS" else paths.OUTPUT)
+    monkeypatch.setattr(reproduce, "choose_notebooks", lambda *a: pytest.fail("began to work"))
+    assert cli.main(SMOKE) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder} cannot be written: ")
+    assert f"Make it writable, or set {variable} to a folder that can be written." in error
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_results_of_another_model_are_not_mixed(tmp_path, monkeypatch, capsys):
+    """A branch of the hub that moved: what a notebook made before goes, and its records stay."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    profile, folders = load_profile("smoke"), paths.local("smoke")
+    mine = locate_model("tiny-llama").identity
+    for name, identity in (("01_similarity", mine), ("02_drop_curves", "hub:other@1")):
+        (folders.tables / name).mkdir(parents=True)
+        (folders.tables / name / "provenance.json").write_text(
+            json.dumps([{"model": "tiny-llama", "model_identity": identity}])
+        )
+        (folders.tables / f"{name}.done").write_text("x")
+    folders.figures.mkdir()
+    (folders.figures / "fig05_drop_curves.svg").write_text("x")
+    reproduce._forget_other_models(profile, folders, list(paths.NOTEBOOKS.glob("01_*.ipynb")))
+    assert "02_drop_curves: removed, since tiny-llama has other weights now" in capsys.readouterr().out
+    assert sorted(path.name for path in folders.tables.iterdir()) == ["01_similarity", "01_similarity.done", "figures"]
+    assert not list(folders.figures.iterdir())
+
+
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch, capsys):
+    """Refused before anything is measured, also where a notebook needs it for its live example alone."""
+    forbid_measuring(monkeypatch)
+    families.tiny("llama").save_pretrained(tmp_path / "m")
+    for content, message in ((None, "m has no tokenizer in "), ("{", "The tokenizer of m-")):
+        if content:
+            (tmp_path / "m" / "tokenizer.json").write_text(content)
+        for number in ("05", "06"):
+            assert cli.main([*SMOKE, "--model", str(tmp_path / "m"), "--notebooks", number]) == 1
+            assert message in capsys.readouterr().err
 
 
 def test_auto_profile(monkeypatch, capsys):

@@ -15,6 +15,10 @@ class NotAvailable(LLMDropError):
     """Something this machine cannot get (no hub, a gated model). A run over many models reports it as *not run*."""
 
 
+class NotApplicable(LLMDropError):
+    """A study has nothing to say of these models, such as times without layers for a model of one layer. It is *not run*."""
+
+
 class DiskFull(LLMDropError):
     """Nothing more can be written: a run stops, whatever else it could still do."""
 

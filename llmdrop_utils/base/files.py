@@ -13,7 +13,6 @@ from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
-from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from .errors import DiskFull, LLMDropError
@@ -140,6 +139,8 @@ NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR
 
 
 def _no_access(error: OSError, path: Path) -> LLMDropError:
+    from huggingface_hub import constants  # when it is needed: the help should cost nothing
+
     hub_cache = Path(constants.HF_HUB_CACHE)
     moved_by = {"LLMDROP_CACHE": CACHE, "LLMDROP_OUTPUT": OUTPUT, "HF_HOME": hub_cache}
     variable = next((name for name, folder in moved_by.items() if path.is_relative_to(folder)), None)

@@ -24,8 +24,8 @@ from ..sources.fetch import remembered_sha256
 CONVERSION = 2  # raise when a change to the GGUF conversion changes what comes out, or what is refused
 
 # What damaged or odd files raise.
-UNREADABLE = (ValueError, KeyError, IndexError, TypeError, OSError, ImportError, RuntimeError, SafetensorError,
-              StrictDataclassError, pickle.UnpicklingError, struct.error)  # fmt: skip
+UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+              SafetensorError, StrictDataclassError, pickle.UnpicklingError, struct.error)  # fmt: skip
 
 ROPE_FACTORS = "rope_freqs.weight"  # a GGUF's way of saying how a Llama 3.1 scales its rotary frequencies
 LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -6,6 +6,7 @@ to have nothing else (`pickled` in data/sources.yaml), by torch's restricted unp
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 
@@ -24,6 +25,7 @@ from .locate import LocatedModel, locate_model
 # Buffers that older versions of transformers stored, and this one does not name: causal masks and rotary frequencies.
 HARMLESS = re.compile(r"(^|\.)((attn|attention)\.masked_bias|rotary_emb\.inv_freq)$")
 
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `check_weights` says what its table says
 transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
 
 

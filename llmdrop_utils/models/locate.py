@@ -99,6 +99,11 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.lower().endswith((".gguf", ".safetensors", ".bin", ".pt"))
 
 
+def may_be_local(name: str) -> bool:
+    """Could a hub id be a path, too? "models/foo" could, where there is a folder "models"."""
+    return Path(name.split("/")[0]).is_dir()
+
+
 def missing_path(name: str) -> str:
     """Says that there is nothing at a path, and what there is instead."""
     path = Path(name).expanduser()
@@ -112,8 +117,8 @@ def missing_path(name: str) -> str:
 
 
 def not_on_hub(name: str, error: LLMDropError) -> LLMDropError:
-    """The error to raise where a hub id could not be used: "models/foo" may have been meant as a path."""
-    if isinstance(error, DiskFull) or not Path(name.split("/")[0]).is_dir():
+    """The error to raise where a hub id could not be used, which may have been meant as a path."""
+    if isinstance(error, DiskFull) or not may_be_local(name):
         return error
     return type(error)(f"{missing_path(name)} As a hub id it cannot be used either: {error}")
 

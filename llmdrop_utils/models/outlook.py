@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ..base.errors import LLMDropError
+from ..base.errors import LLMDropError, NotAvailable
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, unpacked_files
 from .config import check_settings, config_of, read_config
 from .convert import UNREADABLE, converted_folder, first_line, generated_folder
 from .families import cache_geometry, stream_width
-from .locate import adapter_error, check_folder, check_tokenizer, locate_model, looks_local, not_on_hub, shape_of, unknown_model
+from .locate import (
+    adapter_error,
+    check_folder,
+    check_tokenizer,
+    locate_model,
+    looks_local,
+    may_be_local,
+    not_on_hub,
+    shape_of,
+    unknown_model,
+)
 from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, is_named, local_label, local_path, plain_name
 
 
@@ -33,15 +43,21 @@ class Shape:
     cache: int  # numbers per token in the cache, of all layers
 
     @classmethod
-    def of_config(cls, config, parameters: int | None = None) -> "Shape":
-        """The shape of a transformers configuration; parameters are counted on the device "meta" unless they are known."""
+    def of_config(cls, config, parameters: int | None = None, name: str = "the model") -> "Shape":
+        """The shape of a transformers configuration; parameters are counted on the device "meta" unless they are known.
+
+        Raises LLMDropError for a configuration that no model can be built from.
+        """
         text = config.get_text_config()
-        geometry = cache_geometry(text)
-        if parameters is None:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-            parameters = sum(weight.numel() for weight in model.parameters())
-        return cls(parameters, len(geometry), stream_width(text), text.vocab_size, sum(n for n, _ in geometry))
+        try:
+            geometry = cache_geometry(text)
+            if parameters is None:
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(config)
+                parameters = sum(weight.numel() for weight in model.parameters())
+            return cls(parameters, len(geometry), stream_width(text), text.vocab_size, sum(n for n, _ in geometry))
+        except Exception as error:  # whatever a family raises
+            raise LLMDropError(f"No model can be built as the config.json of {name} says: {first_line(error)}.") from error
 
     @classmethod
     def of_settings(cls, settings: Any, parameters: int | None = None, name: str = "the model") -> "Shape | None":
@@ -53,10 +69,7 @@ class Shape:
         if settings["model_type"] not in CONFIG_MAPPING:
             return None
         config = config_of(name, settings)
-        try:
-            return cls.of_config(config, parameters if config.model_type == settings["model_type"] else None)
-        except Exception as error:  # whatever a family raises that is not built in this way
-            raise LLMDropError(f"No model can be built as the config.json of {name} says: {first_line(error)}.") from error
+        return cls.of_config(config, parameters if config.model_type == settings["model_type"] else None, name)
 
     @classmethod
     def guess(cls, parameters: int, layers: int = 32) -> "Shape":
@@ -100,7 +113,10 @@ def outlook(name: str, hub: Hub) -> Outlook:
         locate_model(name)  # says what is wrong
         raise unknown_model(name)
     try:
-        return _on_hub(name, hub_id["id"], hub_id["revision"], hub)
+        found = _on_hub(name, hub_id["id"], hub_id["revision"], hub)
+        if hub.away and not found.download.is_stored and may_be_local(name):
+            raise NotAvailable(hub.away)
+        return found
     except LLMDropError as error:
         raise not_on_hub(name, error) from error
 
@@ -123,7 +139,7 @@ def _generated(name: str, source: dict) -> Outlook:
 def _local(folder: Path) -> Outlook:
     check_folder(folder.name, folder)
     check_tokenizer(folder.name, folder)
-    shape = Shape.of_config(read_config(folder.name, folder))
+    shape = Shape.of_config(read_config(folder.name, folder), name=folder.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Outlook(local_label(folder), Download("local", size), shape, folder_identity(folder))
 

@@ -14,6 +14,7 @@ from ..base.files import disk_error, shown, write_text
 from ..models.names import label, local_path
 
 KERNEL = "python3"  # what every source notebook names; it is always this very interpreter (see `_own_kernel`)
+KERNEL_LOG = "kernel.log"
 QUIET = {  # the kernel talks over local sockets; ipykernel's and the debugger's notes about that are not for the reader
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore",
@@ -84,9 +85,11 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
             _keep(partial, failed)
             if isinstance(error, OSError):
                 raise disk_error(error, rendered) from error
+            log = Path(folder) / KERNEL_LOG
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
             raise LLMDropError(
                 f"The kernel of {source.name} died; the system may have stopped it because memory ran out. "
-                f"What was executed is kept in {shown(failed)}."
+                f"{f'Its last words: {said[-1]} ' if said else ''}What was executed is kept in {shown(failed)}."
             ) from error
         page = nbformat.read(partial, as_version=4)
         _strip(page, parameters)
@@ -94,7 +97,10 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
 
 
 def _own_kernel(folder: Path) -> type:
-    """Starts this very interpreter as the kernel, whatever kernels, folders and profiles of Jupyter and IPython a user has."""
+    """Starts this very interpreter as the kernel, whatever kernels, folders and profiles of Jupyter and IPython a user has.
+
+    What the kernel process prints itself, as when it is interrupted, goes to a file.
+    """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
@@ -107,6 +113,10 @@ def _own_kernel(folder: Path) -> type:
                 env={"IPYTHONDIR": str(folder)},
                 metadata={"kernel_provisioner": {"provisioner_name": "local-provisioner"}},
             )
+
+        async def start_kernel(self, **how) -> None:  # type: ignore[override]
+            with (folder / KERNEL_LOG).open("ab") as log:
+                await super().start_kernel(**how, stderr=log)
 
     return OwnKernel
 

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.files import replacing
-from .tables import Tables
+from .tables import Tables, with_exact_names
 
 WIDTH = 6.9  # inches: the text width of a two-column page
 
@@ -99,7 +99,7 @@ def draw(name: str, tables: Tables, folder: Path) -> Drawing:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(STYLE)
-        drawing = FIGURES[name].draw(tables)
+        drawing = FIGURES[name].draw({table: with_exact_names(rows) for table, rows in tables.items()})
         save_figure(drawing.figure, folder / name, drawing.data)
     plt.close(drawing.figure)
     return drawing

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..base import files
 from ..base.files import replacing
-from ..base.stats import rank_correlation
+from ..sources.catalogue import exact_name
 
 Tables = dict[str, pd.DataFrame]
 
@@ -30,20 +29,29 @@ class Column:
     high: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Key(Column):
+    """A column that says which row it is. The keys of a row together are unique; what is no key is a value."""
+
+
 Declaration = Mapping[str, tuple[Column, ...]]  # table -> its columns
 
 
 def table(*columns: str | Column) -> tuple[Column, ...]:
     """The columns of a table, in order. A string holds names of columns that need no format of their own.
 
-    table("model kind layer", Column("importance", "Importance", ".4f", "low", "high"), "low high")
+    They are keys, but for the ends of intervals: a value has a `Column`, and a key that needs a format a `Key`.
+
+    table("model kind", Key("n", "Dropped", "d"), Column("score", "Score", ".2f", "low", "high"), "low high")
     """
+    ends = {end for column in columns if isinstance(column, Column) for end in (column.low, column.high)}
     listed: list[Column] = []
     for column in columns:
         if isinstance(column, Column):
             listed.append(column)
         else:
-            listed += [Column(name, name.replace("_", " ").capitalize()) for name in column.split()]
+            kind = {name: Column if name in ends else Key for name in column.split()}
+            listed += [kind[name](name, name.replace("_", " ").capitalize()) for name in kind]
     return tuple(listed)
 
 
@@ -58,6 +66,18 @@ def frame(name: str, rows: Iterable[dict] | pd.DataFrame, declared: Declaration)
     if unknown or lacking:
         raise ValueError(f"The table {name!r} is not as declared: it has {unknown} besides, and lacks {lacking}.")
     return content
+
+
+def with_exact_names(rows: pd.DataFrame) -> pd.DataFrame:
+    """A table as it is shown: models under their exact names."""
+    return rows.assign(model=rows["model"].map(exact_name)) if "model" in rows and len(rows) else rows
+
+
+def models_measured(record: Path, between: str = " in ") -> list[str]:
+    """The models in a provenance.json, each with its dtype: "SmolLM2-135M-Instruct (Q4_1) in float32"."""
+    entries = json.loads(record.read_text(encoding="utf-8"))
+    # Stages of a series are called "<series>, <stage>": the series will do.
+    return list(dict.fromkeys(f"{exact_name(entry['model'].split(',')[0])}{between}{entry['dtype']}" for entry in entries))
 
 
 def read_tables(folder: Path) -> Tables:
@@ -76,40 +96,3 @@ def write_tables(tables: Tables, folder: Path, provenance: list[dict]) -> Tables
     with replacing(folder / "provenance.json") as temporary:
         temporary.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return read_tables(folder)
-
-
-COMPARED = [  # notebook, table, what makes a row, the value
-    ("01_similarity", "importance", ["model", "kind", "corpus", "layer"], "importance"),
-    ("02_drop_curves", "text", ["model", "kind", "corpus", "n"], "perplexity"),
-    ("02_drop_curves", "tasks", ["model", "kind", "task", "n"], "value"),
-    ("07_training_stages", "importance", ["model", "seed", "kind", "position", "layer"], "importance"),
-]
-
-
-def distance_from_reference(run: str) -> pd.DataFrame | None:
-    """How far the values measured in this run are from the committed ones; None if nothing comparable is committed.
-
-    One row per table, model and kind: number of values compared, largest difference relative to the reference, and the
-    rank correlation of the two.
-    """
-    rows = []
-    for notebook, name, keys, column in COMPARED:
-        paths = [folders.tables / notebook / f"{name}.csv" for folders in (files.committed(run), files.local(run))]
-        if not all(path.exists() for path in paths):
-            continue
-        pair = [pd.read_csv(path).set_index(keys)[column] for path in paths]
-        both = pd.concat(pair, axis=1, join="inner", keys=["reference", "here"])
-        for (model, kind), group in both.groupby(["model", "kind"], sort=False):
-            relative = float((group["here"] / group["reference"] - 1).abs().max())
-            correlation = float(rank_correlation(group["reference"].to_numpy(), group["here"].to_numpy()))
-            rows.append(
-                {
-                    "table": name,
-                    "model": model,
-                    "kind": kind,
-                    "values": len(group),
-                    "largest relative difference": relative,
-                    "rank correlation": correlation,
-                }
-            )
-    return pd.DataFrame(rows) if rows else None

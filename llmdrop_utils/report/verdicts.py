@@ -16,6 +16,7 @@ from pandas.errors import UndefinedVariableError
 
 from ..base import files
 from ..base.files import replacing, write_text
+from ..sources.catalogue import exact_name
 from .rules import NOT_RUN, OUTCOMES, Finding, decide
 from .show import as_markdown
 from .tables import Tables, read_tables
@@ -77,22 +78,24 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
     outcome, settles = decide(findings)
     named = len(findings) > 1  # a single model needs no name in each line
     evidence = "; ".join(
-        (f"{f.model}: " if named else "") + ("" if f.comparisons else "not run: ") * named + f.text for f in findings
+        (f"{exact_name(f.model)}: " + ("" if f.comparisons else "not run: ")) * named + f.text for f in findings
     )
     if outcome == NOT_RUN:
         return NOT_RUN, evidence or "this run has nothing to compare: see the corpora and sample counts of its profile"
     return outcome, ". ".join([evidence, *(f"To settle it: {note}" for note in settles)])
 
 
-def write_scorecard(verdicts: list[Verdict], folder: Path, run: str, about: str) -> Path:
-    """Write scorecard.md (to read) and scorecard.csv (to compute with)."""
+def write_scorecard(
+    verdicts: list[Verdict], folder: Path, run: str, about: str, other_dtype: dict[str, str] | None = None
+) -> Path:
+    """Write scorecard.md (to read) and scorecard.csv (to compute with). other_dtype: claim -> its verdict in another dtype."""
     with replacing(folder / "scorecard.csv") as temporary:
         rows = pd.DataFrame([dataclasses.asdict(v) for v in verdicts])
         rows.drop(columns="history").to_csv(temporary, index=False, lineterminator="\n")
     counts = [f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in OUTCOMES]
     summary = f"{', '.join(counts)}, of {len(verdicts)} claims."
     rules = "\n".join(f"- *{v.claim}* {v.rule}" for v in verdicts if v.verdict != NOT_RUN)
-    parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, evidence=True)]
+    parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, other_dtype or {}, evidence=True)]
     parts += ["## How each verdict is reached", ENGINE, rules]
     if changed := [_history(v, run) for v in verdicts if v.history]:
         parts += ["## Rules that changed after numbers were seen", "\n".join(changed)]
@@ -118,12 +121,13 @@ def _history(verdict: Verdict, run: str) -> str:
 def as_html(verdicts: list[Verdict]) -> str:
     """The verdicts for a notebook, in Markdown; the evidence and the rule of each are folded away."""
     folded = [f"<details><summary>{v.claim}</summary>\n\n{v.evidence}\n\n*Rule: {v.rule}*\n\n</details>" for v in verdicts]
-    return f"{_listed(verdicts, evidence=False)}\n\nEvidence and rules (unfold a claim):\n\n" + "\n".join(folded)
+    return f"{_listed(verdicts, {}, evidence=False)}\n\nEvidence and rules (unfold a claim):\n\n" + "\n".join(folded)
 
 
-def _listed(verdicts: list[Verdict], evidence: bool) -> str:
+def _listed(verdicts: list[Verdict], other_dtype: dict[str, str], evidence: bool) -> str:
     rows = [
         {"Claim": v.claim, "Where": v.where, "Notebook": v.notebook, "Verdict": f"**{v.verdict}**"}
+        | ({"In another dtype": other_dtype.get(v.id, "not run")} if other_dtype else {})
         | ({"Evidence": v.evidence} if evidence else {})
         for v in verdicts
     ]

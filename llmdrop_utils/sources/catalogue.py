@@ -11,3 +11,14 @@ from ..base import files
 def catalogue() -> dict:
     """data/sources.yaml: {"models": {name: source}, "shapes": {name: config}, "corpora": {name: source}, ...}."""
     return yaml.safe_load((files.DATA / "sources.yaml").read_text(encoding="utf-8"))
+
+
+def exact_name(model: str) -> str:
+    """How figures, tables and scorecard call a model: with instruct or base, quantised or not.
+
+    "smollm2-135m" -> "SmolLM2-135M-Instruct (Q4_1)", "random:llama-2-13b" -> "Llama-2-13B shape (random weights)". A name that
+    the catalogue does not have, a hub id for example, is exact itself.
+    """
+    name = model.removeprefix("random:")
+    title = catalogue()["models"].get(name, {}).get("title", name)
+    return f"{title.removesuffix(' base')} shape (random weights)" if name != model else title

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..base import stats
 from ..dropping.plan import DropPlan
-from ..report.tables import Column, table
+from ..report.tables import Column, Key, table
 from .work import Cell
 
 AGAINST = {"attention": ("mlp", "block"), "joint": ("attention", "mlp", "block")}  # what a kind is compared with at equal n
@@ -24,10 +24,10 @@ RETAINED = Column("retained", "Retained", ".1%", "retained_low", "retained_high"
 TABLES = {
     "models": table("model", Column("n_layers", "Layers", "d")),
     "plans": table(
-        "model kind", Column("n", "Dropped", "d"), Column("attention", "Attention of layers"), Column("mlp", "MLP of layers")
+        "model kind", Key("n", "Dropped", "d"), Column("attention", "Attention of layers"), Column("mlp", "MLP of layers")
     ),
     "text": table(
-        "model corpus kind", Column("n", "Dropped", "d"), Column("sub_layers", "Sub-layers", "d"),
+        "model corpus kind", Key("n", "Dropped", "d"), Column("sub_layers", "Sub-layers", "d"),
         Column("samples", "Samples", "d"),
         Column("perplexity", "Perplexity", ".1f", "perplexity_low", "perplexity_high"), "perplexity_low perplexity_high",
         Column("accuracy", "Next-token accuracy", ".1%", "accuracy_low", "accuracy_high"), "accuracy_low accuracy_high",
@@ -39,24 +39,24 @@ TABLES = {
         Column("tried_up_to", "Tried up to", "d"),
     ),
     "tasks": table(
-        "model task kind", Column("n", "Dropped", "d"), "metric", Column("num_fewshot", "Shots", "d"),
+        "model task kind", Key("n", "Dropped", "d"), "metric", Column("num_fewshot", "Shots", "d"),
         Column("documents", "Documents", ",d"), SCORE, Column("stderr", "Standard error", ".3f"), "low high",
         Column("chance", "By guessing", ".3f"),
     ),
     "average": table(
-        "model kind", Column("n", "Dropped", "d"), Column("tasks", "Tasks", "d"),
+        "model kind", Key("n", "Dropped", "d"), Column("tasks", "Tasks", "d"),
         Column("value", "Mean score", ".3f", "low", "high"), "low high", Column("chance", "By guessing", ".3f"),
         Column("retained", "Retained of what lies above guessing", ".1%", "retained_low", "retained_high"),
         "retained_low retained_high",
         Column("points_lost", "Points lost", ".1f", "points_lost_low", "points_lost_high"), "points_lost_low points_lost_high",
     ),
     "gaps": table(
-        "model", Column("n", "Dropped", "d"), "kind", Column("other", "Minus"), "measure",
+        "model", Key("n", "Dropped", "d"), "kind", Key("other", "Minus"), "measure",
         Column("difference", "Difference", "+.3f", "low", "high"), "low high",
         Column("detectable", "Found in 80 % of runs", ".3f"), Column("same_plan", "The same plan"),
     ),
     "without": table(
-        "model", Column("left_out", "Task left out"), Column("n", "Dropped", "d"), "kind", Column("other", "Minus"),
+        "model", Key("left_out", "Task left out"), Key("n", "Dropped", "d"), "kind", Key("other", "Minus"),
         Column("difference", "Difference of the mean of the others", "+.3f", "low", "high"), "low high",
     ),
 }  # fmt: skip

@@ -27,7 +27,7 @@ from .curve_rows import (
     without_rows,
 )
 from .profile import Calibration, CountsByKind, section
-from .run import Run, identity_of, importance_work
+from .run import Run, fitting_length, identity_of, importance_work
 from .work import DENSE, DENSE_CELL, Cell, ImportanceWork, TaskWork, TextWork, Work
 
 SINGLE = ("attention", "mlp", "block")
@@ -192,9 +192,10 @@ def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:
 def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> TextWork:
     """Blocks of the item's corpus that no importance was measured on, under each plan."""
     text, tokenizer = run.section(Text), load_tokenizer(item.model)
+    seq_len = fitting_length(item.model, text.seq_len)
     n_begin = len(text_beginning(tokenizer))  # of each block; the rest is the corpus, cut without a gap
-    skip = -(-item.tokens[:, n_begin:].numel() // (text.seq_len - n_begin))
-    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, text.seq_len)[skip:]
+    skip = -(-item.tokens[:, n_begin:].numel() // (seq_len - n_begin))
+    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, seq_len)[skip:]
     check_held_out(tokens, item.tokens, n_begin)
     return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
 

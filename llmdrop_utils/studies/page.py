@@ -13,7 +13,7 @@ from ..models.load import load_located
 from ..models.locate import LocatedModel
 from ..report.show import show
 from ..report.style import FIGURES, draw
-from ..report.tables import read_tables
+from ..report.tables import models_measured, read_tables, with_exact_names
 from ..report.verdicts import ADVICE, as_html, judge
 from .profile import load_profile
 from .run import NOT_RUN, STUDIES
@@ -49,7 +49,12 @@ class Page:
         drawing = draw(name, self.tables, self.folders.figures)
         display(drawing.figure)
         number = name.split("_")[0].removeprefix("fig")
-        self.say(f"*Figure {number}. {FIGURES[name].caption}*\n\n{drawing.takeaway}".rstrip())
+        self.say(f"*Figure {number}. {FIGURES[name].caption} {self._measured()}*\n\n{drawing.takeaway}".rstrip())
+
+    def _measured(self) -> str:
+        """What the figures show, exactly: "SmolLM2-135M-Instruct (Q4_1), float32."."""
+        record = self.folders.tables / self.study.notebook / "provenance.json"
+        return f"{', '.join(models_measured(record, ', '))}."
 
     def table(self, name: str, *columns: str, where: str = "") -> None:
         """Show columns of a table (none named: all that stand for themselves), those rows for which `where` holds.
@@ -60,7 +65,7 @@ class Page:
         declared = {column.name: column for column in {**self.study.tables, **NOT_RUN}[name]}
         ends = {end for column in declared.values() for end in (column.low, column.high)}
         chosen = [declared[column] for column in columns] or [c for c in declared.values() if c.name not in ends]
-        self.say(show(rows, chosen) if len(rows) else "Nothing to show: this run has no such rows.")
+        self.say(show(with_exact_names(rows), chosen) if len(rows) else "Nothing to show: this run has no such rows.")
 
     def example_model(self, name: str | None = None):
         """One model of the run (the first, or the one of this name) and its tokenizer, for a live example."""
@@ -73,7 +78,7 @@ class Page:
 
     def advice(self) -> None:
         """What the run's numbers mean for somebody who wants to use a model like these."""
-        self.say(ADVICE[self.study.notebook](self.tables))
+        self.say(ADVICE[self.study.notebook]({name: with_exact_names(rows) for name, rows in self.tables.items()}))
 
     def verdicts(self) -> None:
         """The verdict on each claim of the notebook; evidence and rules are folded away."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..base.errors import each_available
 from ..base.provenance import code_provenance, peak_memory
 from ..base.store import Store
+from ..models.families import position_limit
 from ..models.load import load_located
 from ..models.series import weights_at_hand
 from ..sources.texts import text_beginning
@@ -78,6 +79,7 @@ def _provenance(item: Work, model: torch.nn.Module, tokenizer, seconds: float, p
         "dtype": str(item.dtype).removeprefix("torch."),
         "devices": sorted({str(p.device) for p in model.parameters()}),
         "texts_begin_with": [] if tokenizer is None else text_beginning(tokenizer),  # begin-of-text token; []: none
+        "positions": position_limit(model.config),  # that the model knows; samples are no longer
         "values_together": len(item.keys),
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak,  # since the model was loaded: of this process, or of all GPUs

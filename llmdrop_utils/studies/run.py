@@ -13,7 +13,7 @@ from ..base.errors import DiskFull, LLMDropError, NotAvailable, each_available
 from ..base.settings import Settings
 from ..base.store import Store
 from ..measure.importance import Importance
-from ..models.families import family_of
+from ..models.families import family_of, position_limit
 from ..models.load import attention_implementation, load_config, load_tokenizer
 from ..models.locate import LocatedModel, locate_available
 from ..report.tables import Declaration, Tables, frame, table, write_tables
@@ -115,12 +115,24 @@ class Run:
     def write(self, tables: dict[str, list[dict] | pd.DataFrame], work: Iterable[Work], more: Sequence[dict] = ()) -> Tables:
         """Write the tables, as declared, and the provenance of all items (and of what else there is) to the run's folder."""
         declared = {**self.tables, **NOT_RUN}
-        reasons = [{"what": what, "reason": files.without_paths(reason)} for what, reason in self.not_run.items()]
+        not_run = self.not_run | self._shortened({item.model.name: item.model for item in work})
+        reasons = [{"what": what, "reason": files.without_paths(reason)} for what, reason in not_run.items()]
         content = {name: frame(name, rows, declared) for name, rows in {**tables, "not_run": reasons}.items()}
         records = [self.store.get(key) for item in work for key in item.keys]
         entries = [record["provenance"] for record in records if record] + list(more)
         distinct = {json.dumps(entry, sort_keys=True): entry for entry in entries}  # values measured together share one
         return write_tables(content, files.local(self.profile.run).tables / self.notebook, list(distinct.values()))
+
+    def _shortened(self, models: dict[str, LocatedModel]) -> dict[str, str]:
+        """Which models know fewer positions than the samples have that the study asks for."""
+        needs = STUDIES[self.notebook].needs if self.notebook in STUDIES else ()
+        asked = max((getattr(self.profile.sections[cls], "seq_len", 0) for cls in needs), default=0)
+        fitting = {name: fitting_length(model, asked) for name, model in models.items() if not model.is_random}
+        return {
+            f"{name}, samples of {asked} tokens": f"The model knows {n} positions, so that its samples are no longer than that."
+            for name, n in fitting.items()
+            if n < asked
+        }
 
 
 # ---- work items that several studies share ----------------------------------------------------------------------------
@@ -132,13 +144,18 @@ def identity_of(model: LocatedModel, profile: Profile) -> dict:
     return {"model": model, "dtype": profile.dtype, "attention": attention_implementation(model)}
 
 
+def fitting_length(model: LocatedModel, asked: int) -> int:
+    """Tokens of a sample: as many as the profile asks for, or as the model knows positions, if those are fewer."""
+    return min(asked, position_limit(load_config(model)) or asked)
+
+
 def importance_work(model: LocatedModel, corpora: list[str], profile: Profile) -> list[ImportanceWork]:
     """Importance of a model on each corpus; the first one also serves the sample-count study."""
     shared, tokenizer, calibration = identity_of(model, profile), load_tokenizer(model), profile.section(Calibration)
     work = []
     for i, corpus in enumerate(corpora):
         n_samples = max([calibration.n_samples, *calibration.sample_counts]) if i == 0 else calibration.n_samples
-        tokens = load_tokens(corpus, tokenizer, n_samples, calibration.seq_len)
+        tokens = load_tokens(corpus, tokenizer, n_samples, fitting_length(model, calibration.seq_len))
         work.append(ImportanceWork(**shared, corpus=corpus, tokens=tokens, batch_size=calibration.batch_size))
     return work
 

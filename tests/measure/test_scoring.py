@@ -42,8 +42,8 @@ def watching():
     """What `score` packs: whether sequences share rows, and whether a prefix is kept apart."""
     seen = []
 
-    def pack(requests, *args, share):
-        groups = packing.pack(requests, *args, share=share)
+    def pack(requests, *args, share, **more):
+        groups = packing.pack(requests, *args, share=share, **more)
         if requests == REQUESTS:
             seen.append((share, any(group.prefix for group in groups)))
         return groups

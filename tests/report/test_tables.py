@@ -4,10 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmdrop_utils.base import files
-from llmdrop_utils.report import tables
 from llmdrop_utils.report.show import as_markdown, number, show
-from llmdrop_utils.report.tables import Column, frame, table
+from llmdrop_utils.report.tables import Column, Key, frame, table
 
 DECLARED = {
     "demo": table("model kind", Column("score", "Score", ".2f", "low", "high"), "low high"),
@@ -19,6 +17,11 @@ ROW = {"model": "m", "kind": "mlp", "score": 0.5, "low": 0.25, "high": 0.75}
 def test_declared_columns():
     assert [column.name for column in DECLARED["demo"]] == ["model", "kind", "score", "low", "high"]
     assert [column.heading for column in DECLARED["demo"]][:3] == ["Model", "Kind", "Score"]
+
+
+def test_names_alone_are_keys_but_for_the_ends_of_intervals():
+    declared = table("model kind", Key("n", "Dropped", "d"), Column("score", "Score", ".2f", "low", "high"), "low high", "task")
+    assert [column.name for column in declared if isinstance(column, Key)] == ["model", "kind", "n", "task"]
 
 
 def test_a_table_without_rows_has_its_columns():
@@ -81,19 +84,3 @@ def test_show_several_columns_under_one_name():
 
 def test_a_bar_in_a_cell_does_not_end_it():
     assert r"a\|b c" in as_markdown(pd.DataFrame({"x": ["a|b\nc"]}))
-
-
-def test_distance_from_the_reference(tmp_path, monkeypatch):
-    """By hand: the largest |here / reference - 1|, and the ranks that two values swapped."""
-    monkeypatch.setattr(files, "RESULTS", tmp_path / "here")
-    monkeypatch.setattr(files, "REFERENCE", tmp_path / "reference")
-    assert tables.distance_from_reference("demo") is None
-    keys = {"model": "m", "kind": "mlp", "corpus": "c", "layer": range(4)}
-    for folders, values in ((files.committed("demo"), [1.0, 2.0, 3.0, 4.0]), (files.local("demo"), [1.0, 3.0, 2.0, 4.0])):
-        path = folders.tables / "01_similarity" / "importance.csv"
-        path.parent.mkdir(parents=True)
-        pd.DataFrame({**keys, "importance": values}).to_csv(path, index=False)
-    (row,) = tables.distance_from_reference("demo").to_dict("records")
-    assert row["values"] == 4
-    assert row["largest relative difference"] == pytest.approx(0.5)
-    assert row["rank correlation"] == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)

@@ -45,6 +45,7 @@ def no_files(monkeypatch):
     identity = {"dtype": torch.float32, "attention": "sdpa"}
     monkeypatch.setattr(curves, "load_tokenizer", lambda model: None)
     monkeypatch.setattr(curves, "text_beginning", lambda tokenizer: [])
+    monkeypatch.setattr(curves, "fitting_length", lambda model, asked: min(asked, 20))  # positions that it knows
     monkeypatch.setattr(curves, "fingerprint_tokenizer", lambda tokenizer: "byte by byte")
     monkeypatch.setattr(curves, "identity_of", lambda model, profile: {"model": model} | identity)
     load = lambda corpus, tokenizer, n, seq_len: torch.arange(STREAM)[: n * seq_len].view(n, seq_len)  # noqa: E731
@@ -83,6 +84,12 @@ def test_text_begins_where_calibration_ended(monkeypatch, samples, seq_len, text
     text = work.tokens[:, begin:].flatten()
     assert text.tolist() == list(range(first, first + 2 * (text_len - begin)))
     assert (work.corpus, work.model, tuple(work.tokens.shape)) == ("web", MODEL, (2, text_len))
+
+
+def test_text_is_no_longer_than_the_model_reads():
+    """40 tokens were seen: two blocks of 20, where 32 were asked for."""
+    work = curves.text_work(a_run(text_n=2, text_len=32), importance_item(5), [DENSE])
+    assert work.tokens.tolist() == torch.arange(40, 80).view(2, 20).tolist()
 
 
 def test_each_plan_is_measured_once():

@@ -67,7 +67,7 @@ def test_perplexity_accuracy_and_divergence():
     hits = np.array([[0.4, 0.4], [0.6, 0.5]])
     text = TextValues([DENSE_CELL, B1], nll, hits, np.array([[0.0, 0.1], [0.0, 0.3]]))
     dense, block = text_rows(text, "web", PLANS)
-    assert (dense["corpus"], dense["kind"], dense["n"], dense["sub_layers"]) == ("web", "dense", 0, 0)
+    assert (dense["corpus"], dense["kind"], dense["n"], dense["sub_layers"], dense["samples"]) == ("web", "dense", 0, 0, 2)
     assert dense["perplexity"] == pytest.approx(4)
     assert (dense["accuracy"], dense["kl"], dense["retained"]) == (0.5, 0, 1)
     assert (block["kind"], block["n"], block["sub_layers"]) == ("block", 1, 2)

@@ -1,6 +1,5 @@
 """Notebook 03: each number that it adds to those of notebook 02, from values that are worked out by hand."""
 
-import types
 import zlib
 
 import matplotlib.pyplot as plt
@@ -11,14 +10,13 @@ from llmdrop_utils import DropPlan, load_profile
 from llmdrop_utils.base import files
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.report.style import FIGURES
-from llmdrop_utils.report.tables import frame, read_tables
+from llmdrop_utils.report.tables import read_tables
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.studies import run as run_module
 from llmdrop_utils.studies.curve_rows import TextValues, plan_rows
 from llmdrop_utils.studies.joint_drop.study import (
     ITERATIVE,
     SAME_SAMPLES,
-    TABLES,
     first_mlp_row,
     further_rows,
     iterative_plans,
@@ -70,30 +68,39 @@ def test_the_interval_of_the_first_mlp():
     assert (row["low"], row["high"]) == (1, 2)
 
 
-def test_how_much_further_joint_drop_goes():
-    """Of four samples with an accuracy of 1. Two blocks are four sub-layers. Attention: in some draws not even two hold."""
-    shares = {
-        "joint": {2: [0.95] * 4, 4: [0.9] * 4, 6: [0.5] * 4},
-        "attention": {2: [1, 1, 1, 0.64], 4: [0.5] * 4},
-        "mlp": {2: [0.95] * 4, 4: [0.95] * 4},
-        "block": {1: [0.95] * 4, 2: [0.92] * 4, 4: [0.3] * 4},
-    }
-    cells = [DENSE_CELL, *(Cell(kind, n) for kind, by_n in shares.items() for n in by_n)]
-    hits = np.array([[1.0] * 4, *(values for by_n in shares.values() for values in by_n.values())]).T
-    rows = further_rows(TextValues(cells, hits, hits, hits))
-    assert [(row["other"], row["joint"], row["compared"], row["difference"], row["is_cut"]) for row in rows] == [
-        ("attention", 4, 2, 2, False),
-        ("mlp", 4, 4, 0, True),  # it holds wherever it was tried
-        ("block", 4, 4, 0, False),
-    ]  # fmt: skip
-    assert [(row["low"], row["high"]) for row in rows] == [(2, 4), (0, 0), (0, 0)]
-    frame("further", [{"model": "m"} | row for row in rows], TABLES)
+def reaching(**retained):
+    """Text whose next-token accuracy is this share of the dense model's, by sub-layers dropped from one on, in each sample."""
+    cells = [DENSE_CELL, *(Cell(kind, n + 1) for kind, shares in retained.items() for n in range(len(shares)))]
+    hits = np.array([[dense, *(share * dense for shares in retained.values() for share in shares)] for dense in (0.5, 0.3)])
+    return TextValues(cells, np.zeros_like(hits), hits, np.zeros_like(hits))
 
 
-def test_joint_drop_that_holds_wherever_it_was_tried():
-    cells = [DENSE_CELL, *(Cell(kind, n) for kind in ("joint", "attention", "mlp", "block") for n in (1, 2))]
-    hits = np.array([[1.0, 0.95, 0.95, 0.95, 0.5, 0.95, 0.5, 0.95, 0.5]] * 4)
-    assert [row["is_cut"] for row in further_rows(TextValues(cells, hits, hits, hits))] == [True] * 3
+def test_how_much_further_joint_drop_reaches():
+    """Joint reaches 4, attention 3, MLP 1; and of blocks 2, which are 4 sub-layers."""
+    shares = {"attention": [0.99, 0.95, 0.92, 0.8], "mlp": [0.91, 0.5], "block": [0.95, 0.92, 0.7]}
+    rows = further_rows(reaching(**shares, joint=[0.99, 0.98, 0.95, 0.91, 0.7]))
+    assert rows == [
+        {"other": other, "joint": 4, "compared": compared, "difference": more, "low": more, "high": more, "is_cut": False}
+        for other, compared, more in (("attention", 3, 1), ("mlp", 1, 3), ("block", 4, 0))
+    ]
+    rows = further_rows(reaching(**shares | {"mlp": [0.95, 0.91]}, joint=[0.99, 0.5]))
+    assert [(row["compared"], row["difference"], row["is_cut"]) for row in rows] == [
+        (3, -2, False),
+        (2, -1, True),
+        (4, -3, False),
+    ]
+    assert all(row["is_cut"] for row in further_rows(reaching(**shares, joint=[0.99, 0.95])))
+
+
+def test_reach_is_compared_draw_by_draw():
+    """In the first sample both reach 1, in the second 2: the difference is zero in each, though either varies."""
+    hits = np.array([[0.5, 0.5, 0.3, 0.5, 0.3], [0.5, 0.5, 0.5, 0.5, 0.5]])
+    cells = [DENSE_CELL, Cell("attention", 1), Cell("attention", 2), Cell("joint", 1), Cell("joint", 2)]
+    cells += [Cell("mlp", 1), Cell("block", 1)]
+    hits = np.hstack([hits, np.zeros((2, 2))])
+    attention, mlp, _ = further_rows(TextValues(cells, hits, hits, hits))
+    assert (attention["difference"], attention["low"], attention["high"]) == (0, 0, 0)
+    assert (mlp["difference"], mlp["low"], mlp["high"]) == (1, 1, 2), "0.8 is retained of the mean of both samples"
 
 
 # ---- one by one, or all at once ---------------------------------------------------------------------------------------
@@ -130,13 +137,11 @@ def test_iterative_minus_one_shot():
     assert two["iterative"] == pytest.approx(4 * np.exp(0.25))
 
 
-def test_both_ways_see_the_same_samples(monkeypatch):
-    monkeypatch.setattr("llmdrop_utils.studies.joint_drop.study.identity_of", lambda model: {
-        "model": model, "dtype": None, "attention": "eager"
-    })  # fmt: skip
-    item = types.SimpleNamespace(tokens=np.arange(12).reshape(4, 3), batch_size=2, model="hand")
+def test_both_ways_see_the_same_samples():
+    item = ImportanceWork("hand", None, "eager", corpus="web", tokens=np.arange(12).reshape(4, 3), batch_size=2)
     work = iterative_work(item, n_samples=2, n_drop=5)
     assert (work.tokens.tolist(), work.batch_size, work.n_drop) == ([[0, 1, 2], [3, 4, 5]], 2, 5)
+    assert work.identity == item.identity == {"model": "hand", "dtype": None, "attention": "eager"}
 
 
 # ---- the study, on values that are made up -----------------------------------------------------------------------------
@@ -231,3 +236,10 @@ def test_labels_of_methods():
     assert Cell("attention", 2, ITERATIVE).label == "iterative"
     assert [Cell("joint", 2).on_curve, Cell("attention", 2, SAME_SAMPLES).on_curve] == [True, False]
     assert DropPlan(attention=(1, 0)).key == DropPlan(attention=(0, 1)).key
+
+
+def test_a_model_of_one_layer_has_a_joint_curve_alone():
+    """One of its two sub-layers can be dropped jointly, none of a single kind."""
+    values = np.ones((2, 2))
+    assert further_rows(TextValues([DENSE_CELL, Cell("joint", 1)], values, values, values)) == []
+    assert further_rows(TextValues([DENSE_CELL], *[values[:, :1]] * 3)) == []

@@ -189,6 +189,7 @@ def test_samples_of_corpora(monkeypatch):
     identity = {"dtype": None, "attention": "sdpa"}
     monkeypatch.setattr(run, "identity_of", lambda model, profile: {"model": model} | identity)
     monkeypatch.setattr(run, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(run, "fitting_length", lambda model, asked: asked)
     monkeypatch.setattr(run, "load_tokens", lambda corpus, tokenizer, n, seq_len: np.zeros((n, seq_len)))
     profile = lambda n: Profile("hand", "by hand", [], {Calibration: calibration(n, sample_counts=[1, 5])})  # noqa: E731
     work = importance_work(MODEL, ["web", "code"], profile(2))

@@ -25,13 +25,15 @@ from llmdrop_utils.models.locate import LocatedModel, locate_model
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.selection.ranking import select
+from llmdrop_utils.studies.profile import Profile
 from llmdrop_utils.studies.run import STUDIES, Run
 from llmdrop_utils.studies.speedup import loads
 from llmdrop_utils.studies.speedup import study as speedup_study
 from llmdrop_utils.studies.speedup.crossover import crossing, crossover_rows, in_words
 from llmdrop_utils.studies.speedup.generation import GENERATION, Timed, compose_generations, integrate, read_timings
 from llmdrop_utils.studies.speedup.loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
-from llmdrop_utils.studies.speedup.study import limit_rows, protocol_rows, sdr, trade_rows
+from llmdrop_utils.studies.speedup.study import limit_rows, protocol_rows
+from llmdrop_utils.studies.speedup.trade import sdr, trade_rows
 from llmdrop_utils.studies.work import Cell
 
 SETTINGS = Speed(
@@ -133,11 +135,15 @@ def test_models_with_scores_drop_what_notebook_02_drops(tiny, monkeypatch):
     assert plans_of(run, real, ["random-words"]) == {}
 
 
+def profile_of(settings):
+    return Profile("hand", "", [], {Speed: settings})
+
+
 def timed_loads(settings, cells, monkeypatch=None):
     """(what, context, batch, back end, fills, cells) of each item, in order."""
     plans = {cell: select_last(6, cell.kind, cell.n) for cell in cells}
     names = {plan.key: f"{cell.kind[0]}{cell.n}" for cell, plan in plans.items()}
-    for item in speed_work(locate_model("random:tiny-llama"), plans, settings):
+    for item in speed_work(locate_model("random:tiny-llama"), plans, profile_of(settings)):
         load, under = item.load, " ".join(names[plan.key] for plan in item.plans)
         yield load.what, load.context, load.new_tokens, load.batch_size, load.backend, item.fill, under
 
@@ -164,16 +170,16 @@ def test_every_load_is_timed_once_for_all_its_purposes():
 
 def test_a_generation_is_timed_whole_once(tiny):
     plans = {cell: select_last(6, cell.kind, cell.n) for cell in (A2, A3)}
-    repeats = {(item.load.what, item.repeats) for item in speed_work(tiny, plans, SETTINGS)}
+    repeats = {(item.load.what, item.repeats) for item in speed_work(tiny, plans, profile_of(SETTINGS))}
     assert repeats == {("prefill", 2), ("decode", 2), ("generation", 1)}
-    (whole,) = [item for item in speed_work(tiny, plans, SETTINGS) if item.load.what == "generation"]
+    (whole,) = [item for item in speed_work(tiny, plans, profile_of(SETTINGS)) if item.load.what == "generation"]
     assert [key["repeats"] for key in whole.keys] == [1]
     settings = SETTINGS.model_copy(update={"whole": None})
-    assert "generation" not in {item.load.what for item in speed_work(tiny, plans, settings)}
+    assert "generation" not in {item.load.what for item in speed_work(tiny, plans, profile_of(settings))}
 
 
 def test_a_static_cache_has_room_for_the_whole_generation(tiny):
-    work = speed_work(tiny, {A3: select_last(6, "attention", 3)}, SETTINGS)
+    work = speed_work(tiny, {A3: select_last(6, "attention", 3)}, profile_of(SETTINGS))
     assert {(item.load.backend, item.load.room) for item in work} == {("eager", None), ("compiled", 64 + 64 + 4)}
 
 
@@ -211,6 +217,8 @@ def test_keys_of_stored_records_do_not_change(tiny, monkeypatch):
         "model": tiny.identity,
         "dtype": "float32",
         "attention": "sdpa",
+        "transformers": "5",
+        "drawn_on": "cpu",
         "plan": {"attention": [4, 5], "mlp": []},
         "machine": {"processor": "P", "gpus": [], "cpu_threads": 2},
         "libraries": {"torch": "2", "transformers": "5"},
@@ -644,8 +652,9 @@ def test_random_weights_have_speed_and_no_quality(clock):
 
 
 def test_quality_of_notebook_02_stands_beside_the_speed(clock, monkeypatch):
-    quality = average(model="tiny-llama")
-    monkeypatch.setattr(speedup_study, "drop_curves", lambda profile: {"average": quality})
+    gap = {"model": "tiny-llama", "n": 2, "kind": "attention", "other": "mlp", "measure": "tasks", "low": 0.05, "high": 0.15}
+    gaps = pd.DataFrame([gap | {"difference": 0.1}])
+    monkeypatch.setattr(speedup_study, "drop_curves", lambda profile: {"average": average(model="tiny-llama"), "gaps": gaps})
     tables = STUDIES["05_speedup"](load_profile("smoke").replacing(speed={"compiled": None}))
     row = tables["trade"].query("kind == 'attention' and n == 2").iloc[0]
     assert row["sdr"] == pytest.approx(2 / (100 * (1 / 0.9 - 1)), rel=1e-4)

@@ -13,8 +13,7 @@ from llmdrop_utils.base.store import Store
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.sources.task_data import fingerprint_task, load_task
 from llmdrop_utils.sources.texts import fingerprint_tokenizer
-from llmdrop_utils.studies.curves import _task_work, _text_work
-from llmdrop_utils.studies.profile import Calibration
+from llmdrop_utils.studies.curves import _task_work, text_work
 from llmdrop_utils.studies.run import Run, importance_work
 from llmdrop_utils.studies.work import DENSE, DENSE_CELL
 
@@ -132,8 +131,8 @@ def test_text_that_begins_with_a_token_is_held_out(run, folder):
     prepend_end(folder)
     run.profile = run.profile.replacing(text={"seq_len": 16})
     (model,) = run.models()
-    (item,) = importance_work(model, ["random-words"], run.section(Calibration))
-    text = _text_work(run, item, {DENSE_CELL: DENSE})
+    (item,) = importance_work(model, ["random-words"], run.profile)
+    text = text_work(run, item, [DENSE])
     assert (item.tokens[:, 0] == 256).all()
     assert (text.tokens[:, 0] == 256).all()
     stream = load_tokens("random-words", byte_tokenizer(), 1, 2000).flatten().tolist()
@@ -147,7 +146,7 @@ def test_text_that_begins_with_a_token_is_held_out(run, folder):
 
 def test_records_say_that_nothing_was_put_before_texts(run):
     (model,) = run.models()
-    (item,) = importance_work(model, ["random-words"], run.section(Calibration))
+    (item,) = importance_work(model, ["random-words"], run.profile)
     assert torch.equal(item.tokens, load_tokens("random-words", byte_tokenizer(), 8, 64))
     run.measure([item])
     assert run.store.get(item.keys[0])["provenance"]["texts_begin_with"] == []

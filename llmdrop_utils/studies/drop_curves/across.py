@@ -7,7 +7,7 @@ import numpy as np
 from ...base import stats
 from ...dropping.plan import DropPlan, PlanKey
 from ...models.locate import LocatedModel
-from ...report.tables import Column, table
+from ...report.tables import Column, Key, table
 from ...selection.ranking import drop_sequence, select
 from ..curves import Text, text_work
 from ..profile import Calibration
@@ -16,7 +16,7 @@ from ..work import DENSE, TextWork
 
 COST = Column("cost", "Added loss, nats per token", "+.3f", "low", "high")
 ACROSS = table(
-    "model", Column("chosen_on", "Chosen on"), Column("tested_on", "Tested on"), Column("n", "Attention dropped", "d"),
+    "model", Key("chosen_on", "Chosen on"), Key("tested_on", "Tested on"), Key("n", "Attention dropped", "d"),
     Column("shared", "Shared with the layers chosen there", "d"), COST, "low high",
     Column("excess", "More than the layers chosen there", "+.3f", "excess_low", "excess_high"), "excess_low excess_high",
 )  # fmt: skip

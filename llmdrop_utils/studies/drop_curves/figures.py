@@ -2,10 +2,13 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 
 from ...report.panels import curves, task_grid, text_curves
-from ...report.style import KIND_NAMES, WIDTH, Drawing, figure, for_each_model
+from ...report.style import KIND_NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
+
+NONE_DROPPED = "The model has too few layers for the numbers that the profile drops for tasks."
 
 
 @figure("02_drop_curves")
@@ -20,7 +23,7 @@ def fig05_drop_curves(tables: Tables) -> Drawing:
         worst = [f"{KIND_NAMES[kind]} on {loss.idxmax()} ({100 * loss.max():.1f} points)" for kind, loss in lost.items()]
         dense = rows[rows["kind"] == "dense"]
         guessing = dense[dense["low"] <= dense["chance"]]["task"]
-        text = f"The largest losses at n = {n}: {', '.join(worst)}."
+        text = f"The largest losses at n = {n}: {', '.join(worst)}." if lost else NONE_DROPPED
         if len(guessing):
             text += f" Nothing follows from {', '.join(guessing)}: there even the dense model is not above guessing."
         return text
@@ -66,7 +69,7 @@ def figS5_average(tables: Tables) -> Drawing:
 
     def sentence(rows: pd.DataFrame) -> str:
         n = shared_count(rows)
-        dropped = rows[rows["n"] == n].set_index("kind")
+        dropped = rows[(rows["n"] == n) & rows["kind"].isin(KIND_NAMES)].set_index("kind")
         lost = [
             f"{KIND_NAMES[kind]} {row['points_lost']:.1f} ({row['points_lost_low']:.1f} to {row['points_lost_high']:.1f})"
             for kind, row in dropped.iterrows()
@@ -74,15 +77,50 @@ def figS5_average(tables: Tables) -> Drawing:
         dense = rows[rows["kind"] == "dense"].iloc[0]
         above = 100 * (dense["value"] - dense["chance"])
         side = "above" if above > 0 else "below"
-        return f"Points lost at n = {n}: {', '.join(lost)}. The dense model is {abs(above):.1f} points {side} guessing."
+        of_n = f"Points lost at n = {n}: {', '.join(lost)}." if n else NONE_DROPPED
+        return f"{of_n} The dense model is {abs(above):.1f} points {side} guessing."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+@figure("02_drop_curves")
+def figS16_across_corpora(tables: Tables) -> Drawing:
+    """Loss added on each corpus by dropping the attention layers that another corpus chooses (rows: chosen on it)."""
+    data = tables["across"]
+    if data.empty:
+        return nothing_to_show("The profile has one corpus: nothing to compare", data)
+    panels = list(data.groupby(["model", "n"], sort=False))
+    fig, axes = plt.subplots(1, len(panels), figsize=(min(WIDTH, 3.4 * len(panels)), 2.6), squeeze=False)
+    for ax, ((model, n), rows) in zip(axes.flat, panels, strict=True):
+        grid = rows.pivot(index="chosen_on", columns="tested_on", values="cost")
+        order = list(rows["chosen_on"].unique())
+        sns.heatmap(grid.loc[order, order], ax=ax, annot=True, fmt=".2f", cmap="cividis_r", cbar=False, vmin=0)
+        ax.set(xlabel="Tested on", ylabel="Chosen on", title=f"{model}\nAttn-{n}: added loss, nats per token")
+        ax.tick_params(axis="both", length=0, labelrotation=0)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        n = rows["n"].max()
+        others = rows[(rows["n"] == n) & (rows["chosen_on"] != rows["tested_on"])]
+        worst = others.loc[others["excess"].idxmax()]
+        beaten = others[others["excess_high"] < 0].groupby("tested_on", sort=False)["cost"].idxmin()
+        better = [
+            f"{others.loc[i, 'chosen_on']} for {tested_on} ({others.loc[i, 'excess']:+.3f})" for tested_on, i in beaten.items()
+        ]
+        found = f" Another corpus chooses better for some than they choose themselves: {', '.join(better)}." if better else ""
+        return (
+            f"The {n} attention layers that one corpus chooses cost at most {worst['excess']:+.3f} nats per token "
+            f"({worst['excess_low']:+.3f} to {worst['excess_high']:+.3f}) more on another than the layers that this one "
+            f"chooses: chosen on {worst['chosen_on']}, tested on {worst['tested_on']}, where they cost {worst['cost']:.3f}."
+            f"{found}"
+        )
 
     return Drawing(fig, data, for_each_model(data, sentence))
 
 
 def shared_count(rows: pd.DataFrame) -> int:
-    """The largest number dropped at which most kinds were measured."""
+    """The largest number dropped at which most kinds were measured; 0 if the model is too shallow for all of the profile's."""
     kinds = rows[rows["kind"].isin(KIND_NAMES)].groupby("n")["kind"].nunique()
-    return int(kinds[kinds == kinds.max()].index.max())
+    return int(kinds[kinds == kinds.max()].index.max()) if len(kinds) else 0
 
 
 def _about(perplexity: float) -> str:

@@ -1,6 +1,6 @@
 """Notebook 02: quality against the number of dropped attention, MLP or block layers."""
 
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from .. import curve_rows, paper
 from ..curves import SINGLE, Tasks, Text, collect, measure_curves, rank_layers
 from ..profile import Calibration
@@ -9,7 +9,7 @@ from .across import ACROSS, across_corpora
 
 TABLES = curve_rows.TABLES | {
     "across": ACROSS,
-    "paper": table("model kind", Column("n", "Dropped", "d"), Column("what", "What"), Column("paper", "The paper's number")),
+    "paper": table("model kind", Key("n", "Dropped", "d"), Key("what", "What"), Column("paper", "The paper's number")),
 }
 
 

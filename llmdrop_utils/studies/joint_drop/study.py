@@ -8,7 +8,7 @@ from ...base import stats
 from ...base.settings import Counts, Positive, Settings
 from ...dropping.plan import DropPlan
 from ...measure.importance import Importance
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import drop_sequence, select
 from .. import curve_rows
 from ..curve_rows import TextValues, reach_of, tried_of
@@ -20,19 +20,19 @@ from ..work import Cell, ImportanceWork, IterativeWork
 ITERATIVE, SAME_SAMPLES = "iterative", "one-shot on the same samples"
 
 TABLES = curve_rows.TABLES | {
-    "order": table("model", Column("position", "Position", "d"), "kind", Column("layer", "Layer", "d"),
+    "order": table("model", Key("position", "Position", "d"), Column("kind", "Kind"), Column("layer", "Layer"),
                    Column("importance", "Importance", ".4f")),
     "first_mlp": table(
         "model", Column("attention_before", "Attention layers ahead of the first MLP", "d", "low", "high"), "low high",
         Column("n_layers", "Layers", "d"),
     ),
     "further": table(
-        "model", Column("other", "Compared with"), Column("joint", "Joint drop, sub-layers", "d"),
+        "model", Key("other", "Compared with"), Column("joint", "Joint drop, sub-layers", "d"),
         Column("compared", "The other, sub-layers", "d"), Column("difference", "Joint reaches further by", "+d", "low", "high"),
         "low high", Column("is_cut", "Up to the largest number tried"),
     ),
     "iterative": table(
-        "model", Column("n", "Dropped", "d"), Column("shared", "Shared layers", "d"),
+        "model", Key("n", "Dropped", "d"), Column("shared", "Shared layers", "d"),
         Column("one_shot", "Perplexity, one-shot", ".1f"), Column("iterative", "Perplexity, iterative", ".1f"),
         Column("difference", "Iterative minus one-shot, nats per token", "+.3f", "low", "high"), "low high",
         Column("one_shot_layers", "One-shot drops"), Column("layers", "Iterative drops"),
@@ -130,10 +130,14 @@ def order_rows(scores: Importance) -> list[dict]:
 def further_rows(text: TextValues) -> list[dict]:
     """How many more sub-layers joint drop can do without than each kind alone, with 90 % of next-token accuracy retained.
 
-    A block is two sub-layers. `is_cut`: one of the two retains so much at every number that was tried.
+    A block is two sub-layers. `is_cut`: one of the two retains so much at every number that was tried. A kind of which a
+    shallow model has too few to drop any is left out.
     """
+    tried = {cell.kind for cell in text.cells if cell.on_curve}
+    if "joint" not in tried:
+        return []
     rows, joint = [], reach_of(text, "joint")
-    for other in SINGLE:
+    for other in (kind for kind in SINGLE if kind in tried):
         compared = reach_of(text, other) * (2 if other == "block" else 1)
         low, high = text.interval(joint[1:] - compared[1:])
         is_cut = any(reach_of(text, kind)[0] == tried_of(text, kind)[-1] for kind in ("joint", other))

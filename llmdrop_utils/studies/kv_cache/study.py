@@ -14,7 +14,7 @@ from ...measure.floors import cache_bytes, kv_bytes
 from ...models.families import find_anatomy, is_full_attention
 from ...models.load import load_config, model_of_shape
 from ...models.locate import LocatedModel, locate_model
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from ...selection.methods import select_last
 from ...sources.catalogue import catalogue
 from .. import paper
@@ -25,20 +25,20 @@ from ..work import DENSE
 GPUS = {"48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}  # RTX 6000 Ada (the paper's), A100 and H100, H200
 KEPT_FREE = 0.1  # of the memory, for activations and everything else
 
-LAYERS = (Column("n_layers", "Layers", "d"), Column("n", "Attention dropped", "d"))
+LAYERS = (Column("n_layers", "Layers", "d"), Key("n", "Attention dropped", "d"))
 FORMULA, COUNTED = Column("formula_bytes", "By the formula, bytes", ",d"), Column("counted_bytes", "Counted, bytes", ",d")
 DENSE_BYTES = Column("dense_bytes", "Dense, bytes", ",d")
 TABLES = {
     "paper": table(
-        "model", *LAYERS, Column("batch_size", "Batch", "d"), Column("length", "Tokens", ",d"),
+        "model", *LAYERS, Column("batch_size", "Batch", "d"), Key("length", "Tokens", ",d"),
         Column("paper_gib", "In the paper, GB", "g"), FORMULA, COUNTED, DENSE_BYTES,
     ),
     "caches": table(
-        "model", *LAYERS, Column("length", "Tokens", ",d"), Column("full_attention", "Every layer keeps every token"),
+        "model", *LAYERS, Key("length", "Tokens", ",d"), Column("full_attention", "Every layer keeps every token"),
         DENSE_BYTES, FORMULA, COUNTED,
     ),
     "fits": table(
-        "model", Column("n", "Attention dropped", "d"), Column("gpu", "GPU"), Column("gpus", "GPUs", "d"),
+        "model", Key("n", "Attention dropped", "d"), Key("gpu", "GPU"), Key("gpus", "GPUs", "d"),
         Column("weights_bytes", "Weights, bytes", ",d"), Column("batch_at_4096", "Sequences of 4,096 tokens", ",d"),
         Column("context_of_one", "Longest context of one sequence", ",.0f"),
     ),

@@ -8,7 +8,7 @@ from ...base import stats
 from ...measure.importance import Importance, drop_order
 from ...measure.metrics import KINDS
 from ...models.locate import LocatedModel
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from .. import paper
 from ..profile import Calibration
 from ..run import Run, importance_work, study
@@ -19,11 +19,11 @@ IMPORTANCE = Column("importance", "Importance", ".4f", "low", "high")
 CORRELATION = Column("correlation", "Rank correlation", ".2f", "low", "high")
 TABLES = {
     "importance": table("model corpus kind layer n_samples", IMPORTANCE, "low high"),
-    "order": table("model corpus kind position layer"),
-    "distribution": table("model corpus kind layer " + " ".join(QUANTILES)),
+    "order": table("model corpus kind position", Column("layer", "Layer")),
+    "distribution": table("model corpus kind layer", *(Column(name, name.capitalize(), ".4f") for name in QUANTILES)),
     "contrast": table(
         "model corpus",
-        Column("other", "Compared with"),
+        Key("other", "Compared with"),
         Column("attention", "Attention", ".3f"),
         Column("compared", "The other", ".3f"),
         Column("attention_median", "Attention, median", ".3f"),
@@ -35,17 +35,17 @@ TABLES = {
     ),
     "depth": table("model corpus kind", CORRELATION, "low high"),
     "corpora": table(
-        "model", Column("a", "Corpus"), Column("b", "And corpus"), "kind", CORRELATION, "low high",
+        "model", Key("a", "Corpus"), Key("b", "And corpus"), "kind", CORRELATION, "low high",
         Column("shared_*", "Shared of the most droppable", "d"),
     ),
     "sample_count": table("model corpus kind n_samples layer", Column("importance", "Importance", ".4f")),
     "sample_agreement": table(
-        "model corpus kind", Column("n_samples", "Samples", "d"), Column("groups", "Groups", "d"),
+        "model corpus kind", Key("n_samples", "Samples", "d"), Column("groups", "Groups", "d"),
         Column("correlation", "Mean rank correlation", ".3f", "low", "high"), "low high",
         Column("lowest", "Lowest of a group", ".3f"),
     ),
     "published": table(
-        "model corpus kind", Column("n_drop", "Dropped", "d"), Column("shared", "Shared", "d", "low", "high"), "low high",
+        "model corpus kind", Key("n_drop", "Dropped", "d"), Column("shared", "Shared", "d", "low", "high"), "low high",
         Column("by_chance", "By chance", ".1f"), Column("theirs", "The authors' layers"), Column("ours", "Ours"),
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from ...base.stats import difference_interval
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, kth_least, lowest_of, span, triple
+from ...sources.catalogue import exact_name
 
 
 @check
@@ -18,7 +19,7 @@ def attention_most_redundant(tables: Tables) -> Iterator[Finding]:
                 f"attention {group['attention'].mean():.3f} against {other} {group['compared'].mean():.3f} "
                 f"(medians {group['attention_median'].mean():.3f} and {group['compared_median'].mean():.3f}; weakest on "
                 f"{worst['corpus']}: {worst['difference']:.3f}, {span(worst)}; lower in "
-                f"{group['layers_lower'].min()} to {group['layers_lower'].max()} of {worst['n_layers']} layers)"
+                f"{group['layers_lower'].min()} of {worst['n_layers']} layers or more)"
             )
         compared = [
             Comparison(f"attention minus {r.other} on {r.corpus}", r.difference, r.low, r.high, below=0, form=".3f",
@@ -104,7 +105,8 @@ def published_lists(tables: Tables, shared: float) -> Iterator[Finding]:
         rows = published[published["model"] == model] if len(published) else published
         if rows.empty:
             yield Finding(
-                model, f"no published drop list is known for {model}; `make reproduce PROFILE=gpu` tests three models"
+                model,
+                f"no published drop list is known for {exact_name(model)}; `make reproduce PROFILE=gpu` tests three models",
             )
             continue
         rows = rows[rows["corpus"] == rows["corpus"].iloc[0]]

@@ -101,6 +101,14 @@ def speed_work(model: LocatedModel, plans: dict[Cell, DropPlan], profile: Profil
     ]
 
 
+def too_long(model: LocatedModel, settings: Speed) -> dict[str, str]:
+    """Which loads a model with learned positions cannot read, and why."""
+    known, longest = learned_positions(load_config(model)), settings.prompt + settings.new_tokens
+    if known is None or longest <= known:
+        return {}
+    return {f"{model.name}, loads of more than {known} tokens": f"The model has learned no more than {known} positions."}
+
+
 def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, list[Cell]]]:
     """Each load, whether its batch is to fill the GPU, and what is dropped."""
     s = settings

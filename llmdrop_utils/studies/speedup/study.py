@@ -2,12 +2,12 @@
 
 import pandas as pd
 
-from ...base.errors import NotAvailable
+from ...base.errors import NotApplicable, NotAvailable
 from ...base.provenance import code_provenance
 from ...dropping.plan import DropPlan
 from ...models.load import default_dtype
 from ...models.locate import LocatedModel
-from ...report.tables import Column, Tables, table
+from ...report.tables import Column, Key, Tables, table
 from .. import paper
 from ..drop_curves.study import drop_curves
 from ..profile import Calibration
@@ -15,23 +15,23 @@ from ..run import Run, study
 from ..work import Cell
 from .crossover import crossover_rows
 from .generation import GENERATION, Timed, compose_generations, read_timings
-from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
+from .loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work, too_long
 from .trade import TRADE_PAIRS, pair_rows, trade_rows
 
 SPEEDUP = Column("speedup", "Speed-up", ".2f", "speedup_low", "speedup_high")
 LEVEL = Column("level", "Intervals cover", ".1%")
 LOAD = (
-    Column("what", "Load"),
-    Column("batch_size", "Batch", "d"),
-    Column("context", "Context", ",d"),
-    Column("new_tokens", "New tokens", ",d"),
+    Key("what", "Load"),
+    Key("batch_size", "Batch", "d"),
+    Key("context", "Context", ",d"),
+    Key("new_tokens", "New tokens", ",d"),
 )
-DROPPED = (Column("kind", "Dropped"), Column("n", "n", "d"))
+DROPPED = (Key("kind", "Dropped"), Key("n", "n", "d"))
 LOST = Column("points_lost", "Points lost", ".1f", "points_lost_low", "points_lost_high")
 SDR = Column("sdr", "SDR, points per percent", ".2f", "sdr_low", "sdr_high")
 TABLES = {
     "speed": table(
-        "model", Column("backend", "Back end"), *LOAD, Column("room", "Room of a static cache", ",.0f"), *DROPPED,
+        "model", Key("backend", "Back end"), *LOAD, Column("room", "Room of a static cache", ",.0f"), *DROPPED,
         Column("kv_bytes", "Cache, bytes", ",d"), Column("peak_bytes", "Peak memory, bytes", ",.0f"),
         Column("fill", "Fills the GPU"), Column("seconds", "Seconds", ".3g", "seconds_low", "seconds_high"),
         "seconds_low seconds_high", LEVEL, Column("spread", "Spread", ".0%"), Column("dense_spread", "Spread of dense", ".0%"),
@@ -39,12 +39,12 @@ TABLES = {
         Column("share_of_limit", "Share of what bytes and operations allow, parts one after the other", ".0%"),
     ),
     "trade": table(
-        "model", Column("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", Column("noisy", "Noisy"),
+        "model", Key("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", Column("noisy", "Noisy"),
         LOST, "points_lost_low points_lost_high", Column("retained", "Retained", ".1%"), SDR, "sdr_low sdr_high",
     ),
     "trade_pairs": TRADE_PAIRS,
     "protocol": table(
-        "model", Column("backend", "Back end"), Column("batch_size", "Batch", "d"), *DROPPED,
+        "model", Key("backend", "Back end"), Key("batch_size", "Batch", "d"), *DROPPED,
         Column("prompt", "Prompt", ",d"), Column("new_tokens", "New tokens", ",d"),
         Column("whole", "Whole, once, s", ".3g"),
         Column("from_samples", "From samples, s", ".3g", "from_samples_low", "from_samples_high"),
@@ -54,16 +54,16 @@ TABLES = {
         Column("steps_whole", "Steps of the whole", ",d"), Column("steps_sampled", "Steps sampled", ",d"),
     ),
     "crossover": table(
-        "model", Column("backend", "Back end"), Column("what", "Load"), Column("batch_size", "Batch", "d"),
-        Column("n", "n", "d"), Column("tried_from", "Tried from", ",d"), Column("tried_to", "Tried to", ",d"),
+        "model", Key("backend", "Back end"), Key("what", "Load"), Key("batch_size", "Batch", "d"),
+        Key("n", "n", "d"), Column("tried_from", "Tried from", ",d"), Column("tried_to", "Tried to", ",d"),
         Column("measured", "Attention gains more from (tokens; 0: always, inf: never)", ",.0f"),
         Column("predicted", "Predicted", ",.0f"), Column("apart_somewhere", "Intervals apart somewhere"),
     ),
     "limits": table(
         "model", Column("bandwidth", "Moves, bytes/s", ".3g"), Column("rate", "Multiplies, operations/s", ".3g")
     ),
-    "paper": table("model", *DROPPED, Column("what", "What"), Column("paper", "In the paper", ".2f")),
-    "models": table("model", Column("n_layers", "Layers", "d"), "device dtype"),
+    "paper": table("model", *DROPPED, Key("what", "What"), Column("paper", "In the paper", ".2f")),
+    "models": table("model", Column("n_layers", "Layers", "d"), Column("device", "Device"), Column("dtype", "Dtype")),
 }  # fmt: skip
 
 
@@ -86,10 +86,14 @@ def speedup(run: Run) -> Tables:
         with run.one_of(model):
             plans[model.name] = plans_of(run, model, corpora)
             work += speed_work(model, plans[model.name], run.profile)
+            run.not_run |= too_long(model, settings)
     run.measure([item for item in work if item.load.backend == "eager"])
     compiled = [item for item in work if item.load.backend == "compiled"]
     run.measure(compiled, several=True, what="{}, compiled back end")  # it is an addition: eager timings stand alone
     work = [item for item in work if all(run.store.get(key) for key in item.keys)]
+    if plans and not any(plans.values()) and not run.not_run:
+        depth = ", ".join(f"{model.name} has {n_layers_of(model)}" for model in located)
+        raise NotApplicable(f"The profile times more dropped layers than there are: {depth}. Change n_drop under speed.")
     if not work:
         raise NotAvailable("Nothing could be timed:\n" + "\n".join(run.not_run.values()))
     timed: list[Timed] = []

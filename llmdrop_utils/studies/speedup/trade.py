@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 
 from ...report.rules import Z
-from ...report.tables import Column, table
+from ...report.tables import Column, Key, table
 from .generation import GENERATION
 from .loads import Speed
 
 TRADE_PAIRS = table(
-    "model", Column("backend", "Back end"), Column("n", "n", "d"), Column("other", "Compared with"),
+    "model", Key("backend", "Back end"), Key("n", "n", "d"), Key("other", "Compared with"),
     Column("difference", "SDR of attention minus the other, points per percent", "+.2f", "low", "high"), "low high",
 )  # fmt: skip
 

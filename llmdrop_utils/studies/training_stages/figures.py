@@ -227,6 +227,8 @@ def _grid(n_models: int, height: float, rows_each: int = 1) -> tuple[plt.Figure,
 
 def _plain_log_scale(ax: Axes) -> None:
     """A logarithmic axis with plain numbers: 0.02 instead of 2 x 10^-2."""
+    if not ax.lines:  # of a model of one layer, all but the first are none
+        return
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -19,7 +19,7 @@ from ...selection.ranking import select
 from ...sources.catalogue import catalogue
 from ...sources.texts import check_held_out, load_documents, load_tokens, pack, text_beginning
 from ..profile import Profile, section
-from ..run import Run, identity_of, study
+from ..run import Run, fitting_length, identity_of, study
 from ..work import DENSE, ImportanceWork, TextWork, Work
 from .rows import SHARES, Followed, Plans, StageValues, count
 
@@ -67,9 +67,9 @@ TABLES = {
         Column("n", "Dropped", "d"), Column("shared", "Shared", "d"), Column("by_chance", "By chance", ".1f"),
     ),
     "settled": table(
-        "model seed position", Column("stage", "Settled from"), "step", TOKENS,
-        Column("progress", "Training seen", ".1%", "low", "high"), "kind share", Column("n", "Dropped", "d"), "layers",
-        "low high low_stage high_stage",
+        "model seed", Column("position", "Position", "d"), Column("stage", "Settled from"), Column("step", "Step", "d"), TOKENS,
+        Column("progress", "Training seen", ".1%", "low", "high"), "kind share", Column("n", "Dropped", "d"),
+        Column("layers", "Layers"), "low high", Column("low_stage", "Earliest"), Column("high_stage", "Latest"),
     ),
     "cost": table(
         *KIND_AND_STAGE, "share", Column("n", "Dropped", "d"),
@@ -172,16 +172,17 @@ def _locate(run: Run) -> list[Series]:
 def _held_out_blocks(series: Series, stages: Stages) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Blocks to measure importance on, and further ones to see what dropping costs; a recipe kept them out of its training."""
     tokenizer = load_tokenizer(series.stages[-1].model)
+    seq_len = fitting_length(series.stages[-1].model, stages.seq_len)
     n = stages.n_samples + stages.text_samples
     if series.recipe is not None and stages.corpus in series.recipe.corpora:
         held_out = load_documents(stages.corpus)[: series.recipe.held_out]
-        blocks = len(pack(held_out, tokenizer, stages.seq_len))
+        blocks = len(pack(held_out, tokenizer, seq_len))
         if blocks < n:
             raise LLMDropError(
-                f"The profile asks for {n} blocks of {stages.seq_len} tokens of {stages.corpus!r}, but the {len(held_out)} "
+                f"The profile asks for {n} blocks of {seq_len} tokens of {stages.corpus!r}, but the {len(held_out)} "
                 f"documents that {series.name} was not trained on hold {blocks}. Ask for fewer, or hold more out."
             )
-    tokens = load_tokens(stages.corpus, tokenizer, n, stages.seq_len)
+    tokens = load_tokens(stages.corpus, tokenizer, n, seq_len)
     for_scores, for_text = tokens[: stages.n_samples], tokens[stages.n_samples :]
     check_held_out(for_text, for_scores, len(text_beginning(tokenizer)))
     return for_scores, for_text

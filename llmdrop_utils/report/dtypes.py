@@ -1,0 +1,76 @@
+"""How much a dtype moves each number of a run, and each verdict: what no interval covers.
+
+The run "cpu" stands beside "cpu-bfloat16" or "cpu-float32", whichever was measured in the other dtype (profiles of these names
+extend `cpu`). On other processors numbers move as well: `distance.py` tells by how much.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..base import files
+from ..base.files import replacing
+from .distance import by_key, dtypes_of, values_of
+from .tables import Declaration, Key, read_tables
+
+NAMES = ("float32", "bfloat16")
+
+
+def other_dtype(run: str, notebook: str, tables: Path) -> tuple[str, Path] | None:
+    """The dtype and the tables of the same notebook in the other dtype, if that was measured: here, or in what is committed."""
+    here = dtypes_of(tables / notebook)
+    for name in (name for name in NAMES if name != here):
+        for folders in (files.local(f"{run}-{name}"), files.committed(f"{run}-{name}")):
+            if (folders.tables / notebook).is_dir() and dtypes_of(folders.tables / notebook) == name:
+                return name, folders.tables / notebook
+    return None
+
+
+def moves(here: Path, there: Path, columns: Declaration) -> pd.DataFrame:
+    """How far each number with an interval moves from the tables in `here` to those in `there`: a row for each.
+
+    table, row (its keys), column, here, low, high, there, difference (there minus here), inside (the interval of here).
+    """
+    rows, (old, new) = [], (read_tables(here), read_tables(there))
+    for name, declared in columns.items():
+        if name not in old or name not in new:
+            continue
+        keys = [column.name for column in declared if isinstance(column, Key)]
+        a, b = by_key(old[name], keys), by_key(new[name], keys)
+        for column, its in values_of(declared, list(a.columns)):
+            if not its.low or not {column, its.low, its.high} <= {*a.columns} & {*b.columns}:
+                continue
+            for key in a.index.intersection(b.index, sort=False):
+                value, low, high = (float(a.loc[key, c]) for c in (column, its.low, its.high))
+                moved = float(b.loc[key, column])
+                if np.isfinite([value, low, high, moved]).all():
+                    rows.append({"table": name, "row": key, "column": column, "here": value, "low": low, "high": high,
+                                 "there": moved, "difference": moved - value, "inside": low <= moved <= high})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def write_dtypes(run: str, tables: Path, folder: Path, declared: Mapping[str, Declaration]) -> str | None:
+    """Write dtypes.csv to `folder` (`moves` of all notebooks measured in both dtypes); returns sentences for the scorecard.
+
+    None, and no file, if no notebook was.
+    """
+    found, lines = [], []
+    for notebook, columns in declared.items():
+        if (other := other_dtype(run, notebook, tables)) is None:
+            continue
+        dtype, there = other
+        rows = moves(tables / notebook, there, columns)
+        found.append(rows.assign(notebook=notebook, dtype_here=dtypes_of(tables / notebook), dtype_there=dtype))
+        relative = (rows["difference"] / (rows["high"] - rows["low"]).where(lambda width: width > 0)).abs()
+        lines.append(
+            f"{notebook} in {dtype}: of {len(rows):,} numbers {100 * rows['inside'].mean():.0f} % stay inside their interval, "
+            f"and half move by less than {relative.median():.2f} of its width"
+        )
+    (folder / "dtypes.csv").unlink(missing_ok=True)
+    if not found:
+        return None
+    with replacing(folder / "dtypes.csv") as temporary:
+        pd.concat(found).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return f"The same in another dtype ([dtypes.csv](dtypes.csv)): {'; '.join(lines)}."

@@ -1,0 +1,262 @@
+"""The edits of mutations.py: wrong changes, and the tests that must notice them."""
+
+from typing import NamedTuple
+
+SIMILARITY, KEYS, CURVES = (f"tests/studies/test_{name}.py" for name in ("similarity", "keys", "curves"))
+ROWS, JOINT = f"tests/studies/test_drop_curves.py {CURVES}", "tests/studies/test_joint_drop.py"
+STAGES, KV, SPEED = (f"tests/studies/test_{name}.py" for name in ("training_stages", "kv_cache", "speedup"))
+STATS = "tests/base/test_stats.py"
+
+
+class Edit(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # files, separated by spaces
+
+    @property
+    def where(self) -> str:
+        return self.file.removeprefix("llmdrop_utils/")
+
+
+def edits(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Edit]:
+    """Edits of one file: (name, old text, new text)."""
+    return [Edit(name, f"llmdrop_utils/{file}", old, new, tests) for name, old, new in changes]
+
+
+# ---- what a review once changed without any test failing -----------------------------------------------------------------
+
+REVIEW = [
+    *edits(
+        "studies/curve_rows.py", ROWS,
+        ("unpaired gaps", "interval(draws[:, i] - draws[:, j])\n", "interval(draws[:, i] - draws[::-1, j])\n"),
+        ("denominator of shares", "dense = above[..., :1]", "dense = above[..., -1:]"),
+        ("sign of points lost", "100 * (mean[0] - mean)", "100 * (mean - mean[0])"),
+        ("reach off by one", "return np.array([0, *counts])[without_break]", "return np.array([*counts, 0])[without_break]"),
+        ("sign of text gaps", '-text.nll.mean(0), -text.draws("nll")', 'text.nll.mean(0), text.draws("nll")'),
+    ),
+    *edits(
+        "studies/curves.py", CURVES,
+        ("held-out text is calibration text", "skip:]\n    check_held_out(tokens, item.tokens, n_begin)",
+         ": text.n_samples]"),
+    ),
+    *edits("studies/curves.py", ROWS, ("one seed for all tasks", 'rows[0]["chance"], seed)', 'rows[0]["chance"], 0)')),
+    *edits(
+        "studies/joint_drop/study.py", JOINT,
+        ("sign of iterative", '(text.nll[:, i] - text.nll[:, j]).mean()', '(text.nll[:, j] - text.nll[:, i]).mean()'),
+        ("max for min in first_mlp", 'draws["mlp"].min(1', 'draws["mlp"].max(1'),
+    ),
+    *edits(
+        "studies/training_stages/rows.py", STAGES,
+        ("sign of stage change", '"change": last - mean', '"change": mean - last'),
+        ("agreement with the first stage", "last = self.scores[-1]\n", "last = self.scores[0]\n"),
+    ),
+    *edits("studies/training_stages/study.py", STAGES,
+           ("scores on the text's tokens", "tokens=self.for_scores", "tokens=self.for_text")),
+    *edits(
+        "studies/similarity/study.py", SIMILARITY,
+        ("contrast against MLP twice", 'for other in ("mlp", "block")', 'for other in ("mlp", "mlp")'),
+        ("depth leaves out the wrong layer", "depth, s.importance[kind][:-1]", "depth, s.importance[kind][1:]"),
+        ("mean for median", "np.median(attention)", "np.mean(attention)"),
+    ),
+    *edits("studies/speedup/trade.py", SPEED,
+           ("denominator of SDR", "percent = 100 * (speedup - 1)", "percent = 100 * speedup")),
+    *edits(
+        "studies/work.py", KEYS,
+        ("text keys without tokens", 'TEXT_VERSION, tokens=tokens, plan', "TEXT_VERSION, plan"),
+        ("keys without dtype", '"dtype": dtype, "attention"', '"attention"'),
+    ),
+    *edits("studies/speedup/loads.py", KEYS,
+           ("speed keys without machine", '"machine": machine, "libraries"', '"libraries"')),
+]  # fmt: skip
+
+# ---- tables -----------------------------------------------------------------------------------------------------------------
+
+TABLES = [
+    *edits(
+        "studies/similarity/study.py", SIMILARITY,
+        ("draws of depth leave out the first layer", "draws[corpus][kind][:, :-1]", "draws[corpus][kind][:, 1:]"),
+        ("median for mean", '"attention": attention.mean()', '"attention": np.median(attention)'),
+        ("sign of the contrast", "(attention - compared).mean()", "(compared - attention).mean()"),
+        ("the contrast's interval compares with MLP", 'draws[corpus][other]).mean(1)', 'draws[corpus]["mlp"]).mean(1)'),
+        ("kinds drawn apart", "s.weights, seed) for kind in KINDS}", "s.weights, hash(kind)) for kind in KINDS}"),
+        ("corpora drawn together", "s.weights, seed) for", "s.weights, 0) for"),
+        ("lower or equal", "(attention < compared).sum()", "(attention <= compared).sum()"),
+        ("shared with itself", "orders = scores[a].order(kind), scores[b]", "orders = scores[a].order(kind), scores[a]"),
+        ("all samples for importance", "s.first(calibration.n_samples) for", "s for"),
+        ("groups of few", "if 3 * n <= len(scores.weights)", "if 2 * n <= len(scores.weights)"),
+        ("by chance without a square", "len(theirs) ** 2 /", "len(theirs) /"),
+        ("ours as many as there are", "[: len(theirs)]", "[:]"),
+        ("quantiles swapped", '"q25": 0.25', '"q25": 0.75'),
+    ),
+    *edits(
+        "studies/curve_rows.py", ROWS,
+        ("perplexity of means of samples", "np.exp(text.nll.mean(0))", "np.exp(text.nll).mean(0)"),
+        ("share of the mean", 'share_of_dense(draws["accuracy"])', 'draws["accuracy"] / points["accuracy"][0]'),
+        ("population for sample variance", "std(0, ddof=1)", "std(0, ddof=0)"),
+        ("error without root", "/ np.sqrt(n_documents)", "/ n_documents"),
+        ("tasks weighed by documents", "np.mean([task.scores.mean(0) for task in tasks], axis=0)",
+         "np.concatenate([task.scores for task in tasks]).mean(0)"),
+        ("chance of one task", "np.mean([task.chance for task in tasks])", "tasks[0].chance"),
+        ("reach of the last that holds", "holds.argmin(1)", "holds.sum(1)"),
+        ("more than 90 %", "for n in counts]] >= KEEP", "for n in counts]] > KEEP"),
+        ("points lost unpaired", "100 * (draws[:, :1] - draws)", "100 * (mean[0] - draws)"),
+        ("gaps of other methods", " and cell.on_curve and other.on_curve\n", "\n"),
+        ("blocks count once", "plans[cell].n_drop}", "cell.n}"),
+        ("gaps at any n", "if cell.n == other.n and other.kind", "if other.kind"),
+        ("interval of the largest task", "return min(len(task.scores)", "return max(len(task.scores)"),
+        ("a task is never left out", "if task is not left_out]", "]"),
+        ("retained of all, not above chance", "share_of_dense(mean, chance)", "share_of_dense(mean)"),
+        ("found in half of the runs", "stats.detectable(low, high)", "high - low"),
+        ("joint is not compared with block", '"joint": ("attention", "mlp", "block")', '"joint": ("attention", "mlp")'),
+    ),
+    *edits(
+        "studies/curves.py", ROWS,
+        ("plans of all samples", ".first(run.section(Calibration).n_samples)", ""),
+        ("half a block of calibration", "skip = -(-item.tokens", "skip = (item.tokens"),
+        ("beginnings counted as text", "(seq_len - n_begin))\n    tokens", "seq_len)\n    tokens"),
+        ("counts of text alone", "{*text.n_drop, *tasks.n_drop.get(kind, [])}", "{*text.n_drop}"),
+        ("metric that lm-eval lists first", 'known_tasks().get(task, {}).get("metric") or next', "next"),
+    ),
+    *edits(
+        "studies/drop_curves/across.py", ROWS,
+        ("excess over dense", "nll[plan.key] - nll[own.key]", "nll[plan.key] - nll[DENSE.key]"),
+        ("own layers of the other corpus", "own = plans[tested_on, n]", "own = plans[chosen_on, n]"),
+        ("sign of cost across corpora", "nll[plan.key] - nll[DENSE.key], ", "nll[DENSE.key] - nll[plan.key], "),
+    ),
+    *edits(
+        "studies/joint_drop/study.py", JOINT,
+        ("a block is one sub-layer", '(2 if other == "block" else 1)', "1"),
+        ("further unpaired", "joint[1:] - compared[1:])", "joint[1:] - compared[:0:-1])"),
+        ("never cut", "tried_of(text, kind)[-1] for", "-1 for"),
+        ("iterative unpaired", "draws[:, i] - draws[:, j])", "draws[:, i] - draws[::-1, j])"),
+        ("first MLP by a strict comparison", 'draws["attention"] <= draws["mlp"]', 'draws["attention"] < draws["mlp"]'),
+        ("iterative sees all samples", "item.tokens[:n_samples]", "item.tokens"),
+        ("positions from zero", '"position": i + 1', '"position": i'),
+        ("ways swapped", '"one_shot": np.exp(text.nll[:, j].mean())', '"one_shot": np.exp(text.nll[:, i].mean())'),
+    ),
+    *edits(
+        "studies/training_stages/rows.py", STAGES,
+        ("above attention unpaired", "interval(draws - attention_draws)", "interval(draws - attention_draws[::-1])"),
+        ("change with the first layer always", "self._mean(i, kind, first), self._mean(-1, kind, first)",
+         "self._mean(i, kind, 0), self._mean(-1, kind, 0)"),
+        ("change unpaired", "interval(last_draws - draws)", "interval(last_draws - draws[::-1])"),
+        ("settled one stage late", "len(differs) - differs[::-1]", "len(differs) + 1 - differs[::-1]"),
+        ("settled where first seen", "np.where(differs.any(0), len(differs) - differs[::-1].argmax(0), 0)",
+         "(~differs).argmax(0)"),
+        ("last loss for mean loss", '"loss": "mean"', '"loss": "last"'),
+        ("cost against the first sample", 'np.array(value["nll"]) - dense', 'np.array(value["nll"]) - dense[0]'),
+        ("sign of cost", '"cost": added.mean()', '"cost": -added.mean()'),
+        ("a half is a quarter", '"half": 0.5', '"half": 0.25'),
+        ("progress by stages", "return values[i] / values[-1]", "return i / (len(values) - 1)"),
+        ("shared of a half", "last.order(kind), n)", "last.order(kind), 2 * n)"),
+    ),
+    *edits("studies/training_stages/study.py", STAGES,
+           ("cost on the text of the scores", "tokens=self.for_text", "tokens=self.for_scores"),
+           ("held out twice", "tokens[stages.n_samples :]", "tokens[: stages.text_samples]")),
+    *edits(
+        "studies/kv_cache/study.py", KV,
+        ("no memory kept free", "KEPT_FREE = 0.1", "KEPT_FREE = 0.0"),
+        ("weights beside every GPU", "* memory * count - weights", "* (memory - weights) * count"),
+        ("weights of the dense model", "with dropped(shape, plan):", "with dropped(shape, DENSE):"),
+        ("two bytes whatever the dtype", "(config, p, 1, length, dtype.itemsize)", "(config, p, 1, length, 2)"),
+        ("counted dense", "dropped(model, plan):\n        find_anatomy", "dropped(model, DENSE):\n        find_anatomy"),
+        ("layers dropped and kept swapped", "(kv_bytes(config, p, batch_size, length, 2) for p in (plan, DENSE))",
+         "(kv_bytes(config, p, batch_size, length, 2) for p in (DENSE, plan))"),
+    ),
+]  # fmt: skip
+
+DISTANCE = edits(
+    "report/distance.py", "tests/report/test_distance.py",
+    ("relative to this run", "difference[~near] / a[~near].abs()", "difference[~near] / b[~near].abs()"),
+    ("nothing is near zero", "NEAR_ZERO = 0.01", "NEAR_ZERO = 0.0"),
+    ("this run's interval", "old.loc[a.index, end]", "new.loc[a.index, end]"),
+    ("extra rows for missing ones", '"missing": len(old) - len(common)', '"missing": len(new) - len(common)'),
+    ("ranks over all kinds", 'GROUP = ("model", "kind")', 'GROUP = ("model",)'),
+    ("highest correlation", 'np.fmin(row["correlation"]', 'np.fmax(row["correlation"]'),
+    ("verdicts that stay", '"verdict_reference"] != both[', '"verdict_reference"] == both['),
+    ("the dtype of the first record", 'sorted({entry["dtype"] for entry in _provenance(folder)})', '["float32"]'),
+    ("numbers on one side are no difference", '(a.isna() != b.isna()).sum()', "0"),
+)  # fmt: skip
+
+# ---- keys and statistics ----------------------------------------------------------------------------------------------------
+
+KEY_EDITS = [
+    *edits(
+        "studies/work.py", KEYS,
+        ("keys without model", '{"model": self.model.identity, ', "{"),
+        ("keys by name of the model", "self.model.identity", "self.model.name"),
+        ("keys without attention implementation", '"attention": self.attention, "transformers"', '"transformers"'),
+        ("text keys without plan", 'tokens=tokens, plan=plan.key.to_json()) for', "tokens=tokens) for"),
+        ("importance keys without tokens", "IMPORTANCE_VERSION, tokens=fingerprint(self.tokens), ", "IMPORTANCE_VERSION, "),
+        ("iterative keys without tokens", 'more = {"tokens": fingerprint(self.tokens), "n_drop"', 'more = {"n_drop"'),
+        ("iterative keys without n", ', "n_drop": self.n_drop, "kind"', ', "kind"'),
+        ("task keys without tokenizer", '"tokenizer": self.tokenizer, "lm_eval"', '"lm_eval"'),
+        ("keys without transformers", ', "transformers": transformers}', "}"),
+        ("random weights of any device", "if self.model.is_random:", "if False:"),
+        ("task keys without lm-eval", ', "lm_eval": harness}', "}"),
+        ("keys without version", '"measurement": measurement, "version": version}', '"measurement": measurement}'),
+        ("keys with the batch", 'identity = {"model"', 'identity = {"batch": getattr(self, "batch_size", 0), "model"'),
+    ),
+    *edits(
+        "studies/speedup/loads.py", KEYS,
+        ("speed keys without libraries", '"machine": machine, "libraries": libraries, ', '"machine": machine, '),
+        ("speed keys without load", '"load": load, "repeats"', '"repeats"'),
+        ("speed keys without repeats", '"load": load, "repeats": self.repeats}', '"load": load}'),
+        ("speed keys without threads", '("processor", "gpus", "cpu_threads")', '("processor", "gpus")'),
+    ),
+    *edits("dropping/plan.py", KEYS,
+           ("keys of plans without maps", 'lists | ({"maps"', 'lists | ({} if True else {"maps"'),
+           ("keys of plans in drop order", "PlanKey(tuple(sorted(self.attention))", "PlanKey(tuple(self.attention)")),
+    *edits("sources/texts.py", KEYS, ("tokens without shape", "str(tuple(content.shape)).encode() + ", "")),
+    *edits(
+        "base/stats.py", f"{STATS} {SIMILARITY} {ROWS}",
+        ("weights ignored", "minlength=n) * weights", "minlength=n)"),
+        ("neighbours not drawn together", "np.arange(block)) % n)", "rng.integers(n, size=block)) % n)"),
+        ("90 % intervals", "LEVEL = 0.95", "LEVEL = 0.9"),
+        ("percentiles of many draws", "norm.cdf(math.sqrt(n / (n - 1)) * t.ppf", "norm.cdf(t.ppf"),
+        ("text of as many draws as samples", "n_samples / block_length(n_samples))", "n_samples)"),
+        ("ranks without ties", "rankdata(a, axis=-1), rankdata(b, axis=-1)", "a.argsort().argsort(), b.argsort().argsort()"),
+        ("groups against all", "np.r_[0 : g.start, g.stop : len(rows)]", "np.r_[0 : len(rows)]"),
+        ("groups without weights", "weights=weights[keep])", "weights=None)"),
+        ("overlap of all", "set(a[:n]) & set(b[:n])", "set(a) & set(b[:n])"),
+    ),
+    *edits("measure/importance.py", f"{SIMILARITY} {STAGES}",
+           ("means over samples", "np.average(rows, axis=0, weights=self.weights)", "np.average(rows, axis=0)")),
+]  # fmt: skip
+
+# ---- rules ------------------------------------------------------------------------------------------------------------------
+
+RULE_TESTS = "tests/report/test_rules.py tests/report/test_verdicts.py tests/studies/test_verdicts.py"
+RULES = [
+    *edits(
+        "report/rules.py", RULE_TESTS,
+        ("the value decides", "if self.lower <= low and high <= self.upper:", "if self.is_inside:"),
+        ("no correction for many", "if p_values[i] > tail / (len(order) - rank):", "if p_values[i] > tail:"),
+        ("holm goes on after a failure", "            break\n        rejected", "            continue\n        rejected"),
+        ("inconclusive deviates", "(INCONCLUSIVE if open_ones else REPRODUCED), open_ones, n_strict",
+         "(DEVIATES if open_ones else REPRODUCED), open_ones, n_strict"),
+        ("the best of models", "in (DEVIATES, INCONCLUSIVE, REPRODUCED)", "in (REPRODUCED, INCONCLUSIVE, DEVIATES)"),
+        ("tail of both sides", "TAIL = 0.025", "TAIL = 0.05"),
+        ("threshold itself is above", "math.nextafter(self.above, math.inf)", "self.above"),
+        ("size without a square", "return times * times", "return times"),
+        ("a number without an interval deviates", "            return INCONCLUSIVE\n", "            return DEVIATES\n"),
+    ),
+    *edits("studies/similarity/verdicts.py", RULE_TESTS,
+           ("depth at least", "r.low, r.high, at_most=correlation", "r.low, r.high, at_least=correlation")),
+    *edits("studies/drop_curves/verdicts.py", RULE_TESTS,
+           ("gaps on text", "kind == 'attention' and measure == 'tasks'", "kind == 'attention' and measure == 'text'"),
+           ("half of the layers is a quarter", 'rows["n"] * 2 == n_layers', 'rows["n"] * 4 == n_layers')),
+    *edits("studies/joint_drop/verdicts.py", RULE_TESTS,
+           ("iterative no better by any amount", "at_least=-nats", "at_least=nats"),
+           ("a run that is cut counts", 'if rows["is_cut"].astype(bool).any():', "if False:")),
+    *edits("studies/training_stages/verdicts.py", RULE_TESTS,
+           ("stages before the first ninth", 'late = others[others["progress"] >= first]', "late = others"),
+           ("a seed that lacks a stage", "yield Finding(model, text, [*compared, *_lacking(seen, seeds)])",
+            "yield Finding(model, text, compared)")),
+    *edits("studies/kv_cache/verdicts.py", RULE_TESTS,
+           ("any share will do", "ratio, at_least=1 - tolerance", "ratio, at_least=0 - tolerance")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES]

@@ -1,0 +1,94 @@
+"""Whole notebooks, cell by cell, on models that are shallow, know few positions, or have a tokenizer without special tokens.
+
+With the settings of the profile `cpu`, but for how much is read.
+"""
+
+import json
+
+import families
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from llmdrop_utils import load_profile
+from llmdrop_utils.base import files
+from llmdrop_utils.base.errors import NotApplicable
+from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.studies import page as page_module
+
+pytestmark = pytest.mark.slow
+
+LESS = {
+    "calibration": {"corpora": ["random-words", "random-digits"], "n_samples": 4, "seq_len": 64, "sample_counts": [1, 2]},
+    "text": {"n_samples": 2, "seq_len": 32},
+    "tasks": {"names": ["openbookqa", "winogrande"], "limit": 3},
+    "iterative": {"n_samples": 2},
+    "speed": {"repeats": 2, "prompt": 64, "new_tokens": 64, "contexts": [16, 64, 128], "steps": 2},
+    "stages": {"seeds": 1, "corpus": "random-words", "n_samples": 2, "text_samples": 2, "seq_len": 32},
+}
+NOTEBOOKS = {path.stem: path for path in sorted(files.NOTEBOOKS.glob("*.ipynb"))}
+
+
+@pytest.fixture
+def open_notebook(tmp_path, monkeypatch):
+    """Run the code cells of a notebook on a folder with a model; returns its page."""
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(page_module, "load_profile", lambda name, model: load_profile("cpu", model).replacing(**LESS))
+    said = []
+    monkeypatch.setattr(page_module, "display", lambda what: said.append(getattr(what, "data", "")))
+
+    def run(name, folder):
+        cells = [cell.source for cell in nbformat.read(NOTEBOOKS[name], as_version=4).cells if cell.cell_type == "code"]
+        space = {"PROFILE": "cpu", "MODEL": str(folder)}
+        for code in cells[1:]:  # the first holds the parameters
+            exec(compile(code, name, "exec"), space)
+            plt.close("all")
+        space["page"].said = said
+        return space["page"]
+
+    return run
+
+
+def save(folder, tokenizer=None, **changes):
+    torch.manual_seed(0)
+    families.tiny(**{"name": "llama", "vocab_size": 257, "max_position_embeddings": 2048} | changes).save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 4])
+def test_shallow_models(open_notebook, tmp_path, n_layers):
+    """Fewer layers than the profile drops: what cannot be computed is left out."""
+    folder = save(tmp_path / "shallow", num_hidden_layers=n_layers)
+    for name in NOTEBOOKS:
+        if name == "05_speedup":  # under `cpu` 4 layers or more are dropped, of more than there are
+            with pytest.raises(NotApplicable, match=rf"times more dropped layers than there are: .* has {n_layers}\."):
+                open_notebook(name, folder)
+        else:
+            open_notebook(name, folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # computed and learned positions
+def test_models_that_know_few_positions(open_notebook, tmp_path, family):
+    few = {"max_position_embeddings": 40} if family == "llama" else {"n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
+    folder = save(tmp_path / "short", name=family, num_hidden_layers=6, **few)
+    for name in NOTEBOOKS:
+        page = open_notebook(name, folder)
+        told = {row.what: row.reason for row in page.tables["not_run"].itertuples()}
+        if name[:2] in ("01", "02", "03"):
+            (reason,) = [reason for what, reason in told.items() if what.endswith("samples of 64 tokens")]
+            assert reason == "The model knows 40 positions, so that its samples are no longer than that."
+        if name[:2] == "05" and family == "gpt2":
+            assert any(what.endswith("loads of more than 40 tokens") for what in told)
+    entries = json.loads((page_module.files.local(page.profile.run).tables / "01_similarity" / "provenance.json").read_text())
+    assert {(entry["positions"], entry["tokens"][1]) for entry in entries} == {(40, 40)}
+
+
+def test_a_tokenizer_without_special_tokens(open_notebook, tmp_path):
+    rules = json.loads(byte_tokenizer().backend_tokenizer.to_str()) | {"added_tokens": []}
+    folder = save(tmp_path / "bare", PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules))))
+    page = open_notebook("02_drop_curves", folder)
+    assert set(page.tables["tasks"]["task"]) == {"openbookqa", "winogrande"}
