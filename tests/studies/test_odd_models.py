@@ -72,19 +72,23 @@ def test_shallow_models(open_notebook, tmp_path, n_layers):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # computed and learned positions
-def test_models_that_know_few_positions(open_notebook, tmp_path, family):
-    few = {"max_position_embeddings": 40} if family == "llama" else {"n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
+def test_models_that_know_few_positions(open_notebook, tmp_path, monkeypatch, family):
+    monkeypatch.setitem(LESS, "calibration", LESS["calibration"] | {"seq_len": 160})
+    monkeypatch.setitem(LESS, "speed", LESS["speed"] | {"prompt": 96, "contexts": [16, 96, 160]})
+    few = {"max_position_embeddings": 128}
+    if family == "gpt2":
+        few |= {"n_positions": 128, "bos_token_id": 1, "eos_token_id": 2, "n_layer": 6}
     folder = save(tmp_path / "short", name=family, num_hidden_layers=6, **few)
     for name in NOTEBOOKS:
         page = open_notebook(name, folder)
         told = {row.what: row.reason for row in page.tables["not_run"].itertuples()}
         if name[:2] in ("01", "02", "03"):
-            (reason,) = [reason for what, reason in told.items() if what.endswith("samples of 64 tokens")]
-            assert reason == "The model knows 40 positions, so that its samples are no longer than that."
-        if name[:2] == "05" and family == "gpt2":
-            assert any(what.endswith("loads of more than 40 tokens") for what in told)
+            (reason,) = [reason for what, reason in told.items() if what.endswith("samples of 160 tokens")]
+            assert reason == "The model knows 128 positions, so that its samples are no longer than that."
+        if name[:2] == "05":
+            assert any(what.endswith("loads of more than 128 tokens") for what in told) == (family == "gpt2")
     entries = json.loads((page_module.files.local(page.profile.run).tables / "01_similarity" / "provenance.json").read_text())
-    assert {(entry["positions"], entry["tokens"][1]) for entry in entries} == {(40, 40)}
+    assert {(entry["positions"], entry["tokens"][1]) for entry in entries} == {(128, 128)}
 
 
 def test_a_tokenizer_without_special_tokens(open_notebook, tmp_path):
