@@ -228,10 +228,10 @@ KEY_EDITS = [
 
 # ---- rules ------------------------------------------------------------------------------------------------------------------
 
-RULE_TESTS = "tests/report/test_rules.py tests/report/test_verdicts.py tests/studies/test_verdicts.py"
+ENGINE_TESTS, RULE_TESTS = "tests/report/test_rules.py", "tests/studies/test_verdicts.py"
 RULES = [
     *edits(
-        "report/rules.py", RULE_TESTS,
+        "report/rules.py", ENGINE_TESTS,
         ("the value decides", "if self.lower <= low and high <= self.upper:", "if self.is_inside:"),
         ("no correction for many", "if p_values[i] > tail / (len(order) - rank):", "if p_values[i] > tail:"),
         ("holm goes on after a failure", "            break\n        rejected", "            continue\n        rejected"),
