@@ -88,10 +88,10 @@ def limits() -> list[str]:
         f"Of what is above guessing, {100 * attention['retained']:.0f} % is left without 8 attention layers and "
         f"{100 * mlp['retained']:.0f} % without 8 MLPs.",
         f"A gap under {100 * gaps['detectable'].max():.1f} points may well be there unseen.",
-        f"In {only(inside['dtype_there'])} {100 * inside['inside'].mean():.0f} % of {len(inside):,} numbers stay inside "
-        "theirs.",
+        f"In {only(inside['dtype_there'])} {100 * inside['inside'].mean():.0f} % of the {len(inside):,} numbers of notebook "
+        f"{only(inside['notebook'])[:2]} stay inside theirs.",
         f"Intervals of their medians, over {repeats()} repeats, cover {100 * median_interval(np.arange(repeats()))[2]:.1f} %.",
-        f"Timed whole once, generations took {whole_ratio()} times as long as composed.",
+        f"Timed whole once, generations took {whole_ratio()} times as long as composed",
         f"The dense generation reaches {100 * generation('dense', 0)['share_of_limit']:.0f} % of what the processor can do",
     ]
 
