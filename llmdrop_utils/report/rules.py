@@ -179,7 +179,8 @@ def _what_settles(enough: str, open_ones: Sequence[Comparison], among: int) -> s
     if times > 1e4:
         return text + "the number lies at the threshold, which no larger run would settle"
     if math.isnan(c.size):
-        return text + f"about {times:.2g} times as many {c.unit} would settle it"
+        factor = f"{times:.1f}" if times < 10 else _rounded(times)
+        return text + f"about {factor} times as many {c.unit} would settle it"
     return text + f"about {_rounded(times * c.size)} {c.unit} instead of {c.size:,.0f} would settle it"
 
 

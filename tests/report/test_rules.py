@@ -221,9 +221,10 @@ def test_how_many_documents_would_settle_it():
     )
 
 
-def test_without_a_size_the_factor_is_told():
-    assert note(number(-1, 1, 2, at_least=0.5, unit="repeats")).endswith(
-        "it is 1.00 (-1.00 to 2.00), where the threshold is 0.50: about 16.0 times as many repeats would settle it"
+@pytest.mark.parametrize(("low", "factor"), [(0, "4.0"), (-1, "16"), (-5.5, "170"), (-35.5, "5,400")])  # squares of 2 (1 - low)
+def test_without_a_size_the_factor_is_told(low, factor):
+    assert note(number(low, 1, 2, at_least=0.5, unit="repeats")) == (
+        f"it is 1.00 ({low:.2f} to 2.00), where the threshold is 0.50: about {factor} times as many repeats would settle it"
     )
 
 

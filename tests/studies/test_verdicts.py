@@ -316,7 +316,7 @@ def test_tables_of_an_older_version_are_named(check):
         ("redundant_from_the_start", "about 4.0 times as many samples of text"),
         ("others_rise", "about 3.7 times as many samples of text"),  # 0.1 - 0.02; 0.15^2 + 0.03^2 = 0.153^2; (0.153 / 0.08)^2
         ("same_layers_at_every_stage", "times as many samples of text"),
-        ("redundant_at_random", "about 16.0 times as many samples of text"),  # (0.04 / 0.01)^2
+        ("redundant_at_random", "about 16 times as many samples of text"),  # (0.04 / 0.01)^2
     ],
 )
 def test_what_would_settle_a_claim(check, note):
@@ -667,13 +667,13 @@ def test_what_of_the_paper_is_fed(printed):
     """Each model that a claim is about takes part."""
     evidence = lambda check: judge(check, without_not_run(printed[CLAIMS[check]["notebook"]]))[1]  # noqa: E731
     kept = evidence("quarter_of_attention_keeps_quality")
-    for told in ("llama-2-13b: Attn-8 of 40 retains 99.7 %", "mistral-7b-v0.1: Attn-8 of 32 retains 98.5 %",
-                 "llama-2-70b: Attn-16 of 80 retains 99.7 %", "llama-3-8b: Attn-8 of 32 retains 99.4 %",
-                 "llama-3-70b: Attn-16 of 80 retains 99.8 %"):  # fmt: skip
+    for told in ("13B base: Attn-8 of 40 retains 99.7 %", "Mistral-7B-v0.1 base: Attn-8 of 32 retains 98.5 %",
+                 "2-70B base: Attn-16 of 80 retains 99.7 %", "8B base: Attn-8 of 32 retains 99.4 %",
+                 "3-70B base: Attn-16 of 80 retains 99.8 %"):  # fmt: skip
         assert told in kept
     half_lost = evidence("half_of_attention")
-    assert "llama-2-70b: Attn-40 of 80 loses, in points, 2.40" in half_lost
-    assert "llama-3-70b: Attn-40 of 80 loses, in points, 1.80" in half_lost
+    assert "Llama-2-70B base: Attn-40 of 80 loses, in points, 2.40" in half_lost
+    assert "Llama-3-70B base: Attn-40 of 80 loses, in points, 1.80" in half_lost
     larger = evidence("larger_models_lose_less")
     assert "llama-2-70b retains 93.4 %, llama-2-13b retains 89.3 %" in larger
     assert "llama-3-70b retains 95.9 %, llama-3-8b retains 66.4 %" in larger
