@@ -253,5 +253,8 @@ def test_add_a_notebook(registries, tmp_path, monkeypatch, capsys):
     queries_to_outputs, gate_to_down, norm = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 64, 32
     assert counts.unique().map(list).to_dict() == {"attention": [queries_to_outputs + norm], "mlp": [gate_to_down + norm]}
     (verdict,) = verdicts.judge(tmp_path / "smoke", "12_parameters")
-    assert (verdict.verdict, verdict.evidence) == ("reproduced", "attention holds 33 % of the parameters of the layers")
+    assert (verdict.verdict, verdict.evidence) == (
+        "reproduced",
+        "of the parameters of the layers, held by attention 33 %",
+    )
     assert (tmp_path / "smoke" / "figures" / "figS30_parameters.svg").exists()

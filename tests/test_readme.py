@@ -24,7 +24,7 @@ TOLD = {
     "found": (
         FOUND,
         lambda: [*say.importance(), *say.dropping(), *say.speed()],
-        ("SmolLM2-135M-Instruct", "4 bits (Q4_1)", "bfloat16", "smollm2-135m", "95 %"),
+        ("SmolLM2-135M-Instruct", "4 bits (Q4_1)", "float32", "smollm2-135m", "95 %"),
     ),
     "claims": (CLAIMS.split("| Claim")[0], say.longer_training, ()),
     "limits": (LIMITS, say.limits, ("135M", "4 bits", "7B or 70B", "float32")),
