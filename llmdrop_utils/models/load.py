@@ -26,6 +26,7 @@ from .locate import LocatedModel, locate_model
 HARMLESS = re.compile(r"(^|\.)((attn|attention)\.masked_bias|rotary_emb\.inv_freq)$")
 
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `check_weights` says what its table says
+logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)  # a single device shares no layers
 transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
 
 

@@ -161,7 +161,7 @@ def _curves(profile: dict, model: str, shape: Shape) -> list[Piece]:
     corpora = len(profile["calibration"]["corpora"])
     across = 1 + corpora * sum(n < shape.layers for n in text["across"])  # plans, on each corpus
     return [_text(text, ("text", model), shape, 1 + sum(map(len, counts.values()))),
-            *([_text(text, ("across text", model), shape, across * corpora)] if corpora > 1 else []),
+            *([_across(text, model, shape, across, corpora)] if corpora > 1 else []),
             *_tasks(profile["tasks"], model, shape, n_tasks, "single")]  # fmt: skip
 
 
@@ -182,6 +182,12 @@ def _joint(profile: dict, model: str, shape: Shape) -> list[Piece]:
         _text(text, ("joint text", model), shape, len(new) + len(part["n_drop"])),
         *(_tasks(profile["tasks"], model, shape, n_tasks, "joint") if n_tasks else []),
     ]
+
+
+def _across(text: dict, model: str, shape: Shape, plans: int, corpora: int) -> Piece:
+    """Layers that each corpus chooses, on held-out text of all."""
+    basis = f"text of {corpora} corpora: {text['n_samples']:,} x {text['seq_len']:,} tokens x {plans} plans each"
+    return dataclasses.replace(_text(text, ("across text", model), shape, plans * corpora), basis=basis)
 
 
 def _text(text: dict, key: tuple, shape: Shape, plans: int) -> Piece:

@@ -386,7 +386,7 @@ def test_tables_are_declared_as_they_are_committed():
     for name, content in read_tables(files.REFERENCE / "cpu" / NOTEBOOK).items():
         if name != "not_run":
             assert list(content.columns) == [column.name for column in STUDIES[NOTEBOOK].tables[name]], name
-    assert set(TABLES) | {"paper"} == set(STUDIES[NOTEBOOK].tables)
+    assert set(TABLES) | {"paper", "across"} == set(STUDIES[NOTEBOOK].tables)
 
 
 def test_kinds_at_equal_n_stand_apart():
