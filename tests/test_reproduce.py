@@ -391,10 +391,11 @@ def test_an_interrupted_run_leaves_one_line(tmp_path, everybody):
     started = tmp_path / "started"
     notebook(tmp_path / "sources", "93_waits.ipynb", f"import time; open({str(started)!r}, 'w'); time.sleep(600)")
     code = f"""
-import pathlib, sys
+import pathlib, signal, sys
 from llmdrop_utils import cli
 from llmdrop_utils.base import files
 files.NOTEBOOKS = pathlib.Path({str(tmp_path / "sources")!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
 sys.exit(cli.main({SMOKE!r}))"""
     environment = os.environ | {"LLMDROP_OUTPUT": str(tmp_path / "out"), "TMPDIR": str(tmp_path)}
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
