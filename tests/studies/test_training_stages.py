@@ -25,7 +25,7 @@ from llmdrop_utils.models.recipe import load_recipe
 from llmdrop_utils.models.series import Series, Stage
 from llmdrop_utils.report.rules import INCONCLUSIVE, decide
 from llmdrop_utils.report.style import FIGURES
-from llmdrop_utils.report.tables import frame, read_tables
+from llmdrop_utils.report.tables import frame, read_tables, with_exact_names
 from llmdrop_utils.report.verdicts import ADVICE, CHECKS
 from llmdrop_utils.selection.ranking import select
 from llmdrop_utils.sources.catalogue import catalogue
@@ -320,7 +320,7 @@ def test_figures_show_the_committed_data(run):
     tables = read_tables(files.REFERENCE / run / NOTEBOOK)
     assert set(tables) == {*TABLES, "not_run"}
     for name in MINE:
-        drawing = FIGURES[name].draw(tables)
+        drawing = FIGURES[name].draw({table: with_exact_names(rows) for table, rows in tables.items()})
         shown = drawing.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         assert shown == (files.committed(run).figures / f"{name}.csv").read_text(), name
         assert drawing.takeaway
@@ -465,6 +465,7 @@ def test_scores_and_text_have_tokens_of_their_own(monkeypatch):
 def test_what_is_measured_was_held_out(monkeypatch):
     """As many blocks as the profile asks for fit into the documents that were held out; otherwise it says so."""
     monkeypatch.setattr(study, "load_tokenizer", lambda model: byte_tokenizer())
+    monkeypatch.setattr(study, "fitting_length", lambda model, asked: asked)
     recipe = load_recipe("tiny-series")
     stages = load_profile("smoke").section(Stages)
     scores, text = study._held_out_blocks(series(recipe=recipe), stages)
