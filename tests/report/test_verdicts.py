@@ -216,6 +216,12 @@ def test_the_scorecard(tmp_path):
     assert list(table["verdict"]) == [REPRODUCED, INCONCLUSIVE, REPRODUCED, NOT_RUN]
 
 
+@pytest.mark.parametrize(("run", "then"), [("demo", ["deviates", "not run"]), ("other", ["not run", "reproduced"])])
+def test_history_tells_the_verdicts_of_the_same_run(tmp_path, run, then):
+    page = verdicts.write_scorecard([verdict(0, REPRODUCED, history=HISTORY)], tmp_path, run, "").read_text(encoding="utf-8")
+    assert re.findall(r"until 2026-\d\d-\d\d \(([a-z ]+)\)", page) == then
+
+
 def test_a_scorecard_without_history(tmp_path):
     page = verdicts.write_scorecard([verdict(0, DEVIATES)], tmp_path, "demo", "About it.").read_text(encoding="utf-8")
     assert "Rules that changed" not in page
