@@ -20,7 +20,7 @@ from .report.distance import describe_distance
 from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
-from .report.tables import models_measured, read_tables
+from .report.tables import Declaration, models_measured, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
 from .studies.numbers import write_numbers
 from .studies.page import TABLES
@@ -185,12 +185,16 @@ def keep_as_reference(run: str) -> RunFolders:
 def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
     """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
     verdicts = judge(folders.tables)
-    declared = {name: study.tables for name, study in STUDIES.items()}
     about = [_about(folders.tables, description), write_numbers(folders.tables, folders.figures)]
-    if moved := write_dtypes(run, folders.tables, folders.figures, declared):
+    if moved := write_dtypes(run, folders.tables, folders.figures, _declared()):
         about.append(moved)
     write_scorecard(verdicts, folders.figures, run, "\n\n".join(about), _in_other_dtype(run, folders, verdicts))
     return verdicts
+
+
+def _declared() -> dict[str, Declaration]:
+    """What columns the tables of each notebook have."""
+    return {notebook: study.tables for notebook, study in STUDIES.items()}
 
 
 def _in_other_dtype(run: str, folders: RunFolders, verdicts: list[Verdict]) -> dict[str, str]:
@@ -227,7 +231,7 @@ def _report(profile: Profile, folders: RunFolders) -> None:
             print(f"  {verdict.verdict:10}  {verdict.claim}")
     others = [v for v in verdicts if v.verdict == NOT_RUN]
     print(f"  {len(others)} more claims were not run; scorecard.md says why.")
-    print(describe_distance(profile.run, {notebook: study.tables for notebook, study in STUDIES.items()}))
+    print(describe_distance(profile.run, _declared()))
 
 
 # ---- what a rendered notebook depends on ----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from scipy.stats import binom, norm, rankdata, t
 REPEATS = 2000
 
 LEVEL = 0.95  # what an interval covers; that of a median covers at least this, if there are six repeats or more
+TAIL = (1 - LEVEL) / 2  # what lies beyond it on each side
+Z = float(norm.isf(TAIL))  # 1.96: how many standard errors it reaches, if it is normal
 
 
 def block_length(n_samples: int) -> int:
@@ -57,7 +59,7 @@ def percentiles(n: float) -> tuple[float, float]:
     """
     if n <= 1:
         return 0.0, 1.0  # a single draw tells nothing of the spread
-    tail = float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - LEVEL) / 2, n - 1)))
+    tail = float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(TAIL, n - 1)))
     return tail, 1 - tail
 
 
@@ -65,7 +67,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of independent values by Student's t; NaN for a single one."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    reach = t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    reach = t.isf(TAIL, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
@@ -84,7 +86,7 @@ def detectable(low: float | np.ndarray, high: float | np.ndarray) -> float:
 
     Its standard error is the width over 2 x 1.96; it is found if it lies 1.96 + 0.84 standard errors from zero.
     """
-    return float((high - low) / (2 * norm.ppf((1 + LEVEL) / 2)) * (norm.ppf((1 + LEVEL) / 2) + norm.ppf(0.8)))
+    return float((high - low) / (2 * Z) * (Z + norm.ppf(0.8)))
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -115,8 +117,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's correlation along the last axis; leading axes broadcast. A constant array gives 0."""
     a, b = rankdata(a, axis=-1), rankdata(b, axis=-1)
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    norm = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.divide((a * b).sum(-1), norm, out=np.zeros(np.broadcast(norm).shape), where=norm > 0)
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros(np.broadcast(scale).shape), where=scale > 0)
 
 
 def overlap(a: tuple[int, ...], b: tuple[int, ...], n: int) -> int:

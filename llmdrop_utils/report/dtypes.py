@@ -12,16 +12,15 @@ import pandas as pd
 
 from ..base import files
 from ..base.files import replacing
+from ..models.load import DTYPES
 from .distance import by_key, dtypes_of, values_of
 from .tables import Declaration, Key, read_tables
-
-NAMES = ("float32", "bfloat16")
 
 
 def other_dtype(run: str, notebook: str, tables: Path) -> tuple[str, Path] | None:
     """The dtype and the tables of the same notebook in the other dtype, if that was measured: here, or in what is committed."""
     here = dtypes_of(tables / notebook)
-    for name in (name for name in NAMES if name != here):
+    for name in (name for name in DTYPES if name != here):
         for folders in (files.local(f"{run}-{name}"), files.committed(f"{run}-{name}")):
             if (folders.tables / notebook).is_dir() and dtypes_of(folders.tables / notebook) == name:
                 return name, folders.tables / notebook

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from scipy.stats import norm
 
+from ..base.stats import TAIL, Z
+
 REPRODUCED, DEVIATES, INCONCLUSIVE, NOT_RUN = "reproduced", "deviates", "inconclusive", "not run"
 OUTCOMES = (REPRODUCED, DEVIATES, INCONCLUSIVE, NOT_RUN)
-TAIL = 0.025  # of a 95 % interval, on each side
-Z = float(norm.isf(TAIL))
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Comparison:
         return DEVIATES if high < self.lower or low > self.upper else INCONCLUSIVE
 
     def p(self, against: str = REPRODUCED) -> float:
-        """How likely the number is if the truth lies at the threshold, as the interval says, normal tails assumed.
+        """How likely a number this far from the threshold would be if the true one lay at it; the interval is taken for normal.
 
-        against REPRODUCED: one that far outside; against DEVIATES: one that far inside. 1 where it lies on the other side, and
+        against REPRODUCED: this far outside; against DEVIATES: this far inside. 1 where the number lies on the other side, and
         0.025 where the interval ends at the threshold.
         """
         _, distance, reach = self.nearest
@@ -80,7 +80,7 @@ class Comparison:
     def needed(self, comparisons: int = 1) -> float:
         """How many times as many units would take the threshold out of the interval, if number and spread stay as they are.
 
-        comparisons: among so many a single one is to be enough. Infinite where the number lies at the threshold.
+        comparisons: among how many this one has to stand out (Holm). Infinite where the number lies at the threshold.
         """
         _, distance, reach = self.nearest
         wider = float(norm.isf(TAIL / comparisons)) / Z

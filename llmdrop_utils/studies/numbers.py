@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from ..base.files import replacing
+from ..report.rules import NOT_RUN
 from . import paper
 from .number_rules import NotRun, RunTables, look_up
 
-COMPARED, NOT_RUN = "compared", "not run"
+COMPARED = "compared"
 WHY = {  # kinds of reasons why a number is not compared, as the scorecard counts them
     "model": "need a model that this run does not have",
     "table": "belong to tables that no notebook writes yet",

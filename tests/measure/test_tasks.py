@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from llmdrop_utils.measure.tasks import FastLM, score_task  # noqa: E402
 from llmdrop_utils.sources import task_data  # noqa: E402
-from llmdrop_utils.sources.task_data import FEWSHOT_SEED, fingerprint_task, known_tasks, load_task  # noqa: E402
+from llmdrop_utils.sources.task_data import FEWSHOT_SEED, drawn, fingerprint_task, known_tasks, load_task  # noqa: E402
 
 DENSE = DropPlan()
 PLANS = (DENSE, DropPlan(attention=(1,), mlp=(2,)))
@@ -62,11 +62,12 @@ def instances(name: str, num_fewshot: int, limit: int) -> list:
 
 
 def by_lm_eval(model, tokenizer, members: list, limit: int) -> dict[str, dict[str, float]]:
-    """task -> metric -> value, by lm-eval's own model and evaluator."""
+    """task -> metric -> value, by lm-eval's own model and evaluator, on the documents that `limit` draws."""
     for task in members:
         task.set_fewshot_seed(FEWSHOT_SEED)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    results = evaluate(lm, {"tasks": {task.task_name: task for task in members}}, limit=limit)["results"]
+    samples = {task.task_name: drawn(len(task.eval_docs), limit) for task in members}
+    results = evaluate(lm, {"tasks": {task.task_name: task for task in members}}, samples=samples)["results"]
     of = lambda row: {name.partition(",")[0]: value for name, value in reversed(row.items()) if "," in name}  # noqa: E731
     return {name: of(row) for name, row in results.items()}  # of several filters, the first
 
@@ -237,7 +238,7 @@ def test_gsm8k_from_end_to_end(small_model):
 
 def test_gsm8k_knows_right_answers(small_model):
     (task,) = load("gsm8k", 0)
-    right = [document["answer"] for document in task.eval_docs.select(range(3))]
+    right = [document["answer"] for document in task.eval_docs.select(drawn(len(task.eval_docs), 3))]
     said = [right, ["#### 0", right[1], "none"]]
     with mock.patch.object(FastLM, "generate_until", side_effect=said):
         scores = score_task(*small_model, [task], PLANS, limit=3)

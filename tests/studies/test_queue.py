@@ -69,26 +69,31 @@ def test_kill_9_in_the_drop_curves(tmp_path, monkeypatch):
     """Killed among the values of a task: the scores, the text and the task's first values are not measured again."""
     monkeypatch.setattr(files, "RESULTS", tmp_path / "whole")
     whole = STUDIES["02_drop_curves"](load_profile("smoke"))
-    kinds = {kind: len(list((tmp_path / "whole" / "records" / kind).iterdir())) for kind in ("importance", "text", "task")}
-    assert kinds["task"] > 4
-    before = kinds["importance"] + kinds["text"]
-    kill_while_writing(tmp_path / "killed", monkeypatch, "02_drop_curves", before + 2)
+    written = sorted((tmp_path / "whole" / "records").rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    kinds = [path.parent.name for path in written]
+    killed_at = kinds.index("task") + 2
+    assert set(kinds[:killed_at]) == {"importance", "text", "task"}
+    assert kinds[killed_at] == "task"
+    kill_while_writing(tmp_path / "killed", monkeypatch, "02_drop_curves", killed_at)
 
-    measured = {"score_text": 0, "measure_importance": 0, "score_task": 0}
+    measured = {"importance": 0, "text": 0, "task": 0}
+    functions = {"importance": "measure_importance", "text": "score_text", "task": "score_task"}
+    # One for each plan; text is scored under the dense plan as well, which has no record.
+    records = {"importance": lambda _: 1, "text": lambda given: len(given[2]) - 1, "task": lambda given: len(given[3])}
 
-    def count(name):
+    def count(kind, name):
         function = getattr(work, name)
 
         def counted(*arguments, **more):
-            measured[name] += len(arguments[3]) if name == "score_task" else 1  # plans of a task
+            measured[kind] += records[kind](arguments)
             return function(*arguments, **more)
 
         monkeypatch.setattr(work, name, counted)
 
-    for name in measured:
-        count(name)
+    for kind, name in functions.items():
+        count(kind, name)
     monkeypatch.setattr(files, "RESULTS", tmp_path / "killed" / "data" / "results")
     after = STUDIES["02_drop_curves"](load_profile("smoke"))
-    assert measured == {"score_text": 0, "measure_importance": 0, "score_task": kinds["task"] - 2}
+    assert measured == {kind: kinds[killed_at:].count(kind) for kind in functions}
     for name, table in whole.items():
         assert table.equals(after[name]), name

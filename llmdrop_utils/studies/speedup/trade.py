@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ...report.rules import Z
+from ...base.stats import Z
 from ...report.tables import Column, Key, table
 from .generation import GENERATION
 from .loads import Speed
