@@ -238,7 +238,7 @@ RULES = [
         ("inconclusive deviates", "(INCONCLUSIVE if open_ones else REPRODUCED), open_ones, n_strict",
          "(DEVIATES if open_ones else REPRODUCED), open_ones, n_strict"),
         ("the best of models", "in (DEVIATES, INCONCLUSIVE, REPRODUCED)", "in (REPRODUCED, INCONCLUSIVE, DEVIATES)"),
-        ("tail of both sides", "TAIL = 0.025", "TAIL = 0.05"),
+        ("tail of both sides", "tail: float = TAIL", "tail: float = 2 * TAIL"),
         ("threshold itself is above", "math.nextafter(self.above, math.inf)", "self.above"),
         ("size without a square", "return times * times", "return times"),
         ("a number without an interval deviates", "            return INCONCLUSIVE\n", "            return DEVIATES\n"),
