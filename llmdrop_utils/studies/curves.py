@@ -20,6 +20,7 @@ from .curve_rows import (
     TextValues,
     average_rows,
     gap_rows,
+    in_mean,
     plan_rows,
     reach_rows,
     task_rows,
@@ -49,7 +50,7 @@ class Tasks(Settings):
 
     names: Names
     data: str  # "package" or "hub"
-    limit: NotNegative | None  # documents of each task (of each subject of a group), drawn by a fixed seed; null: all
+    limit: Positive | None  # documents of each task (of each subject of a group), drawn by a fixed seed; null: all
     num_fewshot: NotNegative | None  # null: the paper's number for each task
     n_drop: CountsByKind
 
@@ -107,9 +108,9 @@ class Measured:
             "text": text_rows(text, self.text_work.corpus, plans),
             "reach": reach_rows(text),
             "tasks": task_rows(cells, tasks),
-            "average": average_rows(cells, tasks),
-            "gaps": gap_rows(text, cells, tasks, plans),
-            "without": without_rows(cells, tasks),
+            "average": average_rows(cells, in_mean(tasks)),
+            "gaps": gap_rows(text, cells, in_mean(tasks), plans),
+            "without": without_rows(cells, in_mean(tasks)),
         }
 
     def _values(self, item: TextWork | TaskWork) -> dict[PlanKey, dict]:

@@ -1,7 +1,6 @@
 """About how long the notebooks take, and how much memory: what follows from a profile, and what a device does.
 
-What a CPU does was measured: the reference run of the profile cpu (data/reference/cpu: SmolLM2-135M, bfloat16, 2 threads of
-an AMD EPYC) took 25 minutes. What a GPU does is assumed.
+What a CPU does was measured: in bfloat16, on 2 threads of an AMD EPYC with instructions for it. What a GPU does is assumed.
 """
 
 import dataclasses
@@ -73,10 +72,10 @@ def gpu(name: str, memory: int, count: int = 1) -> Device:
 
 
 def cpu(threads: int, dtype: torch.dtype, memory: int) -> Device:
-    """A CPU, from the rates of the reference run: as much faster as it has more threads, 2.5 times slower in float32."""
+    """A CPU, from measured rates: as much faster as it has more threads, 2.5 times slower in float32."""
     is_bf16 = dtype == torch.bfloat16
     share = threads / 2 / (1.0 if is_bf16 else 2.5)
-    basis = "rates measured in the reference run on 2 threads in bfloat16"
+    basis = "rates measured on 2 threads of an AMD EPYC in bfloat16"
     if threads != 2:
         basis += f", taken to grow with the number of threads (times {threads / 2:g})"
     basis += "" if is_bf16 else ", 2.5 times slower in float32"

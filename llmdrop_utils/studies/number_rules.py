@@ -202,7 +202,7 @@ def gained(run: RunTables, claim: dict, row: str) -> Ours:
 def sdr(run: RunTables, claim: dict) -> Ours:
     """Points lost per percent of speed-up (eq. 7, as the paper computes it)."""
     points, faster = lost(run, claim, row_of(claim)), gained(run, claim, row_of(claim))
-    if not faster.value:
+    if not faster.value > 0:
         raise NotRun("row", "there is no speed-up to divide by")
     return Ours(points.value / faster.value, np.nan, np.nan, f"{points.source}; {faster.source}")
 

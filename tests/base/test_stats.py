@@ -90,11 +90,27 @@ def test_an_interval_holds_95_of_100_draws():
     np.testing.assert_allclose([low, high], [[25, 7], [975, 7]])
 
 
+def test_a_single_draw_has_no_interval():
+    """Not one of no width, which would decide any rule."""
+    low, high = stats.interval(np.zeros((2000, 3)), 1)
+    assert np.isnan([low, high]).all()
+    assert low.shape == (3,)
+    assert np.isnan(stats.text_interval(stats.text_means(np.array([0.4]), np.ones(1)), 1)).all()
+
+
+def test_correlations_reach_as_far_up_as_down():
+    """Draws from 0.7 to 0.82 around 0.8: the upper end is 0.9. It never falls, and never passes 1."""
+    percentiles = lambda low, high: np.repeat([low, high], 5000)  # noqa: E731
+    assert stats.correlation_interval(0.8, percentiles(0.7, 0.82), 64) == pytest.approx((0.7, 0.9))
+    assert stats.correlation_interval(0.8, percentiles(0.75, 0.95), 64) == pytest.approx((0.75, 0.95))
+    assert stats.correlation_interval(0.95, percentiles(0.7, 0.96), 64) == pytest.approx((0.7, 1))
+    assert np.isnan(stats.correlation_interval(0.8, np.zeros(10), 1)).all()
+
+
 def test_few_draws_have_wider_percentiles():
     """Student's quantile for n - 1 degrees of freedom, times the root of n / (n - 1), as a percentile of the normal one."""
     assert stats.percentiles(32) == pytest.approx((0.01913, 1 - 0.01913), abs=1e-5)  # -2.03951 x 1.01600 = -2.07214
     assert stats.percentiles(2)[0] == pytest.approx(0, abs=1e-12)  # -12.7062 x 1.41421
-    assert stats.percentiles(1) == (0, 1)
     assert stats.interval(np.arange(10001.0), 32) == pytest.approx((191.3, 9808.7), abs=0.1)
 
 

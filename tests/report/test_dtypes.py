@@ -46,7 +46,7 @@ def test_the_scorecard_s_sentence_counts_and_measures(run, tmp_path):
     run("cpu-bfloat16", "bfloat16", [0.75, 3.5])
     # 0.25 of a width of 1 and 1.5 of a width of 2: the median of 0.25 and 0.75 is 0.5.
     sentence = write_dtypes("cpu", files.committed("cpu").tables, tmp_path, {"01_x": DECLARED})
-    assert "01_x in bfloat16: of 2 numbers 50 % stay inside their interval, and half move by less than 0.50" in sentence
+    assert "01_x in bfloat16: of 2 numbers 50 % stay inside their 95 % interval, and half move by less than 0.50" in sentence
     written = pd.read_csv(tmp_path / "dtypes.csv")
     assert written["difference"].tolist() == [0.25, 1.5]
     assert {*written["dtype_here"]} == {"float32"}
@@ -55,10 +55,22 @@ def test_the_scorecard_s_sentence_counts_and_measures(run, tmp_path):
 
 def test_a_local_run_in_the_other_dtype_comes_before_the_committed_one(run):
     run("cpu", "float32", [0.5, 2.0])
+    run("cpu", "float32", [0.5, 2.0], files.local)
     committed = run("cpu-bfloat16", "bfloat16", [0.6, 2.0])
-    assert other_dtype("cpu", "01_x", files.committed("cpu").tables) == ("bfloat16", committed)
+    assert other_dtype("cpu", "01_x", files.local("cpu").tables) == ("bfloat16", committed)
     local = run("cpu-bfloat16", "bfloat16", [0.7, 2.0], files.local)
-    assert other_dtype("cpu", "01_x", files.committed("cpu").tables) == ("bfloat16", local)
+    assert other_dtype("cpu", "01_x", files.local("cpu").tables) == ("bfloat16", local)
+    assert other_dtype("cpu", "01_x", files.committed("cpu").tables) == ("bfloat16", committed), (
+        "what is committed stands alone"
+    )
+
+
+def test_a_run_without_the_notebook(run, tmp_path):
+    """`make reproduce NOTEBOOKS=05` beside a committed notebook 01 in another dtype."""
+    run("cpu", "float32", [0.5, 2.0], files.local, notebook="05_x")
+    run("cpu-bfloat16", "bfloat16", [0.6, 2.0])
+    assert other_dtype("cpu", "01_x", files.local("cpu").tables) is None
+    assert write_dtypes("cpu", files.local("cpu").tables, tmp_path, {"01_x": DECLARED, "05_x": DECLARED}) is None
 
 
 def test_what_was_not_measured_twice_is_left_out(run, tmp_path):

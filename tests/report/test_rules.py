@@ -188,7 +188,7 @@ def test_one_is_enough_for_some_claims():
     assert one_is_enough(*[failing(0.024)] * 50)[0] == DEVIATES
     assert one_is_enough(*[failing(0.024)] * 49, failing(0.026))[0] == INCONCLUSIVE
     assert one_is_enough(number(1, 1, 1, at_least=1), failing(0.001))[0] == REPRODUCED
-    assert one_is_enough(failing(0.001), number(NAN, NAN, NAN, at_least=1)) == (INCONCLUSIVE, ["no interval: it is"])
+    assert one_is_enough(failing(0.001), number(NAN, NAN, NAN, at_least=1)) == (INCONCLUSIVE, ["Left open: it is"])
 
 
 def test_one_is_enough_is_corrected_for_by_itself():
@@ -217,14 +217,16 @@ def test_how_many_documents_would_settle_it():
     share = Comparison("Attn-8", 0.98, 0.952, 1.008, at_least=0.99, size=500, unit="documents", form=".1%")
     assert share.needed() == pytest.approx(2.8**2)
     assert note(share) == (
-        "Attn-8 98.0 % (95.2 % to 100.8 %), where the threshold is 99.0 %: about 4,000 documents instead of 500 would settle it"
+        "To settle it: Attn-8 98.0 % (95.2 % to 100.8 %), where the threshold is 99.0 %: about 4,000 documents instead of 500 "
+        "would settle it"
     )
 
 
 @pytest.mark.parametrize(("low", "factor"), [(0, "4.0"), (-1, "16"), (-5.5, "170"), (-35.5, "5,400")])  # squares of 2 (1 - low)
 def test_without_a_size_the_factor_is_told(low, factor):
     assert note(number(low, 1, 2, at_least=0.5, unit="repeats")) == (
-        f"it is 1.00 ({low:.2f} to 2.00), where the threshold is 0.50: about {factor} times as many repeats would settle it"
+        f"To settle it: it is 1.00 ({low:.2f} to 2.00), where the threshold is 0.50: about {factor} times as many repeats "
+        "would settle it"
     )
 
 
@@ -261,12 +263,12 @@ def test_a_number_at_the_threshold(at, threshold, shown, reach):
     if at > 1 and reach < 1:
         return  # the interval is then too narrow to hold it
     text = note(number(at - reach, at, at + reach, size=5, **threshold))
-    assert text.endswith(f"the threshold is {shown}: the number lies at the threshold, which no larger run would settle")
+    assert text.endswith(f"the threshold is {shown}: too close to the threshold to say how large a run would settle it")
 
 
 def test_a_number_without_interval_is_named():
-    assert note(number(NAN, 2, NAN, at_least=1), fitting(0.1)) == "no interval: it is 2.00"
-    assert note(fitting(0.1), number(NAN, NAN, NAN)) == "no interval: it is"
+    assert note(number(NAN, 2, NAN, at_least=1), fitting(0.1)) == "Left open: it is 2.00"
+    assert note(fitting(0.1), number(NAN, NAN, NAN)) == "Left open: it is"
 
 
 def test_each_open_model_has_its_note():

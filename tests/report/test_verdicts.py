@@ -65,7 +65,7 @@ def test_a_rule_says_the_numbers_that_its_code_reads(claim):
 def test_thresholds_stand_in_the_sentence():
     rules = {claim["id"]: claim["rule"] for claim in verdicts.load_claims()}
     assert "nearest to 25 %, at least 97.8 % of what lies above guessing" in rules["attention-drop-keeps-quality"]
-    assert "At least 43.8 % of all attention layers" in rules["attention-goes-first"]
+    assert "At least 43.75 % of all attention layers" in rules["attention-goes-first"]
     assert "From 11.1 % of the training on" in rules["redundant-from-the-start"]
     assert not any("{" in rule for rule in rules.values())
 
@@ -202,12 +202,11 @@ def test_the_scorecard(tmp_path):
     )
     assert re.search(r"\| Claim 1\. +\| Sec\. 1 +\| 01_x +\| \*\*inconclusive\*\* +\| Evidence 1\. +\|", page)
     reached, changed = page.split("## How each verdict is reached")[1].split("## Rules that changed after numbers were seen")
-    assert "- *Claim 0.* Rule 0.\n- *Claim 1.* Rule 1.\n- *Claim 2.* Rule 2." in reached
-    assert "Claim 3" not in reached, "no rule was applied"
+    assert "- *Claim 0.* Rule 0.\n- *Claim 1.* Rule 1.\n- *Claim 2.* Rule 2.\n- *Claim 3.* Rule 3." in reached
     for told in ("95 % intervals", "Holm's correction", "*Reproduced*", "*Deviates*", "*Inconclusive*", "how large a run"):
         assert told in reached
     assert changed == (
-        "\n\n- *Claim 2.* Now reproduced.\n"
+        "\n\n1 of 4 rules were changed after numbers of some run had been seen.\n\n- *Claim 2.* Now reproduced.\n"
         "  - until 2026-01-02 (deviates): The first rule. Why it was changed: It was too strict.\n"
         "  - until 2026-03-04 (not run): The second rule. Why it was changed: It read one number.\n"
     )

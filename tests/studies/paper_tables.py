@@ -131,13 +131,21 @@ def _gap_rows(cells: dict) -> list[dict]:
 
 
 def _speed_row(model: str, kind: str, n: int, speedup: float) -> dict:
-    load = {"what": GENERATION, "context": 2048, "new_tokens": 2048, "backend": "eager", "fill": True, "noisy": False}
+    load = {
+        "what": GENERATION,
+        "context": 2048,
+        "new_tokens": 2048,
+        "backend": "eager",
+        "fill": True,
+        "noisy": False,
+        "level": 1.0,
+    }
     return {"model": model, "kind": kind, "n": n, "spread": 0.0} | load | _exact("speedup", speedup)
 
 
 def _trade_row(cells: dict, model: str, kind: str, n: int) -> dict:
     average, cell = _average_row(cells, model, kind, n), cells[model, kind, n]
-    row = {"model": model, "backend": "eager", "kind": kind, "n": n, "noisy": False}
+    row = {"model": model, "backend": "eager", "kind": kind, "n": n, "noisy": False, "level": 1.0}
     row |= _exact("speedup", cell["speedup"]) | _exact("sdr", cell["SDR"])
     return row | {name: average[name] for name in ("points_lost", "points_lost_low", "points_lost_high", "retained")}
 
@@ -146,13 +154,13 @@ def _further_row(cells: dict) -> dict:
     """Joint drop of Llama-2-13B retains 90 % of MMLU with 31 sub-layers, and attention drop with 12: with 16, 48.2 of 55.1.
 
     That Attn-20 is above 90 % again (51.5) does not count, as in `reach_of`. MLP and block drop are printed up to 8 alone,
-    where they retain more.
+    where they retain more. The first MLP comes after 18 attention layers.
     """
     model, joint = "llama-2-13b", 31
     mmlu = {n: cell["MMLU"] for (of, kind, n), cell in cells.items() if (of, kind) == (model, "attention") and "MMLU" in cell}
     fails = min(n for n, score in mmlu.items() if score < KEEP * cells[model, "dense", 0]["MMLU"])
     attention = max(n for n in mmlu if n < fails)
-    row = {"model": model, "other": "attention", "joint": joint, "compared": attention, "is_cut": False}
+    row = {"model": model, "other": "attention", "joint": joint, "compared": attention, "is_cut": False, "same_up_to": 18}
     return row | _exact("difference", joint - attention, "low", "high")
 
 

@@ -45,7 +45,7 @@ def simulated_trade(n_documents, repeats, noise, seed):
         rows[kind] = three("points_lost", lost, *stats.interval(100 * (draws["dense"] - draws[kind]), n_documents))
         ratios = dense / np.exp(rng.normal(0, noise, (RUNS, repeats))) * speedup
         ends = np.array([stats.median_interval(ratio)[:2] for ratio in ratios]).T
-        rows[kind] |= three("speedup", np.median(ratios, axis=1), *ends)
+        rows[kind] |= three("speedup", np.median(ratios, axis=1), *ends) | {"noisy": [False] * RUNS, "level": [0.96] * RUNS}
     low, high = stats.interval(draws["attention"] - draws["mlp"], n_documents)
     run = lambda kind, i: {name: values[i] for name, values in rows[kind].items()}  # noqa: E731
     found = [sdr_difference(run("attention", i), run("mlp", i), 100 * (high - low)[i]) for i in range(RUNS)]
@@ -65,7 +65,7 @@ def test_trades_are_covered(n_documents, repeats, noise):
     low, high = simulated_trade(n_documents, repeats, noise, seed=n_documents)
     truth = 1 / 28 - 4 / 10
     known = np.isfinite(low)
-    assert known.mean() > 0.98
+    assert known.mean() > 0.97, "where both gain points there is none"
     assert 0.93 <= covered((low[known], high[known]), truth) <= 0.97
 
 

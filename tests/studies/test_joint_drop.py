@@ -57,7 +57,9 @@ def test_joint_order():
     ],
 )
 def test_attention_layers_before_the_first_mlp(attention, mlp, ahead):
-    assert first_mlp_row(importance(attention, mlp)) == {"attention_before": ahead, "low": ahead, "high": ahead, "n_layers": 3}
+    one, two = (importance([attention] * n, [mlp] * n, weights=(8,) * n) for n in (1, 2))
+    assert first_mlp_row(two) == {"attention_before": ahead, "low": ahead, "high": ahead, "n_layers": 3}
+    assert np.isnan([first_mlp_row(one)["low"], first_mlp_row(one)["high"]]).all()
 
 
 def test_the_interval_of_the_first_mlp():
@@ -78,18 +80,44 @@ def reaching(**retained):
 def test_how_much_further_joint_drop_reaches():
     """Joint reaches 4, attention 3, MLP 1; and of blocks 2, which are 4 sub-layers."""
     shares = {"attention": [0.99, 0.95, 0.92, 0.8], "mlp": [0.91, 0.5], "block": [0.95, 0.92, 0.7]}
-    rows = further_rows(reaching(**shares, joint=[0.99, 0.98, 0.95, 0.91, 0.7]))
+    rows = further_rows(reaching(**shares, joint=[0.99, 0.98, 0.95, 0.91, 0.7]), {})
     assert rows == [
-        {"other": other, "joint": 4, "compared": compared, "difference": more, "low": more, "high": more, "is_cut": False}
+        {
+            "other": other,
+            "joint": 4,
+            "compared": compared,
+            "difference": more,
+            "low": more,
+            "high": more,
+            "is_cut": False,
+            "same_up_to": 0,
+        }
         for other, compared, more in (("attention", 3, 1), ("mlp", 1, 3), ("block", 4, 0))
     ]
-    rows = further_rows(reaching(**shares | {"mlp": [0.95, 0.91]}, joint=[0.99, 0.5]))
+    rows = further_rows(reaching(**shares | {"mlp": [0.95, 0.91]}, joint=[0.99, 0.5]), {})
     assert [(row["compared"], row["difference"], row["is_cut"]) for row in rows] == [
         (3, -2, False),
         (2, -1, True),
         (4, -3, False),
     ]
-    assert all(row["is_cut"] for row in further_rows(reaching(**shares, joint=[0.99, 0.95])))
+    assert all(row["is_cut"] for row in further_rows(reaching(**shares, joint=[0.99, 0.95]), {}))
+
+
+def test_between_the_numbers_that_were_tried():
+    """Joint reaches 2 or 3, for 4 fails; attention 4 to 7, for 8 fails; and block 2 to 3 of 4, which are 4 to 6 sub-layers."""
+    cells = [DENSE_CELL, *(Cell(kind, n) for kind, n in (("joint", 2), ("joint", 4), ("attention", 4), ("attention", 8),
+                                                         ("mlp", 1), ("block", 2), ("block", 4)))]  # fmt: skip
+    hits = np.array([[1, 1, 0.5, 1, 0.5, 0.5, 1, 0.5]] * 2)
+    attention, _, block = further_rows(TextValues(cells, hits, hits, hits), {})
+    assert (attention["difference"], attention["low"], attention["high"]) == (-2, -5, -1)
+    assert (block["difference"], block["low"], block["high"]) == (-2, -4, -1)
+
+
+def test_how_long_joint_drop_is_attention_drop():
+    cells = {Cell("joint", 1): DropPlan((1,)), Cell("joint", 2): DropPlan((1, 0)), Cell("joint", 3): DropPlan((1, 0), (0,))}
+    cells |= {Cell("attention", n): DropPlan((1, 0, 2)[:n]) for n in (1, 2, 3)}
+    text = reaching(attention=[0.99, 0.95, 0.5], mlp=[0.5], block=[0.5], joint=[0.99, 0.95, 0.5])
+    assert [row["same_up_to"] for row in further_rows(text, cells)] == [2, 0, 0]
 
 
 def test_reach_is_compared_draw_by_draw():
@@ -98,7 +126,7 @@ def test_reach_is_compared_draw_by_draw():
     cells = [DENSE_CELL, Cell("attention", 1), Cell("attention", 2), Cell("joint", 1), Cell("joint", 2)]
     cells += [Cell("mlp", 1), Cell("block", 1)]
     hits = np.hstack([hits, np.zeros((2, 2))])
-    attention, mlp, _ = further_rows(TextValues(cells, hits, hits, hits))
+    attention, mlp, _ = further_rows(TextValues(cells, hits, hits, hits), {})
     assert (attention["difference"], attention["low"], attention["high"]) == (0, 0, 0)
     assert (mlp["difference"], mlp["low"], mlp["high"]) == (1, 1, 2), "0.8 is retained of the mean of both samples"
 
@@ -241,5 +269,5 @@ def test_labels_of_methods():
 def test_a_model_of_one_layer_has_a_joint_curve_alone():
     """One of its two sub-layers can be dropped jointly, none of a single kind."""
     values = np.ones((2, 2))
-    assert further_rows(TextValues([DENSE_CELL, Cell("joint", 1)], values, values, values)) == []
-    assert further_rows(TextValues([DENSE_CELL], *[values[:, :1]] * 3)) == []
+    assert further_rows(TextValues([DENSE_CELL, Cell("joint", 1)], values, values, values), {}) == []
+    assert further_rows(TextValues([DENSE_CELL], *[values[:, :1]] * 3), {}) == []

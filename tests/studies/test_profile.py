@@ -94,7 +94,7 @@ def test_one_model_replaces_models_and_series():
             "compiled: 3",
             "'compiled' .* integers, by name, or null, but is 3",
         ),
-        ("limit: 10", "limit: -1", "'limit' in demo.yaml, under tasks must be an integer, or null, but is -1"),
+        ("limit: 10", "limit: 0", "'limit' in demo.yaml, under tasks must be a positive integer, or null, but is 0"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, old, new, message):

@@ -29,7 +29,7 @@ from llmdrop_utils.studies.profile import Profile
 from llmdrop_utils.studies.run import STUDIES, Run
 from llmdrop_utils.studies.speedup import loads
 from llmdrop_utils.studies.speedup import study as speedup_study
-from llmdrop_utils.studies.speedup.crossover import crossing, crossover_rows, in_words
+from llmdrop_utils.studies.speedup.crossover import crossing, crossing_in_words, crossover_rows
 from llmdrop_utils.studies.speedup.generation import GENERATION, Timed, compose_generations, integrate, read_timings
 from llmdrop_utils.studies.speedup.loads import Speed, SpeedWork, models_or_shapes, n_layers_of, plans_of, speed_work
 from llmdrop_utils.studies.speedup.study import limit_rows, protocol_rows
@@ -458,16 +458,16 @@ def average(**changes):
 
 def test_sdr_is_points_per_percent():
     assert sdr(2, 1.25) == pytest.approx(0.08)
-    assert sdr(2, 0.8) == pytest.approx(-0.1), "slower, and worse"
     assert math.isnan(sdr(2, 1))
+    assert math.isnan(sdr(2, 0.8)), "slower and worse, not cheaper than nothing"
 
 
 def test_trade_divides_points_by_percent():
     (row,) = trade_rows(speed_table({}), average(), SETTINGS)
     assert row == {
         "model": "m", "backend": "eager", "kind": "attention", "n": 2, "speedup": 1.25, "speedup_low": 1.2, "speedup_high": 1.5,
-        "noisy": False, "points_lost": 2.0, "points_lost_low": -1.0, "points_lost_high": 4.0, "retained": 0.97,
-        "sdr": pytest.approx(2 / 25),  # percent of speed-up, not 2 / 1.25
+        "noisy": False, "level": 31 / 32, "points_lost": 2.0, "points_lost_low": -1.0, "points_lost_high": 4.0,
+        "retained": 0.97, "sdr": pytest.approx(2 / 25),  # percent of speed-up, not 2 / 1.25
         # the widest that both intervals allow: -1 point at 20 %, 4 points at 20 %
         "sdr_low": pytest.approx(-1 / 20), "sdr_high": pytest.approx(4 / 20),
     }  # fmt: skip
@@ -540,7 +540,10 @@ def test_crossover_lies_where_the_lines_meet():
     assert row == {"model": "m", "backend": "eager", "what": "decode", "batch_size": 1, "n": 2, "tried_from": 1024,
                    "tried_to": 4096, "measured": pytest.approx(np.sqrt(2048 * 4096)), "predicted": 0.0,
                    "apart_somewhere": True}  # fmt: skip
-    assert in_words(row["measured"], 1024, 4096) == "at about 2,896 tokens"
+    assert crossing_in_words(row) == (
+        "dropping 2 attention layers gains more than dropping 2 MLP layers from about 2,896 tokens on (predicted: attention "
+        "gains more at every context from 1,024 to 4,096 tokens)"
+    )
     (row,) = crossover_rows(speed_table(*decode_at([16, 64], [1.0, 1.01], [1.02, 1.02], 0.1)), 2)
     assert (row["measured"], row["apart_somewhere"]) == (np.inf, False)
 
@@ -588,9 +591,11 @@ def test_crossing(gain, where):
 
 
 def test_crossings_in_words():
-    assert in_words(0, 128, 4096) == "below 128 tokens"
-    assert in_words(np.inf, 128, 4096) == "beyond 4,096 tokens"
-    assert in_words(1500.2, 128, 4096) == "at about 1,500 tokens"
+    row = {"n": 8, "tried_from": 128, "tried_to": 4096, "measured": 1500.2, "predicted": np.inf, "apart_somewhere": False}
+    told = crossing_in_words(row)
+    assert "cannot be told apart at any context" in told
+    assert "1,500" not in told, "a crossing within noise is none"
+    assert told.endswith("(predicted: attention gains more at no context up to 4,096 tokens)")
 
 
 def test_limits_are_the_best_that_was_seen():
@@ -711,7 +716,7 @@ def test_takeaways_tell_the_numbers():
     assert "1.10 with 2 attention layers dropped" in told["figS8_speedup"]
     assert "1.02 with 2 MLP layers dropped" in told["figS8_speedup"]
     assert "dropping 2 attention layers gains more than dropping 2 MLP layers" in told["figS9_context"]
-    assert "the lines cross at about 64 tokens" in told["figS9_context"]
+    assert "2 MLP layers from about 64 tokens on" in told["figS9_context"]
     assert "With 16 tokens in the cache, dense decoding reaches 60 %, and with 64 it reaches 25 %" in told["figS10_limit"]
     assert "with 2 dropped: 0.20 for attention layers, 0.50 for MLP layers" in told["figS11_trade"]
 
@@ -719,8 +724,8 @@ def test_takeaways_tell_the_numbers():
 def test_takeaways_of_generations_tell_of_the_whole():
     """1 s from samples: whole, the dense model took 0.98 s, and 0.8 s with two attention layers dropped."""
     compared = (
-        "It was also timed whole, once. From samples it takes 1.02 times as long for the dense model, 1.25 times as long with "
-        "2 attention layers dropped."
+        "Timed whole, once, the speed-up is 1.25 with 2 attention layers dropped; whole generations took 0.80 to 0.98 times as "
+        "long as their samples say."
     )
     tables = hand_made()
     for name in ("figS8_speedup", "figS11_trade"):
@@ -763,7 +768,7 @@ def test_figures_say_what_is_missing():
 def test_advice_names_price_and_context():
     text = ADVICE["05_speedup"](hand_made())
     assert "with 2 attention layers dropped, the whole generation is 1.10 times as fast (1.09 to 1.11), for 2.0 points" in text
-    assert "at about 64 tokens in the cache" in text
+    assert "from about 64 tokens on" in text
     text = ADVICE["05_speedup"](hand_made(trade=False))
     assert "with 4 attention layers dropped, the whole generation is 1.20 times as fast" in text
     assert "run notebook 02" in text

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmdrop_utils.report.rules import Z
+from llmdrop_utils.base.stats import Z
 from llmdrop_utils.report.tables import frame
 from llmdrop_utils.studies.run import STUDIES
-from llmdrop_utils.studies.speedup.trade import pair_rows, sdr_difference
+from llmdrop_utils.studies.speedup.trade import pair_rows, sdr, sdr_difference
 
 NAN = float("nan")
 
@@ -19,7 +19,12 @@ def cell(points, speedup, kind="attention", **more):
     lost = dict(zip(("points_lost", "points_lost_low", "points_lost_high"), points, strict=True))
     gained = dict(zip(("speedup", "speedup_low", "speedup_high"), speedup, strict=True))
     sdr = points[0] / (100 * (speedup[0] - 1))
-    return {"model": "m", "backend": "eager", "kind": kind, "n": 8, "sdr": sdr} | lost | gained | more
+    return (
+        {"model": "m", "backend": "eager", "kind": kind, "n": 8, "sdr": sdr, "noisy": False, "level": 0.97}
+        | lost
+        | gained
+        | more
+    )
 
 
 def exactly(value):
@@ -89,6 +94,29 @@ def test_a_speed_up_within_noise_has_no_interval(ends):
         assert abs(value) == pytest.approx(0.1)
         assert math.isnan(low)
         assert math.isnan(high)
+
+
+def test_a_noisy_speed_up_or_one_of_three_repeats_has_no_interval():
+    a, b = cell(around(2, 1), exactly(1.2)), cell(around(6, 1), exactly(1.1), noisy=True)
+    few = cell(around(6, 1), exactly(1.1), level=0.75)
+    for other in (b, few):
+        assert np.isnan([*sdr_difference(a, other, 1)[1:], *sdr_difference(other, a, 1)[1:]]).all()
+
+
+def test_kinds_that_gain_points_are_not_compared():
+    """Both gain one point. Per percent the slower one gains more, 0.2 against 0.02, and yet the faster one is better."""
+    slow, fast = cell(exactly(-1), exactly(1.05)), cell(exactly(-1), exactly(1.5))
+    value, low, high = sdr_difference(slow, fast, 0)
+    assert value == pytest.approx(-0.18)
+    assert np.isnan([low, high]).all()
+    assert sdr_difference(fast, cell(exactly(1), exactly(1.05)), 0) == pytest.approx((-0.22,) * 3), "a gain beats a loss"
+
+
+def test_nothing_is_paid_for_a_slow_down():
+    """3 points for -10 percent would be -0.3, better than free."""
+    assert math.isnan(sdr(3, 0.9))
+    assert math.isnan(sdr(3, 1.0))
+    assert sdr(2, 1.25) == pytest.approx(0.08)
 
 
 def test_points_without_interval_have_none():

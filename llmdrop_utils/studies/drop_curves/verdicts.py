@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ...base.stats import difference_interval
 from ...report.rules import Comparison, Finding
+from ...report.style import KIND_NAMES
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, percent, triple
 
@@ -12,14 +13,19 @@ DOCUMENTS = "documents of each task"
 
 
 @check
-def quarter_of_attention_keeps_quality(tables: Tables, layers: float, retained: float) -> Iterator[Finding]:
+def quarter_of_attention_keeps_quality(tables: Tables, layers: float, retained: float, near: float) -> Iterator[Finding]:
     for model, rows in tables["average"].groupby("model", sort=False):
         n_layers = tables["models"].set_index("model")["n_layers"][model]
         tried = rows[(rows["kind"] == "attention")]
         if tried.empty:
             yield Finding(model, "this profile drops no attention layers for the tasks")
             continue
-        row = tried.loc[(tried["n"] - n_layers * layers).abs().idxmin()]
+        larger_first = tried.sort_values("n", ascending=False)  # of two that are as near
+        row = larger_first.loc[(larger_first["n"] - n_layers * layers).abs().idxmin()]
+        if abs(row["n"] / n_layers - layers) > near:
+            wanted = f"{layers:.0%}".replace("%", " %")
+            yield Finding(model, f"no number near {wanted} of its {n_layers} attention layers was dropped for the tasks")
+            continue
         if row["retained"] != row["retained"]:
             yield Finding(model, "the dense model is not above guessing, so there is nothing to retain")
             continue
@@ -42,8 +48,8 @@ def attention_beats_mlp_and_block(tables: Tables) -> Iterator[Finding]:
             yield Finding(model, "this profile drops no two kinds at equal n for the tasks")
             continue
         compared = [
-            Comparison(f"Attn-{r.n} − {r.other}-{r.n}", 100 * r.difference, 100 * r.low, 100 * r.high, above=0, form="+.1f",
-                       size=_documents(tables, model), unit=DOCUMENTS)
+            Comparison(f"Attn-{r.n} minus {KIND_NAMES[r.other]}-{r.n}", 100 * r.difference, 100 * r.low, 100 * r.high, above=0,
+                       form="+.1f", size=_documents(tables, model), unit=DOCUMENTS)
             for r in rows.itertuples()
         ]  # fmt: skip
         yield Finding(model, f"points of the mean score: {'; '.join(map(str, compared))}", compared)

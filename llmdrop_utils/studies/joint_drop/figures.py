@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from ...report.panels import task_grid, text_curves
 from ...report.style import COLORS, LINES, MARKERS, NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
+from ...report.verdicts import threshold
 
 
 def staircase(ax: Axes, data: pd.DataFrame, title: str) -> None:
@@ -99,6 +100,9 @@ def fig09_iterative(tables: Tables) -> Drawing:
         ax.plot([row.low, row.high], [y, y], color=COLORS["attention"])
         ax.plot(row.difference, y, color=COLORS["attention"], marker=MARKERS["attention"])
     ax.axvline(0, color="0.3", linewidth=0.8)
+    margin = -threshold("iterative_no_better", "nats")
+    ax.axvline(margin, color="0.5", linewidth=0.8, linestyle=":")
+    ax.text(margin, 0.98, " the rule's margin", fontsize=6.5, color="0.35", va="top", transform=ax.get_xaxis_transform())
     several = data["model"].nunique() > 1
     labels = [(f"{r.model}, " if several else "") + f"Attn-{r.n}\n({r.shared} of {r.n} shared)" for r in data.itertuples()]
     ax.set_yticks(range(len(data)), labels)

@@ -1,6 +1,7 @@
 """Notebook 03: attention and MLP dropped in one ranking, and one by one."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -29,7 +30,7 @@ TABLES = curve_rows.TABLES | {
     "further": table(
         "model", Key("other", "Compared with"), Column("joint", "Joint drop, sub-layers", "d"),
         Column("compared", "The other, sub-layers", "d"), Column("difference", "Joint reaches further by", "+d", "low", "high"),
-        "low high", Column("is_cut", "Up to the largest number tried"),
+        "low high", Column("is_cut", "Up to the largest number tried"), Column("same_up_to", "The same plan up to", "d"),
     ),
     "iterative": table(
         "model", Key("n", "Dropped", "d"), Column("shared", "Shared layers", "d"),
@@ -73,7 +74,7 @@ def _more_rows(m: Measured) -> dict[str, list[dict]]:
     return {
         "order": order_rows(m.scores),
         "first_mlp": [first_mlp_row(m.scores)],
-        "further": further_rows(m.text),
+        "further": further_rows(m.text, m.plans),
         "iterative": iterative_rows(m.text, m.plans),
     }
 
@@ -127,23 +128,35 @@ def order_rows(scores: Importance) -> list[dict]:
     ]
 
 
-def further_rows(text: TextValues) -> list[dict]:
+def further_rows(text: TextValues, plans: Mapping[Cell, DropPlan]) -> list[dict]:
     """How many more sub-layers joint drop can do without than each kind alone, with 90 % of next-token accuracy retained.
 
-    A block is two sub-layers. `is_cut`: one of the two retains so much at every number that was tried. A kind of which a
-    shallow model has too few to drop any is left out.
+    A block is two sub-layers. The interval is wider by what lies between the numbers that were tried. `is_cut`: one of the two
+    retains so much at every number that was tried. `same_up_to`: the two are the same plan up to this number (joint drop is
+    attention drop until its first MLP). A kind of which a shallow model has too few to drop any is left out.
     """
     tried = {cell.kind for cell in text.cells if cell.on_curve}
     if "joint" not in tried:
         return []
     rows, joint = [], reach_of(text, "joint")
     for other in (kind for kind in SINGLE if kind in tried):
-        compared = reach_of(text, other) * (2 if other == "block" else 1)
+        size = 2 if other == "block" else 1
+        reached = reach_of(text, other)
+        compared = reached * size
         low, high = text.interval(joint[1:] - compared[1:])
         is_cut = any(reach_of(text, kind)[0] == tried_of(text, kind)[-1] for kind in ("joint", other))
+        both = [n for n in tried_of(text, "joint") if Cell(other, n) in plans]
+        same = [n for n in both if plans[Cell(other, n)].key == plans[Cell("joint", n)].key]
         rows.append({"other": other, "joint": int(joint[0]), "compared": int(compared[0]),
-                     "difference": int(joint[0] - compared[0]), "low": low, "high": high, "is_cut": is_cut})  # fmt: skip
+                     "difference": int(joint[0] - compared[0]), "low": low - size * _untried(text, other, reached[0]),
+                     "high": high + _untried(text, "joint", joint[0]), "is_cut": is_cut,
+                     "same_up_to": max(same, default=0)})  # fmt: skip
     return rows
+
+
+def _untried(text: TextValues, kind: str, n: int) -> int:
+    """How many numbers between n and the next one that was tried were not."""
+    return min((m for m in tried_of(text, kind) if m > n), default=n + 1) - n - 1
 
 
 def first_mlp_row(scores: Importance) -> dict:

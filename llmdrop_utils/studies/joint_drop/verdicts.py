@@ -1,5 +1,6 @@
 """Rules of notebook 03: joint and iterative dropping."""
 
+import math
 from collections.abc import Iterator
 
 from ...report.rules import Comparison, Finding
@@ -18,6 +19,8 @@ def joint_goes_furthest(tables: Tables) -> Iterator[Finding]:
         compared = [
             Comparison(f"further than {r.other} by", r.difference, r.low, r.high, above=0, form="+.0f",
                        size=_samples(tables, model))
+            if r.same_up_to <= max(r.joint, r.compared) else
+            Comparison(f"up to {r.same_up_to} it is {r.other} drop, so they cannot be compared", math.nan, math.nan, math.nan)
             for r in rows.itertuples()
         ]  # fmt: skip
         text = f"joint drop retains 90 % of next-token accuracy up to {rows['joint'].iloc[0]:.0f} sub-layers, "

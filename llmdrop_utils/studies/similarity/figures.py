@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 
-from ...report.panels import importance_bar, importance_map
+from ...report.panels import importance_bar, importance_map, rows_of_panels
 from ...report.style import (
     COLORS,
     DASHES,
@@ -39,16 +39,16 @@ def depth_profile(ax: Axes, data: pd.DataFrame, title: str) -> None:
     ax.set(yscale="log", xlabel="Layer", ylabel="Importance, 1 − cosine", title=title)
 
 
-def token_quantiles(ax: Axes, data: pd.DataFrame, kind: str, title: str) -> None:
+def token_quantiles(ax: Axes, data: pd.DataFrame, kind: str) -> None:
     """Spread of importance over tokens by layer: median, half of the tokens, nine tenths of them."""
     color = COLORS[kind]
     ax.fill_between(data["layer"], data["q05"], data["q95"], color=color, alpha=0.18, linewidth=0, label="90 % of tokens")
     ax.fill_between(data["layer"], data["q25"], data["q75"], color=color, alpha=0.4, linewidth=0, label="50 % of tokens")
     ax.plot(data["layer"], data["q50"], color=color, marker=MARKERS[kind], label="median")
-    ax.set(yscale="log", xlabel="Layer", title=title)
+    ax.set(yscale="log", xlabel="Layer")
 
 
-def dropping_order(ax: Axes, data: pd.DataFrame, title: str, color: str) -> None:
+def dropping_order(ax: Axes, data: pd.DataFrame, color: str) -> None:
     """Which layers (x) are dropped once n are (y)."""
     n_layers = len(data)
     is_dropped = np.zeros((n_layers, n_layers))
@@ -60,10 +60,10 @@ def dropping_order(ax: Axes, data: pd.DataFrame, title: str, color: str) -> None
                 yticklabels=every)  # fmt: skip
     ax.invert_yaxis()
     ax.tick_params(axis="both", labelrotation=0)
-    ax.set(xlabel="Layer", title=title)
+    ax.set(xlabel="Layer")
 
 
-def corpus_matrix(ax: Axes, data: pd.DataFrame, title: str) -> None:
+def corpus_matrix(ax: Axes, data: pd.DataFrame) -> None:
     """Rank correlation of importance between corpora."""
     names = list(dict.fromkeys([*data["a"], *data["b"]]))
     grid = pd.DataFrame(1.0, index=names, columns=names)
@@ -73,7 +73,6 @@ def corpus_matrix(ax: Axes, data: pd.DataFrame, title: str) -> None:
                 square=True)  # fmt: skip
     ax.tick_params(axis="both", length=0, labelrotation=0)
     ax.set_xticklabels(names, rotation=30, ha="right")
-    ax.set_title(title)
 
 
 # ---- the figures ----------------------------------------------------------------------------------------------------
@@ -96,11 +95,11 @@ def fig06_dropping_order(tables: Tables) -> Drawing:
     """Which layers are dropped when, on the first corpus (paper, Figs. 6 and 11)."""
     order = _first_corpus(tables["order"])
     models = list(order["model"].unique())
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.35 + 1.9 * len(models)), squeeze=False)
+    fig, axes = rows_of_panels(models, KIND_NAMES.values(), 1.9)
     for row, model in zip(axes, models, strict=True):
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             data = order[(order["model"] == model) & (order["kind"] == kind)]
-            dropping_order(ax, data, f"{KIND_NAMES[kind]}, {model}", COLORS[kind])
+            dropping_order(ax, data, COLORS[kind])
         row[0].set_ylabel("Layers dropped")
     depth = tables["depth"].groupby(["model", "kind"], sort=False)["correlation"].mean()
 
@@ -163,13 +162,11 @@ def figS2_token_distribution(tables: Tables) -> Drawing:
     """Spread of importance over tokens, on the first corpus: where the median, 50 % and 90 % of the tokens are."""
     data = _first_corpus(tables["distribution"])
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(
-        len(models), 3, figsize=(WIDTH, 0.35 + 2.0 * len(models)), squeeze=False, sharey=True, sharex="row"
-    )
+    fig, axes = rows_of_panels(models, KIND_NAMES.values(), 2.0, sharex=True, sharey=True)
     for row, model in zip(axes, models, strict=True):
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             rows = data[(data["model"] == model) & (data["kind"] == kind)]
-            token_quantiles(ax, rows, kind, f"{KIND_NAMES[kind]}, {model}")
+            token_quantiles(ax, rows, kind)
         row[0].set_ylabel("Importance per token")
         row[0].legend(loc="upper right", fontsize=7)
 
@@ -191,15 +188,15 @@ def figS3_corpus_agreement(tables: Tables) -> Drawing:
     models = list(data["model"].unique())
     if not models:
         return nothing_to_show("One corpus only: nothing to compare", data)
-    fig, axes = plt.subplots(len(models), 3, figsize=(WIDTH, 0.3 + 2.3 * len(models)), squeeze=False)
+    fig, axes = rows_of_panels(models, KIND_NAMES.values(), 2.2)
     for row, model in zip(axes, models, strict=True):
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             rows = data[(data["model"] == model) & (data["kind"] == kind)]
-            corpus_matrix(ax, rows, f"{KIND_NAMES[kind]}, {model}")
+            corpus_matrix(ax, rows)
             if ax is not row[0]:
                 ax.set_yticks([])
-    scale = ScalarMappable(plt.Normalize(0, 1), "cividis")
-    fig.colorbar(scale, ax=axes, label="Spearman's correlation", shrink=0.7)
+        scale = ScalarMappable(plt.Normalize(0, 1), "cividis")
+        row[0].figure.colorbar(scale, ax=row, label="Spearman's correlation", shrink=0.7)
 
     def sentence(rows: pd.DataFrame) -> str:
         lowest = rows.loc[rows.groupby("kind", sort=False)["correlation"].idxmin()]
@@ -212,17 +209,15 @@ def figS3_corpus_agreement(tables: Tables) -> Drawing:
 def _heatmaps(data: pd.DataFrame, kinds: list[str], rows: str, label: str = "") -> Drawing:
     """A row of heat maps for each model, one for each kind, on one colour scale."""
     models = list(data["model"].unique())
-    height = 0.55 + 0.2 * data[rows].nunique()
-    fig, axes = plt.subplots(
-        len(models), len(kinds), figsize=(WIDTH, 0.3 + (0.35 + height) * len(models)), squeeze=False, sharey="row"
-    )
+    height = 0.9 + 0.2 * data[rows].nunique()
+    fig, axes = rows_of_panels(models, [KIND_NAMES[kind] for kind in kinds], height, sharey=True)
     shown = data[data["kind"].isin(kinds)]
     for row, model in zip(axes, models, strict=True):
         for ax, kind in zip(row, kinds, strict=True):
             chosen = shown[(shown["model"] == model) & (shown["kind"] == kind)]
-            importance_map(ax, chosen, rows, f"{KIND_NAMES[kind]}, {model}")
+            importance_map(ax, chosen, rows)
         row[0].set_ylabel(label)
-    importance_bar(fig, axes)
+        importance_bar(row)
 
     def sentence(of_model: pd.DataFrame) -> str:
         mean = of_model.groupby(["kind", "layer"])["importance"].mean()

@@ -1,5 +1,7 @@
 """Notebook 05, the context from which dropping attention saves more time than dropping as many MLP layers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -44,8 +46,16 @@ def crossing(x, y) -> float:
     return float(np.exp(np.log(x[i - 1]) + share * (np.log(x[i]) - np.log(x[i - 1]))))
 
 
-def in_words(crossing: float, tried_from: int, tried_to: int) -> str:
-    """Where two lines cross, or on which side of the contexts that were tried."""
-    if crossing == 0:
-        return f"below {tried_from:,} tokens"
-    return f"beyond {tried_to:,} tokens" if np.isinf(crossing) else f"at about {crossing:,.0f} tokens"
+def crossing_in_words(row: Mapping) -> str:
+    """From which context on dropping attention gains more than dropping MLP, for a row of the table "crossover"."""
+    predicted = f"(predicted: attention gains more {_where(row['predicted'], row)})"
+    if not row["apart_somewhere"]:
+        return f"the speed-ups without attention and without MLP layers cannot be told apart at any context {predicted}"
+    gains = f"dropping {row['n']} attention layers gains more than dropping {row['n']} MLP layers"
+    return f"{gains} {_where(row['measured'], row)} {predicted}"
+
+
+def _where(tokens: float, row: Mapping) -> str:
+    if tokens == 0:
+        return f"at every context from {row['tried_from']:,} to {row['tried_to']:,} tokens"
+    return f"at no context up to {row['tried_to']:,} tokens" if np.isinf(tokens) else f"from about {tokens:,.0f} tokens on"

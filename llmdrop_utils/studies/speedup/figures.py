@@ -13,11 +13,12 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ...report.style import COLORS, LINES, MARKERS, NAMES, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
-from .crossover import in_words
+from .crossover import crossing_in_words
 from .generation import GENERATION
 
 FILLS = {"eager": "full", "compiled": "none"}  # filled markers: eager; open ones: compiled
 LAYERS = {"attention": "attention layers", "mlp": "MLP layers", "block": "blocks", "joint": "attention and MLP layers"}
+LABEL_AT = {"attention": (3, 3), "mlp": (3, -9), "block": (-8, 3), "joint": (-8, -9)}  # points of equal n may coincide
 DOTTED: dict[str, Any] = {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
 RING: dict[str, Any] = {"color": "0.4", "linestyle": "none", "marker": "o", "markersize": 9, "fillstyle": "none"}
 
@@ -86,7 +87,7 @@ def trade_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
                     linestyle=LINES[kind], fillstyle=FILLS[backend], label=NAMES[kind] + _compiled(backend),
                     elinewidth=0.6)  # fmt: skip
         for a, b, n in zip(x, y, line["n"], strict=True):
-            ax.annotate(str(n), (a, b), (3, 3), textcoords="offset points", fontsize=7, color=COLORS[kind])
+            ax.annotate(str(n), (a, b), LABEL_AT[kind], textcoords="offset points", fontsize=7, color=COLORS[kind])
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set(title=title, xlabel="Speed-up of the generation, %", ylabel="Points lost, mean of tasks")
 
@@ -150,16 +151,10 @@ def figS9_context(tables: Tables) -> Drawing:
                 continue
             context_panel(ax, rows, _titled(f"Decode, batch {batch}", model, models))
         row[0].set_ylabel("Speed-up over dense")
-    _explain(fig, axes, _where(tables, models), _bars(data), _signs(data))
+    _explain(fig, axes, _where(tables, models), _bars(data), _signs(data), columns=2)
 
     def sentence(rows: pd.DataFrame) -> str:
-        found = [
-            f"At batch {r.batch_size} the lines cross {in_words(r.measured, r.tried_from, r.tried_to)} (predicted: "
-            f"{in_words(r.predicted, r.tried_from, r.tried_to)})."
-            for r in rows.itertuples()
-        ]
-        n = rows["n"].iloc[0]
-        return f"{' '.join(found)} Beyond that, dropping {n} attention layers gains more than dropping {n} MLP layers."
+        return " ".join(f"At batch {row['batch_size']}, {crossing_in_words(row)}." for row in rows.to_dict("records"))
 
     return Drawing(fig, data, _timed_on(tables, for_each_model(tables["crossover"].query("what == 'decode'"), sentence)))
 
@@ -205,7 +200,7 @@ def figS11_trade(tables: Tables) -> Drawing:
     fig, axes = plt.subplots(1, len(models), figsize=(WIDTH * min(1, 0.6 * len(models)), 3.0), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
         trade_panel(ax, data[data["model"] == model], model if len(models) > 1 else "")
-    note = f"numbers: layers dropped; {_bars(tables['speed'])}, 95 % over documents; lower right is better"
+    note = f"numbers: layers dropped; lower right is better\n{_bars(tables['speed'])}, 95 % over documents"
     _explain(fig, axes, _where(tables, models), note, {}, columns=3)
 
     def sentence(rows: pd.DataFrame) -> str:
@@ -266,11 +261,12 @@ def whole_or_samples(tables: Tables, model: str) -> str:
     rows = tables["protocol"].query("model == @model")
     if rows.empty:
         return "The generation is composed from samples and was not timed whole."
-    found = [
-        f"{r.ratio:.2f} times as long {f'with {r.n} {LAYERS[r.kind]} dropped' if r.n else 'for the dense model'}"
-        for r in rows.itertuples()
-    ]
-    return f"It was also timed whole, once. From samples it takes {', '.join(found)}."
+    found = [f"{r.speedup_whole:.2f} with {r.n} {LAYERS[r.kind]} dropped" for r in rows.itertuples() if r.n]
+    longer = 1 / rows["ratio"]
+    return (
+        f"Timed whole, once, the speed-up is {', '.join(found)}; whole generations took {longer.min():.2f} to "
+        f"{longer.max():.2f} times as long as their samples say."
+    )
 
 
 def _signs(data: pd.DataFrame) -> dict[str, Line2D]:

@@ -39,7 +39,7 @@ TABLES = {
         Column("share_of_limit", "Share of what bytes and operations allow, parts one after the other", ".0%"),
     ),
     "trade": table(
-        "model", Key("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", Column("noisy", "Noisy"),
+        "model", Key("backend", "Back end"), *DROPPED, SPEEDUP, "speedup_low speedup_high", LEVEL, Column("noisy", "Noisy"),
         LOST, "points_lost_low points_lost_high", Column("retained", "Retained", ".1%"), SDR, "sdr_low sdr_high",
     ),
     "trade_pairs": TRADE_PAIRS,
@@ -56,7 +56,7 @@ TABLES = {
     "crossover": table(
         "model", Key("backend", "Back end"), Key("what", "Load"), Key("batch_size", "Batch", "d"),
         Key("n", "n", "d"), Column("tried_from", "Tried from", ",d"), Column("tried_to", "Tried to", ",d"),
-        Column("measured", "Attention gains more from (tokens; 0: always, inf: never)", ",.0f"),
+        Column("measured", "Attention gains more from (tokens; 0: at all that were tried, inf: at none)", ",.0f"),
         Column("predicted", "Predicted", ",.0f"), Column("apart_somewhere", "Intervals apart somewhere"),
     ),
     "limits": table(

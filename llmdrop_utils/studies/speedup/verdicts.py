@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from ...base.stats import LEVEL
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
-from .crossover import in_words
+from .crossover import crossing_in_words
 from .generation import GENERATION
 
 
@@ -26,14 +27,23 @@ def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Find
             yield Finding(model, reason)
             continue
         # A noisy timing has no say, whichever way it points.
+        counts = is_judged(half)
         compared = [
-            Comparison(f"{row['backend']}{', too noisy to count' if row['noisy'] else ''}", *ends, at_least=speedup,
-                       unit="repeats")
-            for row in half.to_dict("records")
-            for ends in [(float("nan"),) * 3 if row["noisy"] else triple(row, "speedup", "speedup_")]
-        ]  # fmt: skip
-        text = f"Attn-{half.iloc[0]['n']} of {layers[model]}, 2,048 tokens in and out: {'; '.join(map(str, compared))}"
+            Comparison(row["backend"], *triple(row, "speedup", "speedup_"), at_least=speedup, unit="repeats")
+            for row in half[counts].to_dict("records")
+        ]
+        told = [*map(str, compared), *(f"{row.backend}: not judged, {_why_not(row)}" for row in half[~counts].itertuples())]
+        text = f"Attn-{half.iloc[0]['n']} of {layers[model]}, 2,048 tokens in and out: {'; '.join(told)}"
         yield Finding(model, text, compared, enough="one")
+
+
+def is_judged(timings: pd.DataFrame) -> pd.Series:
+    """Timings that a rule may rest on: not noisy, and of so many repeats that their interval covers 95 %."""
+    return ~timings["noisy"].astype(bool) & (timings["level"] >= LEVEL)
+
+
+def _why_not(timing) -> str:
+    return "too noisy" if timing.noisy else "too few repeats"
 
 
 @check
@@ -51,7 +61,8 @@ def attention_is_best_trade(tables: Tables) -> Iterator[Finding]:
         ]  # fmt: skip
         text = "; ".join(map(str, compared))
         if slow := [f"n = {r.n}, {r.backend}: {r.other}" for r in rows.itertuples() if r.low != r.low]:
-            text += f"{'; ' if text else ''}not judged, since a speed-up is within noise: {', '.join(slow)}"
+            reason = "a speed-up is not clear of noise, or both gain points"
+            text += f"{'; ' if text else ''}not judged, since {reason}: {', '.join(slow)}"
         yield Finding(model, f"points lost per percent of speed-up: {text}", compared)
 
 
@@ -68,10 +79,7 @@ def what_to_do(tables: Tables) -> str:
         decode = crossover[(crossover["model"] == model) & (crossover["what"] == "decode")] if len(crossover) else crossover
         if len(decode):
             c = decode.iloc[0]
-            found += (
-                f" At batch {c['batch_size']}, dropping attention speeds decoding up as much as dropping MLP "
-                f"{in_words(c['measured'], c['tried_from'], c['tried_to'])} in the cache, and more at longer contexts."
-            )
+            found += f" At batch {c['batch_size']}, {crossing_in_words(c)}."
         text.append(f"**{model}**: {found}")
     text.append(
         "Times are of this machine alone. Measure on the device, with the back end, the batch and the context that you will "

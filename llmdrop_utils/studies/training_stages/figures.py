@@ -9,26 +9,33 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ...report.panels import importance_bar, importance_map
+from ...report.panels import importance_bar, importance_map, rows_of_panels
 from ...report.style import COLORS, DASHES, KIND_NAMES, MARKERS, WIDTH, Drawing, figure, for_each_model
 from ...report.tables import Tables
+from ...report.verdicts import threshold
 from .rows import LAYERS
 
 IN_TEXT = {"attention": "attention", "mlp": "MLP", "block": "blocks"}
 LABELS = 20  # of stages that fit beside each other in a figure's width
 COLUMNS = 3  # panels beside each other
-LONG_NAME = 16  # characters of a model's name that fit into a title of such a panel, beside the kind
 
 # ---- on one pair of axes --------------------------------------------------------------------------------------------
 
 
-def over_training(ax: Axes, data: pd.DataFrame, value: str, legend: bool) -> None:
-    """A line for each kind over the stages: mean over seeds, the band from the lowest to the highest end of their intervals."""
+def over_training(ax: Axes, data: pd.DataFrame, value: str, legend: bool, bands: bool = True) -> None:
+    """A line for each kind over the stages: mean over seeds, the band from the lowest to the highest end of their intervals.
+
+    Without bands, a thin line for each seed instead: wide bands of three kinds cover each other.
+    """
     markers = {kind: MARKERS[kind] for kind in KIND_NAMES}  # seaborn mixes no filled markers with others
     sns.lineplot(data, x="position", y=value, hue="kind", style="kind", hue_order=KIND_NAMES, style_order=KIND_NAMES,
                  palette=COLORS, markers=markers, dashes=DASHES, errorbar=None, markeredgewidth=0, legend=legend,
                  ax=ax)  # fmt: skip
     for kind in KIND_NAMES:
+        if not bands:
+            for _, seed in data[data["kind"] == kind].groupby("seed"):
+                ax.plot(seed["position"], seed[value], color=COLORS[kind], linewidth=0.6, alpha=0.6)
+            continue
         rows = data[data["kind"] == kind].groupby("position")
         low, high = rows["low"].min(), rows["high"].max()
         ax.fill_between(low.index, low, high, color=COLORS[kind], alpha=0.2, linewidth=0)
@@ -48,6 +55,23 @@ def name_stages(ax: Axes, stages: pd.DataFrame, n_panels: int) -> None:
                   ha="right" if slanted else "center")  # fmt: skip
     ax.set_xticks(places, minor=True)
     ax.set_xlabel(stage_heading(stages))
+
+
+def rules_begin(stages: pd.DataFrame) -> float | None:
+    """Between which positions the rules begin to judge: half-way between the last stage that they leave out and the next.
+
+    None if they leave nothing out but untrained weights, or if it is unknown how much training the stages have seen.
+    """
+    early = stages[stages["progress"] < threshold("redundant_from_the_start", "first")]["position"]
+    return early.max() + 0.5 if early.nunique() > 1 else None
+
+
+def mark_rules(ax: Axes, stages: pd.DataFrame, label: bool) -> None:
+    """A line where the rules begin to judge."""
+    if (begins := rules_begin(stages)) is not None:
+        ax.axvline(begins, color="0.5", linewidth=0.8, linestyle=(0, (4, 2)), zorder=0)
+        if label:
+            ax.text(begins, 0.02, " rules judge\n from here", fontsize=6.5, color="0.35", transform=ax.get_xaxis_transform())
 
 
 def loss_curve(ax: Axes, stages: pd.DataFrame, losses: pd.DataFrame, runs: pd.DataFrame) -> None:
@@ -96,19 +120,18 @@ def fig07_training_stages(tables: Tables) -> Drawing:
     data = tables["importance"].groupby(["model", "kind", "position", "layer"], sort=False)["importance"].mean().reset_index()
     models = list(data["model"].unique())
     heights = [0.9 + 0.17 * data[data["model"] == model]["position"].nunique() for model in models]
-    fig, axes = plt.subplots(
-        len(models), 3, figsize=(WIDTH, 0.3 + sum(heights)), squeeze=False, sharey="row", height_ratios=heights
-    )
+    fig, axes = rows_of_panels(models, KIND_NAMES.values(), heights, sharey=True)
     for row, model in zip(axes, models, strict=True):
         stages = tables["stages"][tables["stages"]["model"] == model]
-        separator = " " if len(model) <= LONG_NAME else "\n"
         for ax, kind in zip(row, KIND_NAMES, strict=True):
             rows = data[(data["model"] == model) & (data["kind"] == kind)].sort_values(["position", "layer"])
-            importance_map(ax, rows, "position", f"{KIND_NAMES[kind]},{separator}{model}")
+            importance_map(ax, rows, "position")
+            if (begins := rules_begin(stages)) is not None:
+                ax.axhline(begins + 0.5, color="white", linewidth=1.2, linestyle=(0, (4, 2)))  # cells are centred on a half
         labels = stage_labels(stages)
         row[0].set_yticks(np.arange(len(labels)) + 0.5, labels)  # the middle of a cell
         row[0].set_ylabel(stage_heading(stages))
-    importance_bar(fig, axes)
+        importance_bar(row)
 
     def sentence(rows: pd.DataFrame) -> str:
         ends = [rows[rows["position"] == end].set_index(["kind", "layer"])["importance"] for end in _ends(rows)]
@@ -141,6 +164,8 @@ def figS13_stage_means(tables: Tables) -> Drawing:
         column[0].set_title(model)
         loss_curve(column[2], own["stages"], own["losses"], own["runs"])
         name_stages(column[2], own["stages"], n_columns)
+        for ax in column:
+            mark_rules(ax, own["stages"], label=ax is column[0])
         for ax, label in zip(column, labels, strict=True):
             ax.set_ylabel(label if i % n_columns == 0 else "")
 
@@ -161,10 +186,10 @@ def figS13_stage_means(tables: Tables) -> Drawing:
 @figure("07_training_stages")
 def figS14_stage_agreement(tables: Tables) -> Drawing:
     """Rank correlation of each stage's importance with that of the last stage.
-    Bands run from the lowest to the highest end of the seeds' 95 % intervals.
+    Thick lines are means over seeds, thin ones single seeds.
     """
     data = tables["agreement"]
-    fig, axes = _panels(data, "correlation", "Rank correlation\nwith the last stage")
+    fig, axes = _panels(data, "correlation", "Rank correlation\nwith the last stage", bands=False)
     for ax in axes:
         ax.set_ylim(top=1.05)
 
@@ -200,15 +225,16 @@ def figS15_stage_cost(tables: Tables) -> Drawing:
     return Drawing(fig, data, for_each_model(data, sentence))
 
 
-def _panels(data: pd.DataFrame, value: str, label: str) -> tuple[plt.Figure, list[Axes]]:
+def _panels(data: pd.DataFrame, value: str, label: str, bands: bool = True) -> tuple[plt.Figure, list[Axes]]:
     """A panel for each model, with a line for each kind over the stages."""
     models = list(data["model"].unique())
     fig, axes, n_columns = _grid(len(models), 2.6)
     for i, (model, (ax,)) in enumerate(zip(models, axes, strict=True)):
         rows = data[data["model"] == model]
-        over_training(ax, rows, value, legend=i == 0)
+        over_training(ax, rows, value, legend=i == 0, bands=bands)
         ax.axhline(0, color="0.6", linewidth=0.6)
         name_stages(ax, rows, n_columns)
+        mark_rules(ax, rows, label=i == 0)
         ax.set(title=model, ylabel=label if i % n_columns == 0 else "")
     return fig, [ax for (ax,) in axes]
 

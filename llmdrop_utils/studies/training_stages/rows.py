@@ -145,16 +145,14 @@ class Followed:
     # ---- which layers would be dropped --------------------------------------------------------------------------------
 
     def _agreement_rows(self) -> list[dict]:
-        """Does a stage rank the layers as the last one does? Rank correlation, and how many of a quarter both would drop.
-
-        Near 1, the interval of the correlation is too low if anything, as that of two corpora is (notebook 01).
-        """
+        """Does a stage rank the layers as the last one does? Rank correlation, and how many of a quarter both would drop."""
         n, rows = count(self.n_layers, "quarter"), []
         for where, scores, draws in zip(self.where, self.scores, self.draws, strict=True):
             for kind in KINDS:
                 last = self.scores[-1]
                 correlation = float(stats.rank_correlation(scores.importance[kind], last.importance[kind]))
-                low, high = self._interval(stats.rank_correlation(draws[kind], self.draws[-1][kind]))
+                drawn = stats.rank_correlation(draws[kind], self.draws[-1][kind])
+                low, high = stats.correlation_interval(correlation, drawn, len(last.weights))
                 shared = stats.overlap(scores.order(kind), last.order(kind), n)
                 rows.append(where | {"kind": kind, "correlation": correlation, "low": low, "high": high, "n": n,
                                      "shared": shared, "by_chance": n * n / self.n_layers})  # fmt: skip
