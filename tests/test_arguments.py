@@ -138,6 +138,7 @@ def test_tokens_in_every_plain_form(name):
         [], [[]], torch.empty(0, 4, dtype=torch.long), [3, 4, 5], TOKENS[0], TOKENS[None], TOKENS.float(), TOKENS.bool(),
         [[3.0, 4.0]], [[3, 4], [5]], "some text", ["some", "text"], None, 5, {"ids": ROWS},
         BatchEncoding({"input_ids": [3, 4]}),
+        BatchEncoding({"input_ids": [[3, 4], [5]], "attention_mask": [[1, 1], [1]]}),
     ],
     ids=repr,
 )  # fmt: skip
@@ -163,6 +164,12 @@ def test_padding_is_not_text():
         scores.fingerprint
         == measure_importance(TINY, TOKENS, attention_mask=torch.tensor(padded["attention_mask"])).fingerprint
     )
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 1, 1], [1]], "abc", [[1, 1]], torch.zeros(2, 4), 5])
+def test_other_masks_are_refused(mask):
+    with pytest.raises(LLMDropError, match="The attention mask must have the shape of the tokens"):
+        measure_importance(TINY, TOKENS, attention_mask=mask)
 
 
 def test_fingerprints_are_of_token_ids():
@@ -221,6 +228,7 @@ def test_other_things_are_named():
         (lambda: measure_speed(TINY, "decode"), "Expected a Load"),
         (lambda: greedy(TINY, TOKENS, 2, "fast"), "Unknown back end 'fast'"),
         (lambda: load_tokens(["web"], TOKENIZER, 1, 8), "Expected the name of one corpus"),
+        (lambda: load_task(["boolq"]), "Expected the name of one task"),
     ):
         with pytest.raises(LLMDropError, match=message):
             function()

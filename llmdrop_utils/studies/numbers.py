@@ -51,7 +51,9 @@ def write_numbers(tables: Path, folder: Path) -> str:
     n = (compared["status"] == COMPARED).sum()
     counts = compared["why"].value_counts(sort=True)
     reasons = ", ".join(f"{count} {WHY[why]}" for why, count in counts.items())
+    settings = ((compared["status"] == COMPARED) & compared["id"].str.startswith("T5.")).sum()  # numbers of examples
+    of_these = f", {settings} of them settings" if settings else ""
     return (
-        f"Of the paper's {len(compared)} numbers {n} were compared with ours ([numbers.csv](numbers.csv)), "
+        f"Of the paper's {len(compared)} numbers {n} were compared with ours{of_these} ([numbers.csv](numbers.csv)), "
         f"{len(compared) - n} not run: {reasons}."
     )

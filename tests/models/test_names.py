@@ -10,9 +10,9 @@ import torch
 from gguf_files import make_llama, split_gguf, write_gguf
 from safetensors.torch import load_file, save_file
 
-from llmdrop_utils import LLMDropError, load_profile, locate_model, locate_series
+from llmdrop_utils import LLMDropError, load_model, load_profile, locate_model, locate_series
 from llmdrop_utils.models.convert import byte_tokenizer
-from llmdrop_utils.models.names import label, plain_name
+from llmdrop_utils.models.names import label, local_path, plain_name
 from llmdrop_utils.models.outlook import outlook
 from llmdrop_utils.sources import sizes
 
@@ -154,6 +154,24 @@ def test_addresses_of_something_else(address, message):
     for use in (locate_model, locate_series, lambda name: outlook(name, sizes.Hub()), run_of):
         with pytest.raises(LLMDropError, match=message):
             use(address)
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 7, "https://[x/org/model"])
+def test_what_is_no_name(name):
+    for use in (load_model, locate_model, locate_series):
+        with pytest.raises(LLMDropError, match=r"Expected a model: a name of data/sources.yaml, a hub id|is no address"):
+            use(name)
+
+
+def test_paths_are_names(tmp_path, cache):
+    save(tmp_path / "m", 0)
+    assert plain_name(tmp_path / "m") == str(tmp_path / "m")
+    assert locate_model(tmp_path / "m").identity == locate_model(str(tmp_path / "m")).identity
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 300, "a\0b"])
+def test_paths_that_no_system_has(name):
+    assert local_path(name) is None
 
 
 def test_a_page_of_the_hub_is_its_model(tmp_path, network, cache):

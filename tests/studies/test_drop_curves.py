@@ -21,6 +21,7 @@ from llmdrop_utils.studies.curve_rows import (
     TextValues,
     average_rows,
     gap_rows,
+    in_mean,
     mean_score,
     plan_rows,
     reach_rows,
@@ -349,6 +350,19 @@ def test_values_find_their_cells(measured):
     assert (piqa.metric, elsewhere.metric) == ("acc_norm", "acc"), "the paper's; of other tasks lm-eval's first"
     assert piqa.seed != elsewhere.seed
     np.testing.assert_allclose(piqa.scores, [[0.8, 0.78, 0.78]] * 3)
+
+
+def test_a_generated_task_stands_apart(measured):
+    """GSM8K is no part of the paper's mean. With nothing else, it is its own."""
+    chosen, generated = task([1.0, 0.5]), task([0.9, 0.1], chance=0)
+    assert in_mean([generated, chosen]) == [chosen]
+    assert in_mean([generated]) == [generated]
+    before = measured.rows()
+    measured.tasks.append(dataclasses.replace(measured.tasks[0], task="gsm8k", scores=measured.tasks[0].scores / 2, chance=0.0))
+    after = measured.rows()
+    for name in ("average", "gaps", "without"):
+        assert after[name] == before[name]
+    assert len(after["tasks"]) == 1.5 * len(before["tasks"])
 
 
 def test_tables_figures_and_advice(measured):

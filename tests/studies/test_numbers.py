@@ -258,7 +258,9 @@ def test_the_line_counts_every_number(tmp_path):
     rows = pd.read_csv(tmp_path / "numbers.csv")
     compared, others = (int((rows["status"] == status).sum()) for status in ("compared", "not run"))
     assert (compared, others) == (17, 715)
-    assert line.startswith("Of the paper's 732 numbers 17 were compared with ours ([numbers.csv](numbers.csv)), 715 not run: 5")
+    assert line.startswith(
+        "Of the paper's 732 numbers 17 were compared with ours, 5 of them settings ([numbers.csv](numbers.csv)), 715 not run: 5"
+    )
     counts = [int(count) for count in re.findall(r"(?:: |, )(\d+) (?:are|need|belong|were measured)", line)]
     assert sum(counts) == 715
     assert list(rows.columns) == ["id", "where", "model", "method", "n_drop", "what", "unit", "paper", "status", "ours", "low",

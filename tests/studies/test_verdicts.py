@@ -614,10 +614,10 @@ def test_a_single_trained_checkpoint_has_no_course():
 
 
 def test_when_attention_begins_to_be_most_redundant():
-    assert "and it is so from step-9 on" in judge("redundant_from_the_start", means(0.1, -0.1, 0.3))[1]
-    assert "and it is so from step-1 on" in judge("redundant_from_the_start", means(0.2, 0.1, 0.3))[1]
+    assert "it is so for all seeds from step-9 on" in judge("redundant_from_the_start", means(0.1, -0.1, 0.3))[1]
+    assert "it is so for all seeds from step-1 on" in judge("redundant_from_the_start", means(0.2, 0.1, 0.3))[1]
     never = means(0.2, 0.1, 0.3)["means"].assign(above_low=-0.1)
-    assert "and it is not so at the last stage" in judge("redundant_from_the_start", {"means": never})[1]
+    assert "it is not so at the last stage" in judge("redundant_from_the_start", {"means": never})[1]
 
 
 # ---- what rules are made of -----------------------------------------------------------------------------------------------

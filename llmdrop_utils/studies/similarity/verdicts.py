@@ -44,11 +44,12 @@ def near_zero_attention(tables: Tables, layers: float, importance: float) -> Ite
                 compared.append(Comparison(f"attention minus {other} at this rank on {corpus}", *difference, below=0, **shared))
         most = max(worst, key=lambda row: row["importance"])
         text = f"the least important {layers:.0%} of the attention layers have an importance of at most ".replace("%", " %")
-        others = ", ".join(f"{c.value:+.4f} {c.what.split(' at ')[0]}" for c in compared[1:3])
+        least = worst[0]["importance"]
+        mlp, block = (least - c.value for c in compared[1:3])
+        others = f"the last of them is at {least:.4f}, of as many MLPs at {mlp:.4f} and of as many blocks at {block:.4f}"
         yield Finding(
             model,
-            f"{text}{most['importance']:.4f} ({span(most, 4)}, on {most['corpus']}); on {worst[0]['corpus']}, by the last of "
-            f"equally many, {others}",
+            f"{text}{most['importance']:.4f} ({span(most, 4)}, on {most['corpus']}); on {worst[0]['corpus']} {others}",
             compared,
         )
 

@@ -22,11 +22,11 @@ def redundant_from_the_start(tables: Tables, first: float) -> Iterator[Finding]:
         text = []
         for layers, rows in late.groupby("layers", sort=False):
             worst = rows.sort_values("above_low").iloc[0]
-            found = f"{layers}: least at {worst['stage']} of seed {worst['seed']}, where {worst['kind']} is "
-            found += (
-                f"{worst['above_attention']:+.4f} ({worst['above_low']:+.4f} to {worst['above_high']:+.4f}) above attention"
+            margin = f"{worst['above_attention']:+.4f} ({worst['above_low']:+.4f} to {worst['above_high']:+.4f})"
+            text.append(
+                f"{layers}: {_since(others[others['layers'] == layers])} (smallest margin over attention: {margin} for "
+                f"{worst['kind']} at {worst['stage']} of seed {worst['seed']})"
             )
-            text.append(f"{found}, {_since(others[others['layers'] == layers])}")
         compared = [
             Comparison(f"{r.kind} minus attention, {r.layers}, {r.stage} of seed {r.seed}", r.above_attention, r.above_low,
                        r.above_high, above=0, form="+.4f")
@@ -52,7 +52,7 @@ def others_rise(tables: Tables, first: float) -> Iterator[Finding]:
                 more = difference_interval(by_kind[kind], _size(by_kind["attention"]))
                 compared.append(Comparison(f"{kind} rises, {where}, by", *by_kind[kind], above=0, form="+.4f"))
                 compared.append(Comparison(f"{kind} by more than attention changes, {where},", *more, above=0, form="+.4f"))
-            changes = ", ".join(f"{kind} {value:+.4f}" for kind, (value, _, _) in by_kind.items())
+            changes = ", ".join(f"{k} {value:+.4f} ({low:+.4f} to {high:+.4f})" for k, (value, low, high) in by_kind.items())
             text.append(f"{where}, from {of_seed['stage'].iloc[0]}: {changes}")
         yield Finding(model, f"change to the last stage, {'; '.join(text)}", compared)
 
@@ -149,5 +149,5 @@ def _since(others: pd.DataFrame) -> str:
     lost = others[others["above_low"] <= 0]["position"].max()  # the last stage at which one does not; NaN: none
     after = others[others["position"] > lost] if lost == lost else others
     if after.empty:
-        return "and it is not so at the last stage"
-    return f"and it is so from {after.sort_values('position')['stage'].iloc[0]} on"
+        return "it is not so at the last stage"
+    return f"it is so for all seeds from {after.sort_values('position')['stage'].iloc[0]} on"
