@@ -22,7 +22,7 @@ def counts_of_claims() -> list[str]:
     verdicts = scorecard()[~is_trained_here]["verdict"].value_counts()
     of_training = scorecard()[is_trained_here]["verdict"]
     assert {*of_training} == {"deviates"}
-    size = only(table("07_training_stages/runs")["parameters"])
+    size = only(table("07_training_stages/runs").query("model == 'small-llama'")["parameters"])
     return [
         f"So far {sum('check' in claim for claim in listed)} of {len(listed)} claims can be tested. On one small model "
         f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviates and {verdicts['inconclusive']} are "
@@ -213,7 +213,7 @@ def of_costs() -> list[str]:
         f"The dense long generation reaches {shares[0]:.0f} % of what bytes and operations allow, and without 8 attention "
         f"layers {shares[1]:.0f} %.",
         f"The estimate from bytes and operations predicts a speed-up of {found['predicted']:.2f} without 8 attention layers, "
-        "which lies in the interval of the measured one",
+        "which the interval of the measured one holds",
         f"Its interval goes from the least to the greatest of {n} repeats, which covers the true median in {level[n]} of cases",
         f"With 9 repeats it would leave out one at either end, at {level[9]}, and fewer than {n} cannot reach 95 %.",
         f"by their samples about {seconds / 60:.0f} minutes in {dtype}.",
