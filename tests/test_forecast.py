@@ -379,7 +379,7 @@ def test_sizes_change_no_name_of_a_series(monkeypatch):
     packages = [p for group in ("models", "corpora", "task_packages") for source in catalogue()[group].values()
                 for p in source.get("packages", [])]  # fmt: skip
     assert {f"{p['name']}-{p['version']}" for p in packages} == set(catalogue()["sizes"])
-    assert all(set(p) == {"name", "version", "sha256", "files"} for p in packages)
+    assert all(set(p) - {"registry"} == {"name", "version", "sha256", "files"} for p in packages)
     before = series_folder("medium-llama")
     for key in ("sizes", "task_sets"):
         monkeypatch.delitem(catalogue(), key)
@@ -391,6 +391,9 @@ def test_shapes_of_packaged_models():
     assert set(shapes) == {name for name, source in catalogue()["models"].items() if "packages" in source}
     assert Shape.of_settings(shapes["smollm2-135m"]) == SMOLLM2
     assert Shape.of_settings(shapes["gemma3-270m"]).parameters == 268_098_176
+    assert Shape.of_settings(shapes["qwen2.5-coder-0.5b"]).parameters == 494_032_768
+    assert Shape.of_settings(shapes["qwen2.5-coder-1.5b"]).parameters == 1_543_714_304
+    assert Shape.of_settings(shapes["tinyllama-1.1b"]).parameters == 1_100_048_384
 
 
 def test_seconds_are_those_of_the_run_that_gave_the_rates():
