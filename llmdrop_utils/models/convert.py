@@ -61,8 +61,8 @@ def converted_gguf(parts: list[Path], name: str) -> Path:
         except MemoryError as error:
             largest = max(int(tensor.n_elements) for tensor in reader.tensors)
             raise LLMDropError(
-                f"Memory is too small to convert {name}: its largest tensor alone takes {4 * largest / 2**30:.1f} GiB in float32, "
-                "a few times over. Free some memory and run the same command again."
+                f"Memory is too small to convert {name}: its largest tensor takes {4 * largest / 2**30:.1f} GiB in float32, a "
+                "few times over. Free some memory and run the same command again."
             ) from error
         except UNREADABLE as error:
             if isinstance(error, OSError) and disk_error(error, folder) is not error:
