@@ -60,7 +60,7 @@ def write_dtypes(run: str, tables: Path, folder: Path, declared: Mapping[str, De
     None, and no file, if no notebook was.
     """
     found, lines = [], []
-    for notebook, columns in declared.items():
+    for notebook, columns in sorted(declared.items()):
         if (other := other_dtype(run, notebook, tables)) is None:
             continue
         dtype, there = other
