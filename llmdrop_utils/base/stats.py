@@ -51,7 +51,7 @@ def interval(values: np.ndarray, n: float) -> tuple[np.ndarray, np.ndarray]:
     NaN for a single draw, which tells nothing of the spread.
     """
     if n <= 1:
-        return (np.full(np.shape(values)[1:], np.nan),) * 2
+        return (np.full(np.shape(values)[1:], np.nan)[()],) * 2
     low, high = np.quantile(values, percentiles(n), axis=0)
     return low, high
 

@@ -95,6 +95,7 @@ def test_a_single_draw_has_no_interval():
     low, high = stats.interval(np.zeros((2000, 3)), 1)
     assert np.isnan([low, high]).all()
     assert low.shape == (3,)
+    assert all(isinstance(end, float) for end in stats.interval(np.zeros(2000), 1)), "a number for tables, as of several draws"
     assert np.isnan(stats.text_interval(stats.text_means(np.array([0.4]), np.ones(1)), 1)).all()
 
 

@@ -1,6 +1,9 @@
 """GGUF files: shards, and files whose tensors are not those of the model."""
 
+import errno
 import shutil
+from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -10,7 +13,7 @@ from gguf_files import make_llama, rewrite_gguf, split_gguf, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from llmdrop_utils import LLMDropError, load_model, locate_model
-from llmdrop_utils.models import convert, locate
+from llmdrop_utils.models import convert, gguf_weights, locate
 from llmdrop_utils.sources.catalogue import catalogue
 
 
@@ -149,6 +152,19 @@ def test_weights_are_those_of_transformers_to_the_byte(whole, tmp_path, cache, t
         del config["_name_or_path"]
     assert configs[0] == configs[1]
     assert configs[0]["tie_word_embeddings"] == tied
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_by_the_system(whole, llama):
+    """Written to a real full device: the error names its reason, from which the clear one is made."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama[0].config)
+    with (
+        mock.patch.object(gguf_weights, "_write_header", lambda path, weights: dict.fromkeys(weights, 0)),
+        pytest.raises(OSError) as error,
+    ):
+        gguf_weights.write_weights(gguf.GGUFReader(whole), model, Path("/dev/full"), whole)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_too_little_memory(whole, cache, monkeypatch):

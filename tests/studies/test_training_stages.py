@@ -309,7 +309,7 @@ def test_a_seed_without_the_first_stage_leaves_the_claim_open():
     late = early.assign(seed=1, position=2, stage="b", progress=0.5)
     means = pd.DataFrame({"model": "m", "seed": [0, 1]})
     (finding,) = CHECKS["others_rise"]({"means": means, "change": pd.concat([early, late])}, first=0.111)
-    assert "seed 0, from a: attention +0.0000, mlp +0.2000" in finding.text
+    assert "seed 0, from a: attention +0.0000 (+0.1000 to +0.4000), mlp +0.2000 (+0.1000 to +0.4000)" in finding.text
     outcome, notes = decide([finding])
     assert outcome == INCONCLUSIVE
     assert "seed 1 lacks the stage a" in notes[0]
