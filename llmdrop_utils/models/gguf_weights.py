@@ -39,9 +39,7 @@ def write_weights(reader: gguf.GGUFReader, model: torch.nn.Module, path: Path, f
                 mismatched.append((name, values.shape, tuple(weights[name].shape)))
                 continue
             out.seek(offsets[name])
-            out.write(
-                memoryview(np.ascontiguousarray(values, dtype="<f4")).cast("B")
-            )  # tofile would not say if the disk is full
+            out.write(np.ascontiguousarray(values, dtype="<f4").data)  # `tofile` would not say that the disk is full
     return {"missing_keys": sorted(set(weights) - found), "unexpected_keys": unexpected, "mismatched_keys": mismatched}
 
 

@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_by_the_system(whole, llama):
         model = LlamaForCausalLM(llama[0].config)
     with (
         mock.patch.object(gguf_weights, "_write_header", lambda path, weights: dict.fromkeys(weights, 0)),
-        pytest.raises(OSError) as error,
+        pytest.raises(OSError, match="No space left") as error,
     ):
         gguf_weights.write_weights(gguf.GGUFReader(whole), model, Path("/dev/full"), whole)
     assert error.value.errno == errno.ENOSPC
