@@ -166,6 +166,10 @@ def test_padding_is_not_text():
     )
 
 
+def test_no_mask_is_no_padding():
+    assert perplexity(TINY, {"input_ids": ROWS, "attention_mask": None}) == perplexity(TINY, TOKENS)
+
+
 @pytest.mark.parametrize("mask", [[[1, 1, 1, 1], [1]], "abc", [[1, 1]], torch.zeros(2, 4), 5])
 def test_other_masks_are_refused(mask):
     with pytest.raises(LLMDropError, match="The attention mask must have the shape of the tokens"):

