@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,13 +102,13 @@ def looks_local(name: str) -> bool:
 
 def may_be_local(name: str) -> bool:
     """Could a hub id be a path, too? "models/foo" could, where there is a folder "models"."""
-    return Path(name.split("/")[0]).is_dir()
+    return os.path.isdir(name.split("/")[0])
 
 
 def missing_path(name: str) -> str:
     """Says that there is nothing at a path, and what there is instead."""
-    path = Path(name).expanduser()
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    path = Path(os.path.expanduser(name))
+    folder = next(parent for parent in path.absolute().parents if os.path.isdir(parent))
     missing = next(part for part in (path.absolute(), *path.absolute().parents) if part.parent == folder)
     inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() == ".gguf")
     close = difflib.get_close_matches(missing.name, inside, n=1)
@@ -125,8 +126,8 @@ def not_on_hub(name: str, error: LLMDropError) -> LLMDropError:
 
 def unknown_model(name: str) -> LLMDropError:
     """The error to raise for a name that stands for no model."""
-    path = Path(name).expanduser()
-    if name and path.is_file():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isfile(path):
         return LLMDropError(
             f"{name} is a file, but no .gguf file. Give the directory that holds config.json, safetensors and the tokenizer."
         )

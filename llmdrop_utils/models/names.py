@@ -69,12 +69,10 @@ def local_path(model: str, base: Path | None = None) -> Path | None:
     """
     if not model or is_named(model):
         return None
-    try:
-        path = Path(os.path.abspath((base or Path()) / Path(model).expanduser()))
-        is_file = path.suffix.lower() == ".gguf" and path.is_file()
-        return path if is_file or path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long for a path, the home of nobody, a null character
-        return None
+    path = Path(os.path.abspath((base or Path()) / os.path.expanduser(model)))
+    # os.path, unlike Path, says no to what can be no path: a text that is too long, or holds a null character.
+    is_file = path.suffix.lower() == ".gguf" and os.path.isfile(path)
+    return path if is_file or os.path.isdir(path) else None
 
 
 def gguf_files(path: Path) -> list[Path]:

@@ -172,6 +172,8 @@ def test_paths_are_names(tmp_path, cache):
 @pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 300, "a\0b"])
 def test_paths_that_no_system_has(name):
     assert local_path(name) is None
+    with pytest.raises(LLMDropError, match=r"There is no folder or .gguf file|Unknown model"):
+        locate_model(name)
 
 
 def test_a_page_of_the_hub_is_its_model(tmp_path, network, cache):
