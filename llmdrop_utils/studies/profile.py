@@ -59,7 +59,7 @@ class Head(Settings):
     """The keys of a profile that are no sections."""
 
     description: str
-    models: Names  # anything `load_model` takes
+    models: Names | dict[str, dict[str, Any] | None]  # anything `load_model` takes; see `load_profile` for a mapping
     dtype: Literal["float32", "bfloat16"] | None = None  # that models are measured in; null: `default_dtype()`
 
 
@@ -73,6 +73,7 @@ class Profile:
     sections: dict[type[Settings], Settings]
     chosen_dtype: str | None = None  # by the profile
     model: str | None = None  # set when the run is for one model of the user's choice
+    one_by_one: bool = False  # each model is a run of its own, with sizes of its own; what compares them reads these runs
 
     def section(self, cls: type[S]) -> S:
         """The settings of one section. Raises NotAvailable if the profile has none: the study is not run."""
@@ -88,6 +89,10 @@ class Profile:
             old = sections[SECTIONS[key]]
             sections[SECTIONS[key]] = old.model_copy(update=changes.pop(key))
         return dataclasses.replace(self, sections=sections, **changes)
+
+    def of(self, model: str) -> "Profile":
+        """The run of one of its models."""
+        return load_profile(self.name, model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,26 +124,42 @@ def load_profile(name: str, model: str | None = None) -> Profile:
     """Read data/profiles/<name>.yaml; `model` replaces its models, and its series of checkpoints.
 
     A relative path in `model` begins in the working directory, one in a profile in the checkout. A profile that `extends`
-    another has its keys, but for those that it gives itself; a section that is null is left out. Raises LLMDropError for an
-    unknown profile, and for keys that are unknown, missing or of the wrong type.
+    another has its keys, but for those that it gives itself; a section that is null is left out. `models` may be a mapping
+    from each model to what is other for it (keys of sections, or null): then each is a run of its own. Raises LLMDropError
+    for an unknown profile, and for keys that are unknown, missing or of the wrong type.
     """
     content, where = _read(name, []), f"{name}.yaml"
-    model = None if model is None else _from(None, model)
-    sections: dict[type[Settings], Settings] = {}
-    for key in [key for key in SECTIONS if key in content]:
-        values = content.pop(key)
-        if values is None:
-            continue
-        if not isinstance(values, dict):
-            raise LLMDropError(f"{where} must hold the key {key!r} with keys of its own.")
-        part = build(SECTIONS[key], values, f"{where}, under {key}")
-        sections[type(part)] = part.model_copy(update=_series_of(part, model))
     if given := {"name", "model"} & set(content):
         raise LLMDropError(f"The key {given.pop()!r} does not belong in {where}: it is set by the command.")
-    head = build(Head, content, where, also=list(SECTIONS))
+    sections = _sections(content, where)
+    head = build(Head, {key: content[key] for key in content if key not in SECTIONS}, where, also=list(SECTIONS))
+    models = [_from(files.ROOT, one) for one in head.models]
+    own = {}
+    if isinstance(head.models, dict):  # all are built, so that a mistake is found before the first model is measured
+        own = {one: _own_sections(content, changes or {}, where, one) for one, changes in zip(models, head.models.values())}
     if model is None:
-        return Profile(name, head.description, [_from(files.ROOT, one) for one in head.models], sections, head.dtype)
+        sections = {cls: _following(part, None) for cls, part in sections.items()}
+        return Profile(name, head.description, models, sections, head.dtype, one_by_one=bool(own))
+    model = _from(None, model)
+    sections = {cls: _following(part, model) for cls, part in own.get(model, sections).items()}
     return Profile(name, f"{label(model)} with the settings of the profile {name}.", [model], sections, head.dtype, model)
+
+
+def _sections(content: dict[str, Any], where: str) -> dict[type[Settings], Settings]:
+    """The sections among the keys of a profile."""
+    sections: dict[type[Settings], Settings] = {}
+    for key in [key for key in SECTIONS if content.get(key) is not None]:
+        if not isinstance(content[key], dict):
+            raise LLMDropError(f"{where} must hold the key {key!r} with keys of its own.")
+        sections[SECTIONS[key]] = build(SECTIONS[key], content[key], f"{where}, under {key}")
+    return sections
+
+
+def _own_sections(content: dict[str, Any], changes: dict[str, Any], where: str, model: str) -> dict[type[Settings], Settings]:
+    """The sections as they are for one model."""
+    if unknown := [key for key in changes if key not in SECTIONS]:
+        raise LLMDropError(f"Unknown section {unknown[0]!r} in {where}, under {model}. Sections are: {', '.join(SECTIONS)}.")
+    return _sections(_with(content, changes), f"{where}, under {model}")
 
 
 def _from(base: Path | None, model: str) -> str:
@@ -148,11 +169,12 @@ def _from(base: Path | None, model: str) -> str:
     return model if path is None else str(path)
 
 
-def _series_of(part: Settings, model: str | None) -> dict[str, Any]:
-    """The series that a section follows, if it follows any: its own, or the model that the run is for."""
+def _following(part: Settings, model: str | None) -> Settings:
+    """The section, with the series that it follows, if it follows any: its own, or the model that the run is for."""
     if "series" not in type(part).model_fields:
-        return {}
-    return {"series": [model] if model is not None else [_from(files.ROOT, series) for series in part.model_dump()["series"]]}
+        return part
+    series = [model] if model is not None else [_from(files.ROOT, one) for one in part.model_dump()["series"]]
+    return part.model_copy(update={"series": series})
 
 
 def _read(name: str, extended_by: list[str]) -> dict[str, Any]:
@@ -170,11 +192,13 @@ def _read(name: str, extended_by: list[str]) -> dict[str, Any]:
         raise LLMDropError(f"{path.name} must hold the keys of a profile.")
     if (base := content.pop("extends", None)) is None:
         return content
-    merged = _read(str(base), [*extended_by, name])
-    for key, value in content.items():
-        both_are_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merged[key] | value if both_are_sections else value
-    return merged
+    return _with(_read(str(base), [*extended_by, name]), content)
+
+
+def _with(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a profile with others in their place; of a section that both give, key by key."""
+    both = {key for key in changes if isinstance(changes[key], dict) and isinstance(content.get(key), dict)} & set(SECTIONS)
+    return content | {key: content[key] | value if key in both else value for key, value in changes.items()}
 
 
 def description_of(run: str) -> str:
