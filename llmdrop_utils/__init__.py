@@ -20,6 +20,7 @@ _HOME = {
     "find_anatomy": "models.families",
     "Importance": "measure.importance",
     "measure_importance": "measure.importance",
+    "measure_causes": "measure.causes",
     "DropPlan": "dropping.plan",
     "PlanKey": "dropping.plan",
     "LinearMap": "dropping.maps",

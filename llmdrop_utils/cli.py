@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("reproduce", _reproduce, "measure, run the notebooks, write figures and scorecard",
                   of_profile=True, of_notebooks=True)  # fmt: skip
     run.add_argument("--force", nargs="?", const="1", default="", help="measure again what is stored (0, no or false: do not)")
+    run.add_argument("--tidy", action="store_true", help="remove each converted model once it is done (models run one by one)")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a notebook parameter")
     command("plan", _plan, "say what a run would download, need and take, without doing any of it",
             of_profile=True, of_notebooks=True)  # fmt: skip
@@ -79,7 +80,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 
     parameters = {name: _literal(value) for name, value in options.p}
     force = options.force.strip().lower() not in ("", "0", "no", "n", "false", "off")
-    reproduce(_profile(options), options.notebooks, force, parameters)
+    reproduce(_profile(options), options.notebooks, force, parameters, options.tidy)
 
 
 def _plan(options: argparse.Namespace) -> None:

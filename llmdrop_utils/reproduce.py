@@ -12,31 +12,39 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .base import files
-from .base.errors import LLMDropError, NotApplicable, NotAvailable
+from .base.errors import LLMDropError, NotApplicable, NotAvailable, each_available
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
+from .models.locate import forget_converted
 from .report.distance import describe_distance
 from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
 from .report.style import FIGURES, draw
 from .report.tables import Declaration, models_measured, read_tables
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
+from .studies.gather import state_of
 from .studies.numbers import write_numbers
 from .studies.page import TABLES
 from .studies.profile import Profile, description_of, profile_names
 from .studies.run import STUDIES
 
 
-def reproduce(profile: Profile, notebooks: str | None = None, force: bool = False, parameters: dict | None = None) -> None:
+def reproduce(
+    profile: Profile, notebooks: str | None = None, force: bool = False, parameters: dict | None = None, tidy: bool = False
+) -> None:
     """Run the notebooks (all, or those whose numbers `notebooks` lists: "01 02") and write figures and scorecard.
 
-    Everything goes to data/results/<run>; what is committed stays as it is. parameters: further parameters for the
+    Everything goes to data/results/<run>; what is committed stays as it is. tidy: remove each model that was converted here
+    once its run is done, so that one at a time is on disk. parameters: further parameters for the
     notebooks, by name; each must be declared by every notebook that is run. A notebook whose section the profile lacks is
-    not run. Raises LLMDropError, naming the first notebook that failed and where it is kept.
+    not run. Of a profile that runs its models one by one, each model is a run of its own, and one that fails leaves the others
+    to go on; what compares them is run last. Raises LLMDropError, naming the first notebook that failed and where it is kept.
     """
     files.need_checkout("Running the notebooks")
     files.need_writable()
+    if profile.one_by_one:
+        _reproduce_each(profile, notebooks, force, parameters, tidy)
     parameters = {"PROFILE": profile.name, "MODEL": profile.model or ""} | (parameters or {})
     folders = files.local(profile.run)
     chosen = choose_notebooks(notebooks)
@@ -65,6 +73,23 @@ def reproduce(profile: Profile, notebooks: str | None = None, force: bool = Fals
             write_text(done, _state(inputs, name, folders))
         print(f"{name}: done ({shown(rendered)})")
     _report(profile, folders)
+
+
+def _reproduce_each(profile: Profile, notebooks: str | None, force: bool, parameters: dict | None, tidy: bool) -> None:
+    """Run each model of a profile by itself. Raises NotAvailable if none could be run."""
+
+    def run_one(model: str) -> None:
+        print(f"\n{model}, one of {len(profile.models)} models")
+        try:
+            reproduce(profile.of(model), notebooks, force, parameters)
+        except LLMDropError as error:
+            print(f"{model}: not run. {error}")
+            raise
+        if tidy:
+            forget_converted(model)
+
+    each_available(profile.models, run_one, "models")
+    print(f"\n{profile.name}: the models beside each other")
 
 
 def is_up_to_date(source: Path, profile: Profile, parameters: dict) -> bool:
@@ -108,7 +133,9 @@ def _figures_of(notebook: str, folders: RunFolders) -> list[Path]:
 
 
 def _lacking(notebook: str, profile: Profile) -> str | None:
-    """Why a profile does not run a notebook at all: it has no section for it."""
+    """Why a profile does not run a notebook at all: it has no section for it, or runs it for each model."""
+    if profile.one_by_one and not (notebook in STUDIES and STUDIES[notebook].compares):
+        return "Each model has a run of its own for it."
     try:
         for section in STUDIES[notebook].needs if notebook in STUDIES else ():
             profile.section(section)
@@ -252,6 +279,7 @@ def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
         [model.identity for model in located],
         sorted(not_run),
         claims,
+        state_of(profile, (*study.reads, notebook.stem) if profile.one_by_one else study.reads) if study else [],
     ]
     facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
     content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -54,13 +54,14 @@ def judge(results: Path, notebook: str | None = None) -> list[Verdict]:
     for claim in load_claims():
         if notebook not in (None, claim["notebook"]):
             continue
-        verdict, evidence = _judge(claim, read_tables(results / claim["notebook"]))
+        verdict, evidence = verdict_of(claim, read_tables(results / claim["notebook"]))
         shown = {key: claim[key] for key in ("id", "claim", "where", "notebook", "rule")}
         verdicts.append(Verdict(**shown, verdict=verdict, evidence=evidence, history=tuple(claim.get("history", ()))))
     return verdicts
 
 
-def _judge(claim: dict, tables: Tables) -> tuple[str, str]:
+def verdict_of(claim: dict, tables: Tables) -> tuple[str, str]:
+    """The verdict on one claim, and its evidence, from the tables of its notebook."""
     if "check" not in claim:
         return NOT_RUN, f"notebook {claim['notebook']} is not written yet"
     if not tables:

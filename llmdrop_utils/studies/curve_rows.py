@@ -18,6 +18,7 @@ from .work import Cell
 
 AGAINST = {"attention": ("mlp", "block"), "joint": ("attention", "mlp", "block")}  # what a kind is compared with at equal n
 KEEP = 0.9  # so much of the dense model's next-token accuracy must be retained (paper, Sec. 7: 90 % of MMLU)
+KEEP_TASKS = 0.95  # and so much of what lies above guessing in the tasks
 
 SCORE = Column("value", "Score", ".3f", "low", "high")
 RETAINED = Column("retained", "Retained", ".1%", "retained_low", "retained_high")
@@ -37,6 +38,10 @@ TABLES = {
     "reach": table(
         "model kind", Column("n", "Retains 90 % of next-token accuracy up to", "d", "low", "high"), "low high",
         Column("tried_up_to", "Tried up to", "d"),
+    ),
+    "task_reach": table(
+        "model kind", Column("n", "Retains 95 % of the tasks up to", "d", "low", "high"), "low high",
+        Column("tried_up_to", "Tried up to", "d"), Column("tasks", "Tasks above guessing"),
     ),
     "tasks": table(
         "model task kind", Key("n", "Dropped", "d"), "metric", Column("num_fewshot", "Shots", "d"),
@@ -149,23 +154,47 @@ def reach_rows(text: TextValues) -> list[dict]:
     for kind in dict.fromkeys(cell.kind for cell in text.cells[1:] if cell.on_curve):
         reach = reach_of(text, kind)
         low, high = text.interval(reach[1:])
-        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(text, kind)[-1]})
+        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(text.cells, kind)[-1]})
     return rows
 
 
-def tried_of(text: TextValues, kind: str) -> list[int]:
-    """How many of a kind were dropped on its curve, in order."""
-    return sorted(cell.n for cell in text.cells if cell.kind == kind and cell.on_curve)
-
-
 def reach_of(text: TextValues, kind: str) -> np.ndarray:
-    """The number of `reach_rows`, followed by its bootstrap: (1 + REPEATS,).
+    """The number of `reach_rows`, followed by its bootstrap: (1 + REPEATS,)."""
+    return _reach(share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")])), text.cells, kind, KEEP)
+
+
+def task_reach_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
+    """How many of a kind can be dropped before less than 95 % of what lies above guessing is retained.
+
+    It is the mean over the tasks on which the dense model is above guessing by the lower end of its interval: on the others
+    there is nothing to retain. No rows if there are none.
+    """
+    above = [task for task in tasks if stats.interval(task.draws, len(task.scores))[0][0] > task.chance]
+    if not above:
+        return []
+    mean, draws = mean_score(above)
+    retained = share_of_dense(np.vstack([mean, draws]), float(np.mean([task.chance for task in above])))
+    rows = []
+    for kind in dict.fromkeys(cell.kind for cell in cells[1:]):
+        reach = _reach(retained, cells, kind, KEEP_TASKS)
+        low, high = stats.interval(reach[1:], _fewest(above))
+        rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(cells, kind)[-1],
+                     "tasks": " ".join(task.task for task in above)})  # fmt: skip
+    return rows
+
+
+def tried_of(cells: Sequence[Cell], kind: str) -> list[int]:
+    """How many of a kind were dropped on its curve, in order."""
+    return sorted(cell.n for cell in cells if cell.kind == kind and cell.on_curve)
+
+
+def _reach(retained: np.ndarray, cells: Sequence[Cell], kind: str, keep: float) -> np.ndarray:
+    """The largest number dropped up to which so much is retained, for each row of (..., n_cells).
 
     Counts are tried in order, and the last before the first that fails is given: 0.95, 0.85, 0.92 at n = 1, 2, 3 reach 1.
     """
-    retained = share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")]))
-    counts = tried_of(text, kind)
-    holds = retained[:, [text.cells.index(Cell(kind, n)) for n in counts]] >= KEEP
+    counts = tried_of(cells, kind)
+    holds = retained[:, [list(cells).index(Cell(kind, n)) for n in counts]] >= keep
     without_break = np.where(holds.all(1), len(counts), holds.argmin(1))
     return np.array([0, *counts])[without_break]
 

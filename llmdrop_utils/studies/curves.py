@@ -23,6 +23,7 @@ from .curve_rows import (
     in_mean,
     plan_rows,
     reach_rows,
+    task_reach_rows,
     task_rows,
     text_rows,
     without_rows,
@@ -107,6 +108,7 @@ class Measured:
             "plans": plan_rows(plans),
             "text": text_rows(text, self.text_work.corpus, plans),
             "reach": reach_rows(text),
+            "task_reach": task_reach_rows(cells, in_mean(tasks)),
             "tasks": task_rows(cells, tasks),
             "average": average_rows(cells, in_mean(tasks)),
             "gaps": gap_rows(text, cells, in_mean(tasks), plans),
@@ -128,12 +130,12 @@ def collect(
     return tables
 
 
-def rank_layers(run: Run) -> tuple[list[ImportanceWork], dict[str, list]]:
+def rank_layers(run: Run, with_tasks: bool = True) -> tuple[list[ImportanceWork], dict[str, list]]:
     """What comes first: the items that hold the importance of each model, which says what is dropped, and the tasks.
 
     Tasks (name -> what `load_task` gives) are loaded before anything is measured, so that a mistake in them costs nothing.
     """
-    corpus, tasks = run.corpora()[0], _available_tasks(run)
+    corpus, tasks = run.corpora()[0], _available_tasks(run) if with_tasks else {}
     scoring: list[ImportanceWork] = []
     for model in run.models():
         with run.one_of(model):

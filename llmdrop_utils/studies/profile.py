@@ -134,9 +134,10 @@ def load_profile(name: str, model: str | None = None) -> Profile:
     sections = _sections(content, where)
     head = build(Head, {key: content[key] for key in content if key not in SECTIONS}, where, also=list(SECTIONS))
     models = [_from(files.ROOT, one) for one in head.models]
-    own = {}
+    own: dict[str, dict[type[Settings], Settings]] = {}
     if isinstance(head.models, dict):  # all are built, so that a mistake is found before the first model is measured
-        own = {one: _own_sections(content, changes or {}, where, one) for one, changes in zip(models, head.models.values())}
+        pairs = zip(models, head.models.values(), strict=True)
+        own = {one: _own_sections(content, changes or {}, where, one) for one, changes in pairs}
     if model is None:
         sections = {cls: _following(part, None) for cls, part in sections.items()}
         return Profile(name, head.description, models, sections, head.dtype, one_by_one=bool(own))

@@ -172,6 +172,8 @@ class Study:
     needs: tuple[type[Settings], ...]  # sections of the profile; without one of them the study is not run
     tables: Declaration
     models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]]  # that its results depend on; what is unavailable
+    reads: tuple[str, ...] = ()  # notebooks whose tables it reads
+    compares: bool = False  # of a profile that runs its models one by one, the run that compares them makes it too
 
     def __call__(self, profile: Profile, force: bool = False) -> Tables:
         """Measure what is missing (everything if `force`), write the tables to data/results/<run>/<notebook>, return them.
@@ -192,11 +194,13 @@ def study(
     needs: Sequence[type[Settings]],
     tables: Declaration,
     models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]] = lambda profile: locate_available(profile.models),
+    reads: Sequence[str] = (),
+    compares: bool = False,
 ) -> Callable[[Callable[[Run], Tables]], Study]:
     """Register a function Run -> tables as the study of a notebook."""
 
     def register(function: Callable[[Run], Tables]) -> Study:
-        STUDIES[notebook] = Study(notebook, function, tuple(needs), tables, models)
+        STUDIES[notebook] = Study(notebook, function, tuple(needs), tables, models, tuple(reads), compares)
         return STUDIES[notebook]
 
     return register

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from ...base.stats import difference_interval
 from ...report.rules import Comparison, Finding
 from ...report.style import KIND_NAMES
 from ...report.tables import Tables
@@ -67,22 +66,6 @@ def half_of_attention(tables: Tables, points: float) -> Iterator[Finding]:
         loss = Comparison(f"Attn-{row['n']} of {n_layers} loses, in points,", *triple(row, "points_lost", "points_lost_"),
                           at_most=points, size=_documents(tables, model), unit=DOCUMENTS)  # fmt: skip
         yield Finding(model, str(loss), [loss])
-
-
-@check
-def larger_models_lose_less(tables: Tables) -> Iterator[Finding]:
-    average = tables["average"].query("kind == 'attention'")
-    layers = tables["models"].set_index("model")["n_layers"]
-    for small, large in (("llama-2-13b", "llama-2-70b"), ("llama-3-8b", "llama-3-70b")):
-        half = average[average["n"] * 2 == average["model"].map(layers)].set_index("model")
-        if not {small, large} <= {*half.index}:
-            yield Finding(f"{small} and {large}", "both are needed: `make reproduce PROFILE=gpu` runs them")
-            continue
-        shares = {model: triple(half.loc[model], "retained", "retained_") for model in (large, small)}
-        difference = Comparison(f"{large} minus {small}", *difference_interval(*shares.values()), at_least=0, form="+.1%",
-                                size=_documents(tables, small), unit=DOCUMENTS)  # fmt: skip
-        text = ", ".join(f"{model} retains {100 * share[0]:.1f} %" for model, share in shares.items())
-        yield Finding(f"{small} and {large}", f"without half of the attention layers, {text}", [difference])
 
 
 def _documents(tables: Tables, model: str) -> float:

@@ -144,8 +144,8 @@ def further_rows(text: TextValues, plans: Mapping[Cell, DropPlan]) -> list[dict]
         reached = reach_of(text, other)
         compared = reached * size
         low, high = text.interval(joint[1:] - compared[1:])
-        is_cut = any(reach[0] == tried_of(text, kind)[-1] for kind, reach in (("joint", joint), (other, reached)))
-        both = [n for n in tried_of(text, "joint") if Cell(other, n) in plans]
+        is_cut = any(reach[0] == tried_of(text.cells, kind)[-1] for kind, reach in (("joint", joint), (other, reached)))
+        both = [n for n in tried_of(text.cells, "joint") if Cell(other, n) in plans]
         same = [n for n in both if plans[Cell(other, n)].key == plans[Cell("joint", n)].key]
         rows.append({"other": other, "joint": int(joint[0]), "compared": int(compared[0]),
                      "difference": int(joint[0] - compared[0]), "low": low - size * _untried(text, other, reached[0]),
@@ -156,7 +156,7 @@ def further_rows(text: TextValues, plans: Mapping[Cell, DropPlan]) -> list[dict]
 
 def _untried(text: TextValues, kind: str, n: int) -> int:
     """How many numbers between n and the next one that was tried were not."""
-    return min((m for m in tried_of(text, kind) if m > n), default=n + 1) - n - 1
+    return min((m for m in tried_of(text.cells, kind) if m > n), default=n + 1) - n - 1
 
 
 def first_mlp_row(scores: Importance) -> dict:

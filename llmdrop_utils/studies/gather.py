@@ -1,0 +1,50 @@
+"""The tables of several runs together: what a comparison of models reads."""
+
+import json
+
+import pandas as pd
+
+from ..base import files
+from ..report.tables import Tables, read_tables
+from .profile import Profile
+
+
+def runs_of(profile: Profile) -> dict[str, Profile]:
+    """The runs that hold a profile's models, by model: one for each, or the profile's own for all."""
+    return {model: profile.of(model) if profile.one_by_one else profile for model in profile.models}
+
+
+def gathered(profile: Profile, notebook: str) -> tuple[Tables, dict[str, str]]:
+    """The tables of a notebook, of all runs together; and for each model whose run lacks them, what to do."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    lacking: dict[str, str] = {}
+    for name, folder in _folders(profile, notebook).items():
+        if not folder.is_dir():
+            lacking[name] = f"It has no results of notebook {notebook[:2]}, see the run {name}."
+            continue
+        for table, rows in read_tables(folder).items():
+            parts.setdefault(table, []).append(rows)
+    filled = {table: [rows for rows in several if len(rows)] or several[:1] for table, several in parts.items()}
+    return {table: pd.concat(several, ignore_index=True) for table, several in filled.items()}, lacking
+
+
+def provenance(profile: Profile, notebook: str) -> list[dict]:
+    """How the gathered tables came about."""
+    records = [folder / "provenance.json" for folder in _folders(profile, notebook).values()]
+    return [entry for record in records if record.exists() for entry in json.loads(record.read_text(encoding="utf-8"))]
+
+
+def state_of(profile: Profile, notebooks: tuple[str, ...]) -> list[str]:
+    """The content of all tables that are gathered: what is made from them is up to date as long as this stays the same."""
+    found = [file for notebook in notebooks for folder in _folders(profile, notebook).values() for file in folder.glob("*.csv")]
+    return [file.read_text(encoding="utf-8") for file in sorted(found)]
+
+
+def _folders(profile: Profile, notebook: str):
+    """Run -> the folder of a notebook's tables."""
+    return {run.run: files.local(run.run).tables / notebook for run in runs_of(profile).values()}
+
+
+def of_model(tables: Tables, model: str) -> Tables:
+    """The rows of one model."""
+    return {name: rows[rows["model"] == model] if "model" in rows else rows for name, rows in tables.items()}

@@ -1,0 +1,210 @@
+"""Models beside each other: what follows from the tables of notebooks 01 to 03 and from what notebook 11 measured.
+
+Everything here is made from tables, so the models may have been measured in different runs.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+
+from ...base import stats
+from ...measure.causes import OF_LAYER
+from ...report.rules import NOT_RUN
+from ...report.tables import Column, Key, Tables, table
+from ...report.verdicts import load_claims, verdict_of
+from ..curve_rows import RETAINED
+from ..gather import of_model
+from .exceptions import EXCEPTIONS, exception_rows
+from .rows import DAMAGE, IMPORTANCE, TARGETS
+
+SERIES = (  # a smaller and a larger model that were trained alike
+    ("llama-2-13b", "llama-2-70b"),
+    ("llama-3-8b", "llama-3-70b"),
+    ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"),
+)
+ALL = "all models"
+TOGETHER = {  # several causes at once: a linear model of their ranks
+    "all causes": None,
+    "without a forward pass": OF_LAYER,
+}
+SHARE = Column("share", "Share of the layers", ".0%", "share_low", "share_high")
+CORRELATION = Column("correlation", "Rank correlation", "+.2f", "low", "high")
+TABLES = {
+    "depth": table("model kind layer", Column("importance", "Importance", ".4f", "low", "high"), "low high"),
+    "reach": table(
+        "model measure kind", Column("n", "Can be dropped", "d", "low", "high"), "low high",
+        Column("tried_up_to", "Tried up to", "d"), SHARE, "share_low share_high",
+    ),
+    "half": table("model measure", Column("n", "Dropped", "d"), RETAINED, "retained_low retained_high"),
+    "sizes": table(
+        "what measure kind", Key("models", "Models"), Column("change", "Change", "+.1%", "low", "high"), "low high",
+    ),
+    "overall": table(
+        "cause target", Column("correlation", "Mean over models of the rank correlation", "+.2f", "low", "high"), "low high",
+        Column("pooled", "Over all layers of all models", "+.2f"), Column("models", "Models", "d"),
+        Column("same_sign", "With this sign", "d"),
+    ),
+    "left_out": table("model predictor target", CORRELATION, "low high"),
+    "claims": table("model claim", Column("verdict", "Verdict"), Column("evidence", "Evidence")),
+    "exceptions": EXCEPTIONS,
+}  # fmt: skip
+
+
+def compared(own: Tables, others: Mapping[str, Tables]) -> dict[str, list[dict]]:
+    """Rows of all `TABLES`. `others`: notebook -> its tables, of the same models; empty if it was not run."""
+    reach = list(_reach_rows(own, others["02_drop_curves"]))
+    half = list(_half_rows(own, others["02_drop_curves"]))
+    return {
+        "depth": _depth_rows(others["01_similarity"]),
+        "reach": reach,
+        "half": half,
+        "sizes": _size_rows(own, pd.DataFrame(reach), pd.DataFrame(half)),
+        "overall": list(_overall_rows(own)),
+        "left_out": list(_left_out_rows(own)),
+        "claims": list(_claim_rows(own, others)),
+        "exceptions": list(exception_rows(own, others)),
+    }
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------------------
+
+
+def _depth_rows(tables: Tables) -> list[dict]:
+    """Importance on the first corpus."""
+    if not tables:
+        return []
+    rows = tables["importance"]
+    first = rows[rows["corpus"] == rows.groupby("model")["corpus"].transform("first")]
+    return first[["model", "kind", "layer", "importance", "low", "high"]].to_dict("records")
+
+
+def _reach_rows(own: Tables, tables: Tables) -> Iterator[dict]:
+    """How many of a kind can go, and which share of the layers that is."""
+    layers = own["models"].set_index("model")["n_layers"]
+    for measure, name in (("text", "reach"), ("tasks", "task_reach")):
+        for row in tables[name].to_dict("records") if tables else []:
+            if row["model"] in layers.index:
+                n = {"n": row["n"], "low": row["low"], "high": row["high"]}
+                share = {
+                    f"share{end}": n[key] / layers[row["model"]] for end, key in (("", "n"), ("_low", "low"), ("_high", "high"))
+                }
+                kept = {key: row[key] for key in ("model", "kind", "tried_up_to")}
+                yield kept | {"measure": measure} | n | share
+
+
+def _half_rows(own: Tables, tables: Tables) -> Iterator[dict]:
+    """What is retained without half of the attention layers, where just so many were dropped."""
+    layers = own["models"].set_index("model")["n_layers"]
+    for measure, name in (("text", "text"), ("tasks", "average")):
+        rows = tables[name] if tables else pd.DataFrame(columns=["kind"])
+        for row in rows[rows["kind"] == "attention"].to_dict("records"):
+            if 2 * row["n"] == layers.get(row["model"]):
+                kept = {key: row[key] for key in ("model", "n", "retained", "retained_low", "retained_high")}
+                yield kept | {"measure": measure}
+
+
+def _size_rows(own: Tables, reach: pd.DataFrame, half: pd.DataFrame) -> list[dict]:
+    """Does more go, and is more retained, in larger models? Larger minus smaller of a series, and over all models the slope
+    per tenfold number of parameters; with intervals from those of the models."""
+    parameters = own["models"].set_index("model")["parameters"]
+    parts = []
+    if len(reach):
+        ends = {"share": "value", "share_low": "value_low", "share_high": "value_high"}
+        parts.append(
+            reach.drop(columns=["n", "low", "high"]).rename(columns=ends).assign(what="share of the layers that can go")
+        )
+    if len(half):
+        ends = {"retained": "value", "retained_low": "value_low", "retained_high": "value_high"}
+        parts.append(half.rename(columns=ends).assign(kind="attention", what="retained without half"))
+    found = []
+    for (what, measure, kind), rows in pd.concat(parts).groupby(["what", "measure", "kind"], sort=False) if parts else []:
+        rows = rows[["model", "value", "value_low", "value_high"]].dropna().set_index("model")
+        about = {"what": what, "measure": measure, "kind": kind}
+        for small, large in SERIES:
+            if {small, large} <= {*rows.index}:
+                change = stats.difference_interval(tuple(rows.loc[large]), tuple(rows.loc[small]))
+                found.append(
+                    about | {"models": f"{large} minus {small}"} | dict(zip(("change", "low", "high"), change, strict=True))
+                )
+        sizes = np.log10(parameters[rows.index].to_numpy(dtype=float))
+        if len(set(sizes)) > 2:
+            change = stats.slope_interval(sizes, *rows.to_numpy(dtype=float).T)
+            found.append(about | {"models": ALL} | dict(zip(("change", "low", "high"), change, strict=True)))
+    return found
+
+
+# ---- causes -----------------------------------------------------------------------------------------------------------------
+
+
+def _overall_rows(own: Tables) -> Iterator[dict]:
+    """Each cause over all models: the mean of their rank correlations with Student's interval over models, and the rank
+    correlation over all layers of all models, raw values beside each other."""
+    for (cause, target), rows in own["predictors"].groupby(["cause", "target"], sort=False):
+        correlations = rows["correlation"].to_numpy()
+        low, high = stats.mean_interval(correlations)
+        pairs = _values(own, cause).to_frame("x").join(_values(own, target).rename("y"), how="inner").dropna()
+        yield {"cause": cause, "target": target, "correlation": correlations.mean(), "low": low, "high": high,
+               "pooled": float(stats.rank_correlation(pairs["x"].to_numpy(), pairs["y"].to_numpy())),
+               "models": len(rows), "same_sign": int((correlations * correlations.mean() > 0).sum())}  # fmt: skip
+
+
+def _left_out_rows(own: Tables) -> Iterator[dict]:
+    """How well the other models tell the order of one model's layers.
+
+    Of a single cause they tell the sign: its correlation here, times the sign of the mean correlation there. Of several at
+    once they tell the weights of a linear model of ranks; its interval comes from drawing layers of the model anew.
+    """
+    models, predictors = list(own["models"]["model"]), own["predictors"]
+    for left_out in models if len(models) > 1 else []:
+        for row in predictors[predictors["model"] == left_out].to_dict("records"):
+            same = predictors[(predictors["cause"] == row["cause"]) & (predictors["target"] == row["target"])]
+            others = same[same["model"] != left_out]["correlation"]
+            if len(others):
+                sign = 1 if others.mean() >= 0 else -1
+                ends = sorted([sign * row["low"], sign * row["high"]])
+                yield {"model": left_out, "predictor": row["cause"], "target": row["target"],
+                       "correlation": sign * row["correlation"], "low": ends[0], "high": ends[1]}  # fmt: skip
+        for target in TARGETS:
+            for name, causes in TOGETHER.items():
+                yield {"model": left_out, "predictor": name, "target": target} | _predicted(own, left_out, target, causes)
+
+
+def _predicted(own: Tables, left_out: str, target: str, causes: tuple[str, ...] | None) -> dict:
+    chosen = [cause for cause in own["causes"]["cause"].unique() if causes is None or cause in causes]
+    columns = [_centred_ranks(_values(own, cause)) for cause in chosen]
+    x, y = pd.concat(columns, axis=1).fillna(0.0), _centred_ranks(_values(own, target))
+    x, y = x.loc[y.index], y
+    here = y.index.get_level_values("model") == left_out
+    weights, *_ = np.linalg.lstsq(x[~here].to_numpy(), y[~here].to_numpy(), rcond=None)
+    predicted, true = x[here].to_numpy() @ weights, y[here].to_numpy()
+    layers = np.random.default_rng(0).integers(len(true), size=(stats.REPEATS, len(true)))
+    low, high = stats.interval(stats.rank_correlation(predicted[layers], true[layers]), len(true))
+    return {"correlation": float(stats.rank_correlation(predicted, true)), "low": low, "high": high}
+
+
+def _values(own: Tables, name: str) -> pd.Series:
+    """Values of a cause or target, by model and layer."""
+    if name in TARGETS:
+        return own["layers"].set_index(["model", "layer"])[{IMPORTANCE: "importance", DAMAGE: "kl"}[name]]
+    rows = own["causes"]
+    return rows[rows["cause"] == name].set_index(["model", "layer"])["value"]
+
+
+def _centred_ranks(values: pd.Series) -> pd.Series:
+    """Ranks within each model, from -0.5 to 0.5: models are compared by the order of their layers, not by scale."""
+    groups = values.groupby(level="model")
+    return (groups.rank() - 1) / (groups.transform("count") - 1) - 0.5
+
+
+# ---- claims -----------------------------------------------------------------------------------------------------------------
+
+
+def _claim_rows(own: Tables, others: Mapping[str, Tables]) -> Iterator[dict]:
+    """The verdict on each claim of notebooks 01 to 03 from the tables of each model alone."""
+    for model in own["models"]["model"]:
+        for claim in load_claims():
+            if claim["notebook"] in others and "check" in claim:
+                verdict, evidence = verdict_of(claim, of_model(others[claim["notebook"]], model))
+                if verdict != NOT_RUN:
+                    yield {"model": model, "claim": claim["id"], "verdict": verdict, "evidence": evidence}

@@ -1,0 +1,139 @@
+"""Notebook 11: does the finding hold at every size, and what makes an attention layer redundant?
+
+Causes, and what dropping each attention layer alone costs, are measured here; all else is read from the tables of notebooks 01
+to 03. In a profile that runs its models one by one, each run measures its own model, and the profile's run compares them all.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ...base.errors import LLMDropError, NotAvailable
+from ...base.settings import Counts, Positive, Settings
+from ...dropping.plan import DropPlan
+from ...measure.causes import Causes
+from ...models.load import load_config
+from ...models.locate import LocatedModel, locate_available, locate_model
+from ...report.tables import Column, Key, Tables, frame, table
+from ...selection.ranking import select
+from ..curves import Text, rank_layers, text_work
+from ..gather import gathered, provenance
+from ..profile import Calibration, Profile, section
+from ..run import Run, study
+from ..work import DENSE, DENSE_CELL, Cell, ImportanceWork, TextWork, Work
+from . import compare, rows
+from .work import CausesWork, RankWork
+
+READ = ("01_similarity", "02_drop_curves", "03_joint_drop")
+OWN = {  # what is measured here
+    "models": table("model", Column("parameters", "Parameters", ",d"), Column("n_layers", "Layers", "d")),
+    "causes": table("model cause layer", Column("value", "Value", ".4g", "low", "high"), "low high"),
+    "layers": table(
+        "model layer", Column("importance", "Importance of attention", ".4f", "low", "high"), "low high",
+        Column("kl", "KL when it is dropped alone, nats per token", ".4f", "kl_low", "kl_high"), "kl_low kl_high",
+    ),
+    "predictors": table(
+        "model cause target", Column("correlation", "Rank correlation over layers", "+.2f", "low", "high"), "low high",
+        Column("n_layers", "Layers", "d"),
+    ),
+    "ranks": table(
+        "model kind", Key("n", "Dropped", "d"), Column("rank", "Effective rank of the last states", ".1f", "low", "high"),
+        "low high",
+    ),
+    "rank_gaps": table(
+        "model", Key("n", "Dropped", "d"),
+        Column("difference", "Rank without attention minus rank without MLPs", "+.1f", "low", "high"), "low high",
+    ),
+}  # fmt: skip
+
+
+@section("causes")
+class CausesOf(Settings):
+    """What may make attention layers redundant, measured on the first samples of the first calibration corpus."""
+
+    n_samples: Positive
+    n_drop: Counts  # how many attention layers, or MLPs, are dropped to see whether tokens can still be told apart
+
+
+def _models(profile: Profile) -> tuple[list[LocatedModel], dict[str, str]]:
+    """What compares finished runs needs no model but for its example: the first that is available."""
+    if not profile.one_by_one:
+        return locate_available(profile.models)
+    for name in profile.models:
+        with contextlib.suppress(LLMDropError):
+            return [locate_model(name)], {}
+    return [], {}
+
+
+@study(
+    "11_sizes_and_causes",
+    needs=[Calibration, Text, CausesOf],
+    tables=OWN | compare.TABLES,
+    models=_models,
+    reads=READ,
+    compares=True,
+)
+def sizes_and_causes(run: Run) -> Tables:
+    """Notebook 11: the profile's models beside each other, and what goes with redundancy and with damage."""
+    if run.profile.one_by_one:
+        own, lacking = gathered(run.profile, run.notebook)
+        run.not_run |= lacking
+        if not own:
+            raise NotAvailable("No model has been measured yet:\n" + "\n".join(lacking.values()))
+        own, work, records = {name: own[name] for name in OWN}, list[Work](), provenance(run.profile, run.notebook)
+    else:
+        own, work = _measured(run)
+        records = []
+    others: dict[str, Tables] = {}
+    for notebook in READ:
+        others[notebook], lacking = gathered(run.profile, notebook)
+        run.not_run |= {f"{name}, notebook {notebook[:2]}": reason for name, reason in lacking.items()}
+    return run.write(own | compare.compared(own, others), work, records)
+
+
+def _measured(run: Run) -> tuple[Tables, list[Work]]:
+    """The tables of `OWN`, and the items that they come from."""
+    settings = run.section(CausesOf)
+    items: list[tuple[ImportanceWork, CausesWork, TextWork, RankWork, dict[Cell, DropPlan]]] = []
+    scoring, _ = rank_layers(run, with_tasks=False)
+    for item in scoring:
+        with run.one_of(item.model):
+            scores = run.importance(item)
+            n_layers = len(scores.importance["attention"])
+            counts = [n for n in settings.n_drop if n < n_layers]
+            alone = [DropPlan(attention=[layer]) for layer in range(n_layers)]
+            plans = {DENSE_CELL: DENSE}
+            for kind in ("attention", "mlp"):
+                ranked = scores.first(run.section(Calibration).n_samples)
+                plans |= {Cell(kind, n): select(ranked, kind, n) for n in counts}
+            on = {**item.identity, "corpus": item.corpus, "tokens": item.tokens[: settings.n_samples]}
+            items.append(
+                (item, CausesWork(**on), text_work(run, item, alone), RankWork(**on, plans=tuple(plans.values())), plans)
+            )
+    work: list[Work] = [each for group in items for each in group[1:4]]
+    run.measure(work)
+    run.measured(work)
+    found: dict[str, list[dict]] = {name: [] for name in OWN}
+    for item, causes, alone, ranks, plans in items:
+        if item.model.name in run.not_run:
+            continue
+        kl = np.array([value["kl"] for value in run.values(alone)]).T
+        scores = run.importance(item).first(settings.n_samples)
+        ranked = np.array([value["rank"] for value in run.values(ranks)]).T
+        of_model = {
+            "models": [{"parameters": parameters_of(item.model), "n_layers": kl.shape[1]}],
+            "layers": rows.layer_rows(scores, kl),
+            **rows.cause_rows(Causes.from_json(run.values(causes)[0]), scores, kl),
+            **rows.rank_rows(list(plans), ranked),
+        }
+        for name, several in of_model.items():
+            found[name] += [{"model": item.model.name} | row for row in several]
+    return {name: frame(name, several, OWN) for name, several in found.items()}, [item for item, *_ in items] + work
+
+
+def parameters_of(model: LocatedModel) -> int:
+    """How many parameters a model has, tied ones once."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(load_config(model)).parameters())
