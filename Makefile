@@ -1,8 +1,9 @@
 # What Matters in Transformers? Not All Attention is Needed: reference artifact. `make` lists the targets.
 
-PROFILE ?= auto#  smoke, cpu, gpu, gpu-shapes (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
+PROFILE ?= auto#  smoke, cpu, ladder, gpu, gpu-shapes (data/profiles); auto takes gpu where CUDA is present, otherwise cpu
 MODEL ?=#         one model instead of the profile's: name, hub id, directory or .gguf file; for 07 also a series
 NOTEBOOKS ?=#     some notebooks, by number: NOTEBOOKS="01 02"
+TIDY ?=#          TIDY=1 keeps one converted model on disk at a time, where models are run one by one
 FORCE ?=#         FORCE=1 measures again what is stored
 PYTHON ?= python3#  Python 3.11 or newer, to make .venv with
 
@@ -36,7 +37,7 @@ plan: env ## say what a run would download, need and take, without doing any of 
 	$(LLMDROP) plan --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)"
 
 reproduce: env ## measure, run the notebooks; all goes to data/results/<run> (resumes; instant when nothing changed)
-	$(LLMDROP) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" --force="$(FORCE)"
+	$(LLMDROP) reproduce --profile "$(PROFILE)" --model "$(MODEL)" --notebooks "$(NOTEBOOKS)" --force="$(FORCE)" $(if $(TIDY),--tidy)
 
 figures: env ## redraw the committed figures from the committed tables: no model, no measurement
 	$(LLMDROP) figures

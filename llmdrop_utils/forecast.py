@@ -101,14 +101,17 @@ def _disk(needed: Needed) -> list[str]:
             kept.append((f"{series.name}, training", series.to_train * 3 * one, "weights and two moments, until it is done"))
         if series.checkpoint:
             passing.append((f"{series.name}", series.checkpoint, "one checkpoint at a time"))
-    text = ["", "DISK, at most"]
+    text, notes = ["", "DISK, at most"], list[str]()
+    if needed.profile.one_by_one and sum(model.converted > 0 for model in needed.models.values()) > 1:
+        largest = max(model.converted for model in needed.models.values())
+        notes = [f"  With --tidy (make: TIDY=1) one converted model is there at a time: {size(largest)} at most."]
     sums = sum(n for _, n, _ in kept), hub + max((series.checkpoint for series in needed.series), default=0)
     for folder, rows, total in ((files.CACHE, kept, sums[0]), (Path(constants.HF_HUB_CACHE), passing, sums[1])):
         if folder == files.CACHE or rows:
             free = _free(folder)
             text.append(f"  {shown(folder)}: {size(total)}, {size(free)} free{' - TOO LITTLE' if total > free else ''}")
             text += [f"  {line}" for line in aligned([[what, size(n), why] for what, n, why in rows if n], right=(1,))]
-    return text
+    return text + notes
 
 
 def _free(folder: Path) -> int:
@@ -118,15 +121,18 @@ def _free(folder: Path) -> int:
 
 
 def _memory(needed: Needed, where: str, device: Device) -> list[str]:
-    shapes = {model.name: (model.shape, model.is_random, needed.chosen) for model in needed.models.values()}
-    shapes = shapes | {series.name: (series.shape, False, ["07"]) for series in needed.series if series.name not in shapes}
+    shapes = {}
+    for name, model in needed.models.items():
+        run = [number for number in needed.chosen if needed.is_run(number, name)]
+        shapes[model.name] = (model.shape, model.is_random, run, needed.settings_of(name))
+    of_series = {series.name: (series.shape, False, ["07"], needed.settings) for series in needed.series}
     rows = [["", "parameters", "weights", "working", "in all", ""]]
-    for name, (shape, is_random, notebooks) in shapes.items():
+    for name, (shape, is_random, notebooks, settings) in (of_series | shapes).items():
         if shape is None:
             rows.append([name, *["unknown"] * 4, ""])
             continue
         weights = shape.parameters * device.bytes_per_number
-        working = effort.working_memory(notebooks, needed.settings, shape, device)
+        working = effort.working_memory(notebooks, settings, shape, device)
         rows.append([name, count(shape.parameters), size(weights), size(working), size(weights + working),
                      _fit(shape, weights + working, device, is_random)])  # fmt: skip
     if len(rows) == 1:
@@ -152,17 +158,18 @@ def _fit(shape: Shape, bytes_needed: float, device: Device, is_random: bool) -> 
 
 def _pieces(needed: Needed, number: str) -> list[Piece]:
     """What a notebook measures, as far as shapes are known."""
-    settings, pieces = needed.settings, list[Piece]()
+    pieces = list[Piece]()
     if number != "07":
-        for model in needed.models.values():
-            if model.shape and not (model.is_random and number not in OF_SHAPES):
+        for name, model in needed.models.items():
+            if model.shape and not (model.is_random and number not in OF_SHAPES) and needed.is_run(number, name):
+                settings = needed.settings_of(name)
                 pieces += effort.pieces_of(number, settings, model.name, model.shape, model.is_random)
         return pieces
     for series in needed.series:
         if series.shape and series.to_train:
             pieces.append(effort.training_piece(series.name, series.shape, load_recipe(series.name), series.to_train))
         if series.shape:
-            pieces += effort.stage_pieces(settings["stages"], series.name, series.shape, series.n_stages)
+            pieces += effort.stage_pieces(needed.settings["stages"], series.name, series.shape, series.n_stages)
     return pieces
 
 
@@ -183,7 +190,7 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
             continue
         times = []
         for i, device in enumerate(devices.values()):
-            if number == "05" and needed.settings["speed"]["batch_size"] is None and not device.is_gpu:
+            if number == "05" and _fills_memory(needed) and not device.is_gpu:
                 times.append("needs a GPU")  # whose memory it fills
                 continue
             seconds = effort.OVERHEAD
@@ -205,6 +212,12 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
     unknown = [model.name for model in needed.models.values() if model.shape is None]
     unknown += [series.name for series in needed.series if series.shape is None]
     return text + ([f"  Without {', '.join(dict.fromkeys(unknown))}: of unknown size."] if unknown else [])
+
+
+def _fills_memory(needed: Needed) -> bool:
+    """Does the profile leave the batch to the GPU?"""
+    settings = [needed.settings_of(name) for name in needed.models if needed.is_run("05", name)]
+    return any(part["speed"]["batch_size"] is None for part in settings)
 
 
 def _basis(pieces: list[Piece]) -> list[str]:

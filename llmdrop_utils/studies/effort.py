@@ -15,7 +15,7 @@ from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 
-ESTIMATED = ("01", "02", "03", "05", "06", "07")  # notebooks that this file has an estimate for
+ESTIMATED = ("01", "02", "03", "05", "06", "07", "11")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each
@@ -140,6 +140,8 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
             + (_curves(profile, model, shape) if has_quality else [])
             + [_speed(profile["speed"], model, shape, is_random)]
         )
+    if notebook == "11":
+        return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
     return []
 
 
@@ -181,6 +183,16 @@ def _joint(profile: dict, model: str, shape: Shape) -> list[Piece]:
         _text(text, ("joint text", model), shape, len(new) + len(part["n_drop"])),
         *(_tasks(profile["tasks"], model, shape, n_tasks, "joint") if n_tasks else []),
     ]
+
+
+def _causes(profile: dict, model: str, shape: Shape) -> list[Piece]:
+    """Causes and ranks of hidden states, and each attention layer dropped alone: half of a pass on average."""
+    part, seq_len = profile["causes"], profile["calibration"]["seq_len"]
+    plans = 2 + 2 * sum(n < shape.layers for n in part["n_drop"])  # all causes, the dense model, and both kinds
+    basis = f"causes: {part['n_samples']:,} x {seq_len:,} tokens x {plans} passes"
+    tokens = part["n_samples"] * seq_len * plans
+    causes = Piece(("causes", model), "importance", shape, basis, 0, tokens, part["n_samples"] * plans)
+    return [causes, _text(profile["text"], ("damage", model), shape, 1 + shape.layers)]
 
 
 def _across(text: dict, model: str, shape: Shape, plans: int, corpora: int) -> Piece:
@@ -266,9 +278,9 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
     cache copies it.
     """
     tokens = scored = states = cached = 0
-    if {"01", "02", "03", "05"} & set(notebooks) and "calibration" in profile:
+    if {"01", "02", "03", "05", "11"} & set(notebooks) and "calibration" in profile:
         tokens = profile["calibration"]["batch_size"] * profile["calibration"]["seq_len"]
-    if {"02", "03"} & set(notebooks):
+    if {"02", "03", "11"} & set(notebooks):
         batch, head = (BATCH, 4096) if device.is_gpu else (1024, 1024)  # as in measure/scoring.py and measure/passes.py
         tokens, scored, states = max(tokens, batch), batch + 2 * head, batch * 3 * len(profile["text"]["n_drop"])
     if "05" in notebooks and (device.is_gpu or profile["speed"]["batch_size"]):

@@ -69,6 +69,14 @@ class Needed:
     def __post_init__(self) -> None:
         self.settings = self.profile.to_json()
 
+    def settings_of(self, model: str) -> dict:
+        """What the profile says, as it is for one of its models."""
+        return self.profile.of(model).to_json() if self.profile.one_by_one else self.settings
+
+    def is_run(self, number: str, model: str) -> bool:
+        """Does the profile have what a notebook needs, as it is for one of its models?"""
+        return set(sections_of(number)) <= set(self.settings_of(model))
+
     @property
     def chosen(self) -> list[str]:
         return [number for number in self.sources if number not in self.not_run]
@@ -88,10 +96,11 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     """Everything that the notebooks (all, or those whose numbers are listed) need of a profile."""
     needed = Needed(profile, {path.stem[:2]: path for path in choose_notebooks(notebooks)})
     settings = needed.settings
-    needed.not_run = {number: reason for number in needed.sources if (reason := _lacking(number, profile, settings))}
+    needed.not_run = {number: reason for number in needed.sources if (reason := _lacking(needed, number))}
     for number in needed.chosen:
         for name in profile.models if is_of_models(number) else []:
-            _add_model(needed, name, number, profile.several)
+            if needed.is_run(number, name):
+                _add_model(needed, name, number, profile.several)
     for name in settings["stages"]["series"] if "07" in needed.chosen else []:
         _add_series(needed, name)
     with_scores = any(not model.is_random for model in needed.models.values())
@@ -108,10 +117,11 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     return needed
 
 
-def _lacking(number: str, profile: Profile, settings: dict) -> str | None:
+def _lacking(needed: Needed, number: str) -> str | None:
     """Why a notebook is not run at all."""
-    lacking = [key for key in sections_of(number) if key not in settings]
-    if lacking:
+    profile = needed.profile
+    lacking = [key for key in sections_of(number) if key not in needed.settings]
+    if lacking and not (is_of_models(number) and any(needed.is_run(number, model) for model in profile.models)):
         return f"the profile {profile.name} has no section {lacking[0]!r}"
     if is_of_models(number) and all(name in catalogue()["series"] for name in profile.models):
         return f"{profile.models[0]} is a series of checkpoints: notebook 07 follows it"

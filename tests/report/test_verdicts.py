@@ -111,7 +111,7 @@ def judged(monkeypatch):
     def judge(*findings, not_run=()):
         monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables, size: iter(findings) if size == 3 else None)
         claim = {"check": "made_up", "thresholds": {"size": 3}, "notebook": "09_x"}
-        return verdicts._judge(claim, {"not_run": pd.DataFrame(list(not_run), columns=["what", "reason"])})
+        return verdicts.verdict_of(claim, {"not_run": pd.DataFrame(list(not_run), columns=["what", "reason"])})
 
     return judge
 
@@ -169,7 +169,7 @@ def test_tables_of_an_older_version(monkeypatch, read, named):
     """However a rule reads them, it names what they lack, and says how to make them anew."""
     monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables: iter([read(tables["average"])]))
     claim = {"check": "made_up", "notebook": "02_drop_curves"}
-    assert verdicts._judge(claim, {"average": pd.DataFrame({"model": ["m"]})}) == (
+    assert verdicts.verdict_of(claim, {"average": pd.DataFrame({"model": ["m"]})}) == (
         NOT_RUN,
         f"the tables of notebook 02_drop_curves are of an older version, without '{named}': "
         "`make reproduce NOTEBOOKS=02` makes them anew",
@@ -179,7 +179,7 @@ def test_tables_of_an_older_version(monkeypatch, read, named):
 def test_a_fault_of_a_rule_is_not_taken_for_an_old_table(monkeypatch):
     monkeypatch.setitem(verdicts.CHECKS, "made_up", lambda tables: iter([1 / 0]))
     with pytest.raises(ZeroDivisionError):
-        verdicts._judge({"check": "made_up", "notebook": "02_drop_curves"}, {"average": pd.DataFrame()})
+        verdicts.verdict_of({"check": "made_up", "notebook": "02_drop_curves"}, {"average": pd.DataFrame()})
 
 
 # ---- the scorecard ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from llmdrop_utils.sources.catalogue import catalogue
 from llmdrop_utils.sources.task_data import known_tasks
 from llmdrop_utils.studies.curve_rows import KEEP
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
+from llmdrop_utils.studies.sizes_and_causes.compare import compared
 from llmdrop_utils.studies.speedup.generation import GENERATION
 from llmdrop_utils.studies.speedup.trade import pair_rows
 
@@ -39,6 +40,7 @@ def paper_tables() -> dict[str, Tables]:
     - 05_speedup: `speed` (generations of 2,048 tokens in and out, back end "eager", not noisy; of half the attention of the 70B
       models with the digits of the text, 48.4 and 43.4 %), `trade` (the printed SDR), `trade_pairs` (of printed means and
       speed-ups), `models`, `paper`.
+    - 11_sizes_and_causes: `models`, `half` and `sizes`, from the means of 02.
     - 06_kv_cache: `paper` (Table 4; bytes are the printed GB as GiB, with the slip of 52 and 26, and the formula is the count),
       `fits` (weights of Llama-2-70B: the printed 128 GB).
 
@@ -86,7 +88,17 @@ def paper_tables() -> dict[str, Tables]:
         },
         "06_kv_cache": {"paper": _cache_rows(), "fits": [{"model": "llama-2-70b", "n": 0, "weights_bytes": 128 * GIB}]},
     }  # fmt: skip
-    return {notebook: _as_declared(notebook, rows) for notebook, rows in tables.items()}
+    declared = {notebook: _as_declared(notebook, rows) for notebook, rows in tables.items()}
+    return declared | {"11_sizes_and_causes": _as_declared("11_sizes_and_causes", _size_tables(declared, layers))}
+
+
+def _size_tables(declared: dict[str, Tables], layers: dict[str, int]) -> dict[str, list[dict]]:
+    """Models beside each other, from the printed tables; the paper measures no causes."""
+    parameters = [1e9 * float(model.split("b")[0].split("-")[-1]) for model in (name.removesuffix("-v0.1") for name in layers)]
+    pairs = zip(layers.items(), parameters, strict=True)
+    models = [{"model": model, "parameters": size, "n_layers": n} for (model, n), size in pairs]
+    own = _as_declared("11_sizes_and_causes", {"models": models})
+    return compared(own, {"01_similarity": {}, "02_drop_curves": declared["02_drop_curves"], "03_joint_drop": {}})
 
 
 def _as_declared(notebook: str, rows: dict[str, list[dict]]) -> Tables:

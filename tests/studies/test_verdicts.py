@@ -18,6 +18,7 @@ from llmdrop_utils.studies.curve_rows import TaskValues, TextValues, average_row
 from llmdrop_utils.studies.joint_drop.study import further_rows
 from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.similarity.study import _corpora_rows, _depth_rows, _sample_agreement_rows
+from llmdrop_utils.studies.sizes_and_causes.compare import ALL
 from llmdrop_utils.studies.speedup.generation import GENERATION
 from llmdrop_utils.studies.speedup.trade import pair_rows
 from llmdrop_utils.studies.training_stages.rows import Followed, StageValues
@@ -44,7 +45,7 @@ def judge(check, tables):
     for name, content in tables.items():
         for column in content.columns:
             assert any(fnmatch.fnmatch(column, known.name) for known in declared[name]), f"{name} has no column {column}"
-    return verdicts._judge(claim, tables | {"not_run": pd.DataFrame(columns=["what", "reason"])})
+    return verdicts.verdict_of(claim, tables | {"not_run": pd.DataFrame(columns=["what", "reason"])})
 
 
 # ---- tables with the columns that a rule reads, and a number that decides --------------------------------------------------
@@ -124,14 +125,24 @@ def half(*number, model="Llama-2-70B-hf"):
     return of_model(model, TASKS | {"models": frame(n_layers=[80]), "average": rows})
 
 
-def series(*large, small=(0.9, 0.89, 0.91)):
-    """13B with half of 40 layers dropped, 70B with half of 80."""
-    shares = ends("retained", "retained_low", "retained_high", [small, (1, 1, 1), large, (1, 1, 1)])
-    models = ["llama-2-13b"] * 2 + ["llama-2-70b"] * 2
-    rows = pd.DataFrame({"model": models, "kind": "attention", "n": [20, 40, 40, 20]} | shares)
-    layers = pd.DataFrame({"model": ["llama-2-13b", "llama-2-70b"], "n_layers": [40, 80]})
-    tasks = pd.DataFrame({"model": ["llama-2-13b"], "documents": [500]})
-    return {"average": rows, "models": layers, "tasks": tasks}
+def sizes(*change, models="llama-2-70b minus llama-2-13b", text=(0.1, 0.09, 0.11)):
+    """How much more of the tasks, and of text, is retained without half of the attention layers."""
+    rows = {"what": "retained without half", "measure": ["tasks", "text"], "models": models}
+    other = pd.DataFrame({"what": ["share of the layers that can go"], "measure": "tasks", "models": models})
+    other = other.assign(change=-1.0, low=-1.0, high=-1.0)  # no rule is about it
+    return {"sizes": pd.concat([pd.DataFrame(rows | ends("change", "low", "high", [change, text])), other])}
+
+
+def causes(*correlation, n_models=5):
+    """Entropy as given, and two others that go with importance."""
+    rows = {"cause": ["entropy", "rank", "output", "sink"], "target": "importance", "models": n_models}
+    numbers = [correlation, (0.8, 0.7, 0.9), (0.9, 0.8, 0.95), (-0.9, -1, -0.8)]
+    here = pd.DataFrame(rows | ends("correlation", "low", "high", numbers))
+    return {"overall": pd.concat([here, here.assign(target="damage", correlation=-1.0, low=-1.0, high=-1.0)])}
+
+
+def rank_gaps(*difference):
+    return {"rank_gaps": frame(n=[2, 4], **ends("difference", "low", "high", [(30, 20, 40), difference]))}
 
 
 def further(*number, is_cut=False, same_up_to=8):
@@ -248,7 +259,15 @@ CASES = [  # rule, and tables by which it is reproduced, deviates, and is inconc
     ("quarter_of_attention_keeps_quality", average(0.99, 0.978, 1), average(0.9, 0.88, 0.92), average(0.98, 0.952, 1.008)),
     ("attention_beats_mlp_and_block", gaps(0.02, 0.001, 0.03), gaps(-0.02, -0.03, -0.01), gaps(0.01, -0.001, 0.02)),
     ("half_of_attention", half(2, 1, 2.45), half(4, 3.5, 4.5), half(2, 1, 3)),
-    ("larger_models_lose_less", series(0.95, 0.94, 0.96), series(0.8, 0.79, 0.81), series(0.91, 0.89, 0.93)),
+    ("larger_models_lose_less", sizes(0.05, 0.01, 0.09), sizes(-0.1, -0.12, -0.08), sizes(0.01, -0.02, 0.04)),
+    (
+        "larger_models_lose_less_across",
+        sizes(0.05, 0.01, 0.09, models=ALL),
+        sizes(0.05, 0.01, 0.09, models=ALL, text=(-0.1, -0.12, -0.08)),
+        sizes(0.01, -0.02, 0.04, models=ALL),
+    ),
+    ("causes_predict_importance", causes(0.7, 0.55, 0.85), causes(0.1, -0.1, 0.3), causes(0.6, 0.4, 0.8)),
+    ("mlp_keeps_tokens_apart", rank_gaps(10, 5, 15), rank_gaps(-10, -15, -5), rank_gaps(5, -5, 15)),
     ("joint_goes_furthest", further(4, 2, 5), further(-3, -4, -2), further(2, -1, 4)),
     ("attention_goes_first", first_mlp(16, 14, 18), first_mlp(8, 7, 9), first_mlp(15, 13, 17)),
     ("iterative_no_better", iterative(-0.02, -0.05, 0.01), iterative(-0.2, -0.25, -0.15), iterative(0, -0.1, 0.1)),
@@ -310,7 +329,10 @@ def test_tables_of_an_older_version_are_named(check):
         ("quarter_of_attention_keeps_quality", "documents of each task instead of 500"),
         ("attention_beats_mlp_and_block", "documents of each task instead of 500"),
         ("half_of_attention", "documents of each task instead of 500"),
-        ("larger_models_lose_less", "documents of each task instead of 500"),
+        ("larger_models_lose_less", "about 9.0 times as many documents or samples"),  # (0.03 / 0.01)^2
+        ("larger_models_lose_less_across", "about 9.0 times as many documents or samples"),
+        ("causes_predict_importance", "about 20 models instead of 5"),  # (0.2 / 0.1)^2 x 5
+        ("mlp_keeps_tokens_apart", "about 4.0 times as many samples of text"),  # (10 / 5)^2
         ("joint_goes_furthest", "samples of text instead of 64"),
         ("attention_goes_first", "times as many samples of text"),
         ("iterative_no_better", "about 260 samples of text instead of 64"),  # (0.1 / 0.05)^2 x 64
@@ -471,11 +493,17 @@ def test_shuffled_layers_at_an_earlier_stage(order, outcome):
 
 def test_no_smaller_is_enough_for_a_larger_model():
     """The paper's claim holds if both keep all."""
-    assert judge("larger_models_lose_less", series(0.9, 0.9, 0.9, small=(0.9, 0.9, 0.9)))[0] == REPRODUCED
-    assert judge("larger_models_lose_less", series(0.899, 0.899, 0.899, small=(0.9, 0.9, 0.9)))[0] == DEVIATES
-    verdict, evidence = judge("larger_models_lose_less", series(0.9, 0.89, 0.91))
-    assert verdict == INCONCLUSIVE, "both 0.9 (0.89 to 0.91): it may be smaller"
-    assert "llama-3-8b and llama-3-70b: not run: both are needed" in evidence
+    assert judge("larger_models_lose_less", sizes(0, 0, 0))[0] == REPRODUCED
+    assert judge("larger_models_lose_less", sizes(-0.001, -0.001, -0.001))[0] == DEVIATES
+    assert "llama-3-8b and llama-3-70b: not run: both are needed" in judge("larger_models_lose_less", sizes(0, 0, 0))[1]
+    for check in ("larger_models_lose_less", "larger_models_lose_less_across"):
+        other = sizes(0.05, 0.01, 0.09, models="a minus b")
+        assert judge(check, other)[0] == NOT_RUN, "neither a series that is known nor all models"
+
+
+def test_causes_of_two_models_are_not_judged():
+    verdict, evidence = judge("causes_predict_importance", causes(0.7, 0.55, 0.85, n_models=2))
+    assert (verdict, "three models or more" in evidence) == (NOT_RUN, True)
 
 
 def test_99_in_98_is_open():
@@ -662,12 +690,14 @@ PICTURES = {
     "redundant-from-the-start": "Fig. 7 shows it",
     "others-rise": "Fig. 7 shows it",
     "same-layers-at-every-stage": "Fig. 7 shows it",
+    "causes-of-redundancy": "a sentence of an abstract, without a number",
+    "mlp-keeps-tokens-apart": "a sentence of an abstract, without a number",
     "redundant-at-random": "a sentence of an abstract, without a number",
 }
 FED = {
     "published-lists", "attention-drop-keeps-quality", "attention-beats-mlp-and-block", "half-the-attention",
-    "larger-models-lose-less", "joint-goes-furthest", "attention-goes-first", "attention-drop-is-fast", "best-trade-off",
-    "cache-shrinks-in-proportion",
+    "larger-models-lose-less", "larger-models-lose-less-across", "joint-goes-furthest", "attention-goes-first",
+    "attention-drop-is-fast", "best-trade-off", "cache-shrinks-in-proportion",
 }  # fmt: skip
 
 
@@ -712,8 +742,10 @@ def test_what_of_the_paper_is_fed(printed):
     assert "Llama-2-70B base: Attn-40 of 80 loses, in points, 2.40" in half_lost
     assert "Llama-3-70B base: Attn-40 of 80 loses, in points, 1.80" in half_lost
     larger = evidence("larger_models_lose_less")
-    assert "llama-2-70b retains 93.4 %, llama-2-13b retains 89.3 %" in larger
-    assert "llama-3-70b retains 95.9 %, llama-3-8b retains 66.4 %" in larger
+    assert "llama-2-70b minus llama-2-13b, what lies above guessing in the tasks, +4.2 %" in larger  # 93.41 and 89.25
+    assert "llama-3-70b minus llama-3-8b, what lies above guessing in the tasks, +29.5 %" in larger  # 95.9 and 66.4
+    across = evidence("larger_models_lose_less_across")
+    assert "per tenfold number of parameters, what lies above guessing in the tasks, +" in across
     assert evidence("attention_is_best_trade").count(" minus ") == 2 * (2 + 2 + 4)
     assert evidence("attention_beats_mlp_and_block").count("Attn-") == 2 * (2 + 2 + 4)
     assert "14 of 32" in evidence("attention_goes_first")

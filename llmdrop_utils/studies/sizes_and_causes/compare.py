@@ -156,7 +156,7 @@ def _left_out_rows(own: Tables) -> Iterator[dict]:
     once they tell the weights of a linear model of ranks; its interval comes from drawing layers of the model anew.
     """
     models, predictors = list(own["models"]["model"]), own["predictors"]
-    for left_out in models if len(models) > 1 else []:
+    for left_out in models if len(models) > 1 and len(predictors) else []:
         for row in predictors[predictors["model"] == left_out].to_dict("records"):
             same = predictors[(predictors["cause"] == row["cause"]) & (predictors["target"] == row["target"])]
             others = same[same["model"] != left_out]["correlation"]

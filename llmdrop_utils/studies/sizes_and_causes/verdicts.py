@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import pandas as pd
+
 from ...measure.causes import ENTROPY, OUTPUT, RANK
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
@@ -15,21 +17,24 @@ MEASURES = {"text": "next-token accuracy", "tasks": "what lies above guessing in
 
 @check
 def larger_models_lose_less(tables: Tables) -> Iterator[Finding]:
-    rows = tables["sizes"]
-    rows = rows[rows["what"] == "retained without half"] if len(rows) else rows
+    rows = tables["sizes"].query("what == 'retained without half'")
     for small, large in SERIES:
         pair = f"{large} minus {small}"
-        yield _retained(rows[rows["models"] == pair] if len(rows) else rows, f"{small} and {large}", pair, "both are needed")
+        yield _retained(rows[rows["models"] == pair], f"{small} and {large}", pair, "both are needed")
 
 
 @check
 def larger_models_lose_less_across(tables: Tables) -> Iterator[Finding]:
-    rows = tables["sizes"]
-    rows = rows[(rows["what"] == "retained without half") & (rows["models"] == ALL)] if len(rows) else rows
-    yield _retained(rows, ALL, "per tenfold number of parameters", "three models of different sizes or more are needed")
+    rows = tables["sizes"].query("what == 'retained without half'")
+    yield _retained(
+        rows[rows["models"] == ALL],
+        ALL,
+        "per tenfold number of parameters",
+        "three models of different sizes or more are needed",
+    )
 
 
-def _retained(rows, who: str, what: str, lacking: str) -> Finding:
+def _retained(rows: pd.DataFrame, who: str, what: str, lacking: str) -> Finding:
     if not len(rows):
         return Finding(who, f"{lacking}: `make reproduce PROFILE=ladder`, or PROFILE=gpu")
     compared = [
@@ -44,7 +49,7 @@ def _retained(rows, who: str, what: str, lacking: str) -> Finding:
 @check
 def causes_predict_importance(tables: Tables, correlation: float) -> Iterator[Finding]:
     rows = tables["overall"]
-    rows = rows[(rows["target"] == IMPORTANCE) & rows["cause"].isin(CLAIMED)] if len(rows) else rows
+    rows = rows[(rows["target"] == IMPORTANCE) & rows["cause"].isin(CLAIMED)]
     if not len(rows) or rows["models"].max() < 3:
         yield Finding(ALL, "three models or more are needed: `make reproduce PROFILE=ladder`")
         return
