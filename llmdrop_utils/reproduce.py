@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .base import files
-from .base.errors import LLMDropError, NotApplicable, NotAvailable, each_available
+from .base.errors import LLMDropError, NotApplicable, NotAvailable, NotebookFailed, each_available
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
 from .models.locate import forget_converted
+from .models.names import label
 from .report.distance import describe_distance
 from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
@@ -76,19 +77,24 @@ def reproduce(
 
 
 def _reproduce_each(profile: Profile, notebooks: str | None, force: bool, parameters: dict | None, tidy: bool) -> None:
-    """Run each model of a profile by itself. Raises NotAvailable if none could be run."""
+    """Run each model of a profile by itself. Raises NotAvailable if none could be, and at the end NotebookFailed."""
+    failed: list[str] = []
 
     def run_one(model: str) -> None:
-        print(f"\n{model}, one of {len(profile.models)} models")
+        print(f"\n{label(model)}, one of {len(profile.models)} models")
         try:
             reproduce(profile.of(model), notebooks, force, parameters)
+        except NotebookFailed as error:
+            failed.append(f"{label(model)}: {error}")
         except LLMDropError as error:
-            print(f"{model}: not run. {error}")
+            print(f"{label(model)}: not run. {error}")
             raise
         if tidy:
             forget_converted(model)
 
     each_available(profile.models, run_one, "models")
+    if failed:
+        raise NotebookFailed("\n".join(failed))
     print(f"\n{profile.name}: the models beside each other")
 
 

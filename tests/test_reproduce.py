@@ -256,6 +256,71 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
     assert f"{name} could not be loaded" in reasons[name]
 
 
+STEPS = """extends: smoke
+description: steps
+models: {tiny-llama: {calibration: {n_samples: 4}}, no-such-model: , MINE: }
+"""
+
+
+@pytest.fixture
+def steps(my_model):
+    """A profile of two models, and of one between them that is nowhere. Kernels read profiles from the checkout."""
+    path = paths.PROFILE_DIR / "zz-steps.yaml"
+    path.write_text(STEPS.replace("MINE", str(my_model)))
+    shutil.rmtree(paths.RESULTS, ignore_errors=True)
+    yield load_profile("zz-steps")
+    path.unlink()
+
+
+def test_models_one_by_one(network, steps, monkeypatch, capsys):
+    """A model that cannot be had is not run, a run that is stopped goes on where it was, and the comparison comes last."""
+    real = work.measure_importance
+
+    def stopped(model, tokens, *args, **more):
+        if model.config.num_hidden_layers != 6:
+            raise KeyboardInterrupt
+        return real(model, tokens, *args, **more)
+
+    monkeypatch.setattr(work, "measure_importance", stopped)
+    command = ["reproduce", "--profile", "zz-steps", "--notebooks", "01 11"]
+    assert cli.main(command) == 130
+    runs = sorted(path.name for path in paths.RESULTS.iterdir())
+    assert runs == ["records", "zz-steps-tiny-llama"], "the first is done, the last is not"
+    monkeypatch.setattr(work, "measure_importance", real)
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "01_similarity: up to date" in said
+    assert "no-such-model: not run. " in said
+    assert said.index("the models beside each other") > said.index("no-such-model")
+    tables = paths.RESULTS / "zz-steps/11_sizes_and_causes"
+    assert len(pd.read_csv(tables / "models.csv")) == 2
+    assert set(pd.read_csv(tables / "claims.csv")["model"]) == set(pd.read_csv(tables / "models.csv")["model"])
+    reasons = pd.read_csv(tables / "not_run.csv").set_index("what")["reason"]
+    assert "zz-steps-no-such-model" in reasons.index
+    assert pd.read_csv(paths.RESULTS / "zz-steps-tiny-llama/01_similarity/importance.csv")["n_samples"].max() == 4
+    assert (paths.RESULTS / "zz-steps/notebooks/11_sizes_and_causes.ipynb").exists()
+    assert not (paths.RESULTS / "zz-steps/notebooks/01_similarity.ipynb").exists()
+
+    forbid_measuring(monkeypatch)
+    rendered = []
+    monkeypatch.setattr(reproduce, "run_notebook", lambda source, *a: rendered.append(source.stem))
+    assert cli.main(command) == 0
+    assert set(rendered) == {"11_sizes_and_causes"}, "what lacks a notebook or a model is tried again, and nothing else"
+
+
+def test_no_model_of_several_can_be_had(network, capsys, monkeypatch):
+    path = paths.PROFILE_DIR / "zz-nowhere.yaml"
+    path.write_text("extends: smoke\ndescription: nowhere\nmodels: {no-such-model: , nor-this: }\n")
+    try:
+        assert cli.main(["reproduce", "--profile", "zz-nowhere"]) == 1
+    finally:
+        path.unlink()
+    error = capsys.readouterr().err
+    assert error.startswith("error: None of these models is available:")
+    assert "Traceback" not in error
+
+
 def test_figures_from_the_reference_need_no_model(monkeypatch, capsys, tmp_path):
     """What is committed is what the committed tables give, whatever was run before on this machine."""
     monkeypatch.setattr(queue, "load_located", lambda *a: pytest.fail("loaded a model"))

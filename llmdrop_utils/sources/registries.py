@@ -5,6 +5,7 @@ package: an entry of data/sources.yaml. A package is a wheel, or with `registry:
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import IO
 from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
 
+COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")  # what makes tools colour what they print to another program
 PIP = [sys.executable, "-m", "pip"]
 PIP_OPTIONS = ["--no-color", "--no-deps", "--ignore-requires-python", "--only-binary", ":all:", "--quiet"]
 
@@ -95,7 +97,8 @@ def _npm(package: dict, command: str, *more: str) -> str:
 
 def _run(command: list[str], package: dict, problem: str, check: str, telling: slice = slice(-1, None)) -> str:
     """What a tool prints. Raises NotAvailable with its reason if it fails. telling: which lines of the error say why."""
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    plain = {name: value for name, value in os.environ.items() if name not in COLOURS}  # a notebook's kernel asks for colours
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     if answer.returncode:
         reason = "; ".join((answer.stderr.strip() or "it said nothing").splitlines()[telling])
         raise NotAvailable(

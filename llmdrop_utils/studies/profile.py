@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from ..base import files
 from ..base.errors import LLMDropError, NotAvailable
@@ -43,6 +43,9 @@ def _known_kinds(counts: dict[str, list[int]]) -> dict[str, list[int]]:
 CountsByKind = Annotated[CountsByName, AfterValidator(_known_kinds)]  # "attention" -> how many are dropped
 
 
+Own = Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]  # model -> section -> keys that are others for it
+
+
 @section("calibration")
 class Calibration(Settings):
     """How importance is measured (paper, Appendix A: 256 samples of 2,048 tokens)."""
@@ -59,7 +62,7 @@ class Head(Settings):
     """The keys of a profile that are no sections."""
 
     description: str
-    models: Names | dict[str, dict[str, Any] | None]  # anything `load_model` takes; see `load_profile` for a mapping
+    models: Names | Own  # anything `load_model` takes; see `load_profile` for a mapping
     dtype: Literal["float32", "bfloat16"] | None = None  # that models are measured in; null: `default_dtype()`
 
 

@@ -148,6 +148,16 @@ def test_interval_of_a_difference():
     assert stats.difference_interval((5, 4, 7), (2, 1, 2)) == pytest.approx((3, 2, 3 + np.sqrt(5)))
 
 
+def test_interval_of_a_slope():
+    """1, 2, 3 at x = 0, 1, 2, each with 0.5 on either side: the weights are -1/2, 0 and 1/2."""
+    x, values = np.array([0.0, 1, 2]), np.array([1.0, 2, 3])
+    assert stats.slope_interval(x, values, values - 0.5, values + 0.5) == pytest.approx(
+        (1, 1 - np.hypot(0.25, 0.25), 1 + np.hypot(0.25, 0.25))
+    )
+    low, high = np.array([0.0, 2, 3]), np.array([1.0, 2, 3.2])  # 1 may be 1 less, 3 may be 0.2 more: both make it steeper
+    assert stats.slope_interval(x + 5, values, low, high) == pytest.approx((1, 1, 1 + np.hypot(0.5, 0.1)))
+
+
 def test_what_a_comparison_would_find():
     """An interval of plus and minus 1.96 standard errors of 1: found in 80 % of runs if it is 1.96 + 0.84 from zero."""
     assert stats.detectable(3 - 1.959964, 3 + 1.959964) == pytest.approx(1.959964 + 0.841621)

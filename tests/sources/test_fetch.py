@@ -105,6 +105,7 @@ def test_what_only_pip_can_reach(cache, tmp_path, monkeypatch, lie):
         archive.writestr("demo_pkg-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a notebook's kernel
     sha256 = "0" * 64 if lie else sources.file_sha256(wheel)
     package = {"name": "demo-pkg", "version": "1.0", "sha256": sha256, "files": ["demo_pkg/a.txt"]}
     if lie:

@@ -65,6 +65,73 @@ def test_one_model_replaces_models_and_series():
     assert profile.description == "gemma3-270m with the settings of the profile cpu."
 
 
+OWN = "{calibration: {seq_len: 32}, tasks: {limit: 3, n_drop: {mlp: [1]}}, stages: null}"
+EACH = f"models:\n  tiny-llama:\n  smollm2-135m: {OWN}\n"
+
+
+def test_models_with_sizes_of_their_own(tmp_path, monkeypatch):
+    """Each is a run of its own; what it does not say is the profile's, key by key."""
+    monkeypatch.setattr(files, "PROFILE_DIR", tmp_path)
+    (tmp_path / "demo.yaml").write_text(GOOD.replace("models: [tiny-llama]\n", EACH))
+    profile = load_profile("demo")
+    assert profile.one_by_one
+    assert profile.several
+    assert profile.models == ["tiny-llama", "smollm2-135m"]
+    assert profile.run == "demo"
+    assert profile.section(Calibration).seq_len == 64
+    own = profile.of("smollm2-135m")
+    assert (own.one_by_one, own.run, own.models) == (False, "demo-smollm2-135m", ["smollm2-135m"])
+    assert own.section(Calibration).seq_len == 32
+    assert own.section(Calibration).n_samples == profile.section(Calibration).n_samples
+    assert own.to_json()["tasks"]["n_drop"] == {"mlp": [1]}
+    assert own.to_json()["tasks"]["names"] == profile.to_json()["tasks"]["names"]
+    assert "stages" not in own.to_json()
+    assert profile.of("tiny-llama").section(Calibration).seq_len == 64
+    assert profile.of("gemma3-270m").section(Calibration).seq_len == 64, "any other model has the profile's own sizes"
+    assert not load_profile("demo", "tiny-llama").one_by_one
+    assert not load_profile("demo").replacing(models=["tiny-llama"], one_by_one=False).several
+
+
+def test_the_ladder():
+    """Five models; half of the attention layers of each are dropped for the tasks, and larger ones have fewer samples."""
+    ladder = load_profile("ladder")
+    assert len(ladder.models) == 5
+    for name in ladder.models:
+        settings, layers = ladder.of(name).to_json(), catalogue()["models"][name]["shape"]["num_hidden_layers"]
+        assert layers / 2 in settings["tasks"]["n_drop"]["attention"]
+        assert {1, 2, 4} <= {*settings["tasks"]["n_drop"]["mlp"]} & {*settings["tasks"]["n_drop"]["block"]}
+        assert 3 * min(settings["calibration"]["sample_counts"]) <= max(settings["calibration"]["sample_counts"])
+    limits = [ladder.of(name).to_json()["tasks"]["limit"] for name in ladder.models]
+    assert limits == sorted(limits, reverse=True)
+    assert [name for name in ladder.models if "speed" in ladder.of(name).to_json()] == ["qwen2.5-coder-1.5b"]
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (
+            "models: {tiny-llama: {calibration: {seq_lem: 3}}}",
+            "'seq_lem' in demo.yaml, under tiny-llama, under calib",
+        ),
+        (
+            "models: {tiny-llama: {calibratoin: {seq_len: 3}}}",
+            "Unknown section 'calibratoin' in demo.yaml, under tiny-l",
+        ),
+        ("models: {tiny-llama: {calibration: 3}}", "demo.yaml, under tiny-llama must hold the key 'calibration' with keys"),
+        ("models: {tiny-llama: 3}", "'models' in demo.yaml must be a list of names, or a mapping"),
+        ("models: {}", "'models' in demo.yaml must be a list of names, or a mapping, but is {}"),
+        ("models: {tiny-llama: {text: {n_samples: 0}}}", "'n_samples' in demo.yaml, under tiny-llama, under text must be a"),
+    ],
+)
+def test_mistakes_in_sizes(tmp_path, monkeypatch, new, message):
+    """They are found before the first model is measured, whichever model they are about."""
+    monkeypatch.setattr(files, "PROFILE_DIR", tmp_path)
+    (tmp_path / "demo.yaml").write_text(GOOD.replace("models: [tiny-llama]", new))
+    for model in (None, "gemma3-270m"):
+        with pytest.raises(LLMDropError, match=message):
+            load_profile("demo", model)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -28,7 +28,9 @@ from .work import CausesWork, RankWork
 
 READ = ("01_similarity", "02_drop_curves", "03_joint_drop")
 OWN = {  # what is measured here
-    "models": table("model", Column("parameters", "Parameters", ",d"), Column("n_layers", "Layers", "d")),
+    "models": table(
+        "model", Column("parameters", "Parameters", ",d"), Column("n_layers", "Layers", "d"), Column("corpus", "Read")
+    ),
     "causes": table("model cause layer", Column("value", "Value", ".4g", "low", "high"), "low high"),
     "layers": table(
         "model layer", Column("importance", "Importance of attention", ".4f", "low", "high"), "low high",
@@ -123,7 +125,7 @@ def _measured(run: Run) -> tuple[Tables, list[Work]]:
         scores = run.importance(item).first(settings.n_samples)
         ranked = np.array([value["rank"] for value in run.values(ranks)]).T
         of_model = {
-            "models": [{"parameters": parameters_of(item.model), "n_layers": kl.shape[1]}],
+            "models": [{"parameters": parameters_of(item.model), "n_layers": kl.shape[1], "corpus": item.corpus}],
             "layers": rows.layer_rows(scores, kl),
             **rows.cause_rows(Causes.from_json(run.values(causes)[0]), scores, kl),
             **rows.rank_rows(list(plans), ranked),
