@@ -13,7 +13,7 @@ from gguf_files import make_llama, write_gguf
 from safetensors.torch import load_file, save_file
 
 from llmdrop_utils import DropPlan, LLMDropError, drop, load_model, locate_available
-from llmdrop_utils.models import convert
+from llmdrop_utils.models import convert, load
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located, load_tokenizer, model_of_shape
 from llmdrop_utils.models.locate import locate_model
@@ -230,3 +230,20 @@ def test_real_model_speaks(real_model):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("large", [1 << 23, 0])
+def test_products_of_bfloat16_in_float32(monkeypatch, bias, large):
+    """Large weights are converted in pieces; the last one is narrower. No bit differs from converting them at once."""
+    monkeypatch.setattr(load._Float32Products, "LARGE", large)
+    monkeypatch.setattr(load._Float32Products, "PIECE", 1)
+    layer = torch.nn.Linear(24, 1300, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 24, dtype=torch.bfloat16)
+    exact = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None).bfloat16()
+    calls = []
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: calls.append(len(given[1])) or real(*given))
+    layer.__class__ = load._Float32Products
+    assert torch.equal(layer(x), exact)
+    assert calls == ([1300] if large else [512, 512, 276])
