@@ -11,6 +11,8 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
+
 from .base import files
 from .base.errors import LLMDropError, NotApplicable, NotAvailable, NotebookFailed, each_available
 from .base.files import RunFolders, shown, write_text
@@ -21,8 +23,9 @@ from .models.names import label
 from .report.distance import describe_distance
 from .report.dtypes import other_dtype, write_dtypes
 from .report.notebooks import check_parameters, choose_notebooks, run_notebook
+from .report.show import as_markdown
 from .report.style import FIGURES, draw
-from .report.tables import Declaration, models_measured, read_tables
+from .report.tables import Declaration, models_measured, read_tables, with_exact_names
 from .report.verdicts import NOT_RUN, Verdict, judge, load_claims, write_scorecard
 from .studies.gather import state_of
 from .studies.numbers import write_numbers
@@ -217,12 +220,27 @@ def keep_as_reference(run: str) -> RunFolders:
 
 def _judge(run: str, folders: RunFolders, description: str) -> list[Verdict]:
     """Write the scorecard of a run's tables, and the paper's numbers beside ours; returns the verdicts."""
-    verdicts = judge(folders.tables)
-    about = [_about(folders.tables, description), write_numbers(folders.tables, folders.figures)]
+    verdicts, about = judge(folders.tables), [_about(folders.tables, description)]
+    if (beside := _claims_of_each_model(folders.tables)) and not (folders.tables / "01_similarity").is_dir():
+        about.append(beside)  # the runs of the models have a scorecard each
+        verdicts = [verdict for verdict in verdicts if (folders.tables / verdict.notebook).is_dir()]
+    else:
+        about.append(write_numbers(folders.tables, folders.figures))
     if moved := write_dtypes(run, folders.tables, folders.figures, _declared()):
         about.append(moved)
     write_scorecard(verdicts, folders.figures, run, "\n\n".join(about), _in_other_dtype(run, folders, verdicts))
     return verdicts
+
+
+def _claims_of_each_model(tables: Path) -> str:
+    """The verdicts that notebook 11 lists, as a table of claims and models; empty if it has none of several models."""
+    rows = with_exact_names(read_tables(tables / "11_sizes_and_causes").get("claims", pd.DataFrame({"model": []})))
+    if rows["model"].nunique() < 2:
+        return ""
+    words = {claim["id"]: claim["claim"] for claim in load_claims()}
+    grid = rows.pivot(index="claim", columns="model", values="verdict").loc[rows["claim"].unique(), rows["model"].unique()]
+    shown = grid.fillna("not run").rename(index=words).rename_axis("Claim, for each model alone").reset_index()
+    return as_markdown(shown)
 
 
 def _declared() -> dict[str, Declaration]:

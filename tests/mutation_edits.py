@@ -273,4 +273,68 @@ RULES = [
            ("any share will do", "ratio, at_least=1 - tolerance", "ratio, at_least=0 - tolerance")),
 ]  # fmt: skip
 
-EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES]
+# ---- sizes and causes ------------------------------------------------------------------------------------------------------
+
+SIZES, CAUSES = "tests/studies/test_sizes_and_causes.py", "tests/measure/test_causes.py"
+LADDER = [
+    *edits(
+        "measure/causes.py", CAUSES,
+        ("the first query counts", "later = weights[:, 1:].float()", "later = weights.float()"),
+        ("sink on the last token", "later[..., 0].mean()", "later[..., -1].mean()"),
+        ("rank of unscaled tokens", "nn.functional.normalize(vectors.double(), dim=-1)", "vectors.double()"),
+        ("rank of eigenvalues", "clamp(min=0).sqrt()", "clamp(min=0)"),
+        ("output without its scale", "tensor_of(output)[0], scale,", "tensor_of(output)[0], 2 * scale,"),
+        ("output against itself", "(aa / xx)[xx > 0].sqrt()", "(aa / xx)[xx > 0]"),
+        ("stream by its norm", "squares[squares > 0] / stream.shape[-1]", "squares[squares > 0]"),
+        ("weights without the norm's gain", "value.weight.double() * gain", "value.weight.double()"),
+        ("heads share no values", "repeat_interleave(shared, dim=0)", "repeat(shared, 1, 1)"),
+        ("distance from the first layer", "np.arange(len(anatomy))[::-1]", "np.arange(len(anatomy))"),
+        ("attention stays eager", "model.set_attn_implementation(before)", "pass"),
+        ("rank of the dense model", "with skipping(model, plan):", "with skipping(model, DropPlan()):"),
+    ),
+    *edits(
+        "studies/sizes_and_causes/rows.py", SIZES,
+        ("damage of the first sample", '"kl": kl[:, layer].mean()', '"kl": kl[0, layer]'),
+        ("attention minus itself", 'Cell("mlp", cell.n)', 'Cell("attention", cell.n)'),
+        ("the interval of a correlation leaves layers as they are", "integers(n_layers, size=(stats.REPEATS, n_layers))",
+         "integers(1, size=(stats.REPEATS, 1)) + np.arange(n_layers)"),
+        ("what is the same in all layers predicts", " and np.ptp(cause[0]) > 0", ""),
+    ),
+    *edits(
+        "studies/sizes_and_causes/compare.py", SIZES,
+        ("half is a quarter", 'if 2 * row["n"] == layers.get', 'if 4 * row["n"] == layers.get'),
+        ("smaller minus larger", "tuple(rows.loc[large]), tuple(rows.loc[small])",
+         "tuple(rows.loc[small]), tuple(rows.loc[large])"),
+        ("slope over parameters", "np.log10(parameters[rows.index].to_numpy(dtype=float))",
+         "parameters[rows.index].to_numpy(dtype=float)"),
+        ("the left-out model tells its own sign", 'others = same[same["model"] != left_out]', "others = same"),
+        ("the left-out model is fitted", "x[~here].to_numpy(), y[~here].to_numpy()", "x.to_numpy(), y.to_numpy()"),
+        ("any sign is the same", "(correlations * correlations.mean() > 0)", "(correlations * correlations.mean() > -1)"),
+        ("claims of all models together", "of_model(others[claim[\"notebook\"]], model)", 'others[claim["notebook"]]'),
+    ),
+    *edits(
+        "studies/sizes_and_causes/exceptions.py", SIZES,
+        ("layers that help least", "best = min(kept, key=lambda", "best = max(kept, key=lambda"),
+        ("the corpus that fits best", "corpus = max(numbers, key=lambda", "corpus = min(numbers, key=lambda"),
+        ("cheapest of the dropped", "alone.idxmax()", "alone.idxmin()"),
+    ),
+    *edits(
+        "studies/sizes_and_causes/verdicts.py", RULE_TESTS,
+        ("shares that can go are judged", "tables[\"sizes\"].query(\"what == 'retained without half'\")\n    for",
+         'tables["sizes"]\n    for'),
+        ("causes of damage", '(rows["target"] == IMPORTANCE) & rows["cause"]', 'rows["cause"]'),
+        ("two models are enough", 'rows["models"].max() < 3', 'rows["models"].max() < 2'),
+        ("MLPs may keep more apart", "r.low, r.high, above=0", "r.low, r.high, below=0"),
+    ),
+    *edits(
+        "studies/curve_rows.py", ROWS,
+        ("tasks below guessing count", "[0][0] > task.chance]", "[0][0] > -1]"),
+        ("tasks like text", "cells, kind, KEEP_TASKS)", "cells, kind, KEEP)"),
+    ),
+    *edits("base/stats.py", STATS,
+           ("ends of a combination unsorted", "np.sort([weights * lows, weights * highs], axis=0)",
+            "np.array([weights * lows, weights * highs])"),
+           ("slope of the sum", "centred / (centred**2).sum()", "centred")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER]

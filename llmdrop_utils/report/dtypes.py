@@ -1,7 +1,7 @@
 """How much a dtype moves each number of a run, and each verdict: what no interval covers.
 
 The run "cpu" stands beside "cpu-bfloat16" or "cpu-float32", whichever was measured in the other dtype (profiles of these names
-extend `cpu`). On other processors numbers move as well: `distance.py` tells by how much.
+extend `cpu`), and "ladder-<model>" beside "ladder-float32-<model>". On other processors numbers move as well: `distance.py` tells by how much.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,16 @@ def other_dtype(run: str, notebook: str, tables: Path) -> tuple[str, Path] | Non
     here = dtypes_of(tables / notebook)
     places = [files.committed] if tables == files.committed(run).tables else [files.local, files.committed]
     for name in (name for name in DTYPES if here and name != here):
-        for folders in (place(f"{run}-{name}") for place in places):
+        for folders in (place(beside) for beside in _runs_beside(run, name) for place in places):
             if (folders.tables / notebook).is_dir() and dtypes_of(folders.tables / notebook) == name:
                 return name, folders.tables / notebook
     return None
+
+
+def _runs_beside(run: str, dtype: str) -> list[str]:
+    """What the same run in another dtype may be called: cpu-float32, or ladder-float32-gemma3-270m for ladder-gemma3-270m."""
+    profiles = [path.stem for path in files.PROFILE_DIR.glob("*.yaml") if run.startswith(f"{path.stem}-")]
+    return [f"{run}-{dtype}", *(f"{profile}-{dtype}-{run.removeprefix(f'{profile}-')}" for profile in profiles)]
 
 
 def moves(here: Path, there: Path, columns: Declaration) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 
 from ..base import files
 from ..models.load import load_located
@@ -47,7 +47,7 @@ class Page:
     def figure(self, name: str) -> None:
         """Draw a figure into the run's folder, and show it with its caption and what to see in it."""
         drawing = draw(name, self.tables, self.folders.figures)
-        display(drawing.figure)
+        display(Image(self.folders.figures / f"{name}.png", alt=FIGURES[name].caption))
         number = name.split("_")[0].removeprefix("fig")
         self.say(f"*Figure {number}. {FIGURES[name].caption} {self._measured()}*\n\n{drawing.takeaway}".rstrip())
 

@@ -196,7 +196,10 @@ def _read(name: str, extended_by: list[str]) -> dict[str, Any]:
         raise LLMDropError(f"{path.name} must hold the keys of a profile.")
     if (base := content.pop("extends", None)) is None:
         return content
-    return _with(_read(str(base), [*extended_by, name]), content)
+    extended, models = _read(str(base), [*extended_by, name]), content.get("models")
+    if isinstance(models, dict) and isinstance(extended.get("models"), dict):  # sizes of those that both list
+        content["models"] = {one: _with(extended["models"].get(one) or {}, own or {}) for one, own in models.items()}
+    return _with(extended, content)
 
 
 def _with(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,13 @@ def test_the_scorecard_s_sentence_counts_and_measures(run, tmp_path):
     assert {*written["dtype_there"]} == {"bfloat16"}
 
 
+def test_the_other_dtype_of_one_model_of_a_profile(run):
+    run("ladder-gemma3-270m", "bfloat16", [0.5, 2.0])
+    there = run("ladder-float32-gemma3-270m", "float32", [0.5, 2.0])
+    run("ladder-float32-smollm2-135m", "float32", [0.5, 2.0])
+    assert other_dtype("ladder-gemma3-270m", "01_x", files.committed("ladder-gemma3-270m").tables) == ("float32", there)
+
+
 def test_a_local_run_in_the_other_dtype_comes_before_the_committed_one(run):
     run("cpu", "float32", [0.5, 2.0])
     run("cpu", "float32", [0.5, 2.0], files.local)

@@ -26,6 +26,7 @@ from llmdrop_utils.studies.curve_rows import (
     plan_rows,
     reach_rows,
     share_of_dense,
+    task_reach_rows,
     task_rows,
     text_rows,
     without_rows,
@@ -128,6 +129,22 @@ def test_the_interval_of_reach():
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_reach_in_the_tasks():
+    """Of 100 documents the dense model solves 60, where guessing solves 20: 38 of 40 above guessing are 95 %, 37 are less.
+
+    A task on which it is not above guessing does not count, whatever happens to it.
+    """
+    cells = [DENSE_CELL, *(Cell("attention", n) for n in (1, 2, 4)), Cell("mlp", 1)]
+    right = [60, 59, 58, 57, 30]
+    solved = task([[1] * n + [0] * (100 - n) for n in right], chance=0.2)
+    guessed = dataclasses.replace(task([[1] * n + [0] * (100 - n) for n in (20, 0, 0, 0, 100)], chance=0.2), task="boolq")
+    attention, mlp = task_reach_rows(cells, [solved, guessed])
+    assert (attention["kind"], attention["n"], attention["tried_up_to"], attention["tasks"]) == ("attention", 2, 4, "piqa")
+    assert (attention["low"], attention["high"]) == (0, 4), "by some draws of the documents none can go, by others all"
+    assert (mlp["kind"], mlp["n"], mlp["low"], mlp["high"]) == ("mlp", 0, 0, 0)
+    assert task_reach_rows(cells, [guessed]) == []
 
 
 def test_score_and_standard_error():

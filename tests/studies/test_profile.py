@@ -92,6 +92,19 @@ def test_models_with_sizes_of_their_own(tmp_path, monkeypatch):
     assert not load_profile("demo").replacing(models=["tiny-llama"], one_by_one=False).several
 
 
+def test_sizes_are_extended():
+    """A profile that extends another chooses among its models, and each keeps its own sizes."""
+    ladder, again = load_profile("ladder"), load_profile("ladder-float32")
+    assert again.models == ["smollm2-135m", "gemma3-270m"]
+    for name in again.models:
+        old, new = ladder.of(name).to_json(), again.of(name).to_json()
+        assert (old["dtype"], new["dtype"]) == ("torch.bfloat16", "torch.float32")
+        assert {key: new[key] for key in new if key not in ("name", "dtype")} == {
+            key: old[key] for key in old if key not in ("name", "dtype")
+        }
+    assert again.of("gemma3-270m").to_json()["tasks"]["limit"] < again.to_json()["tasks"]["limit"]
+
+
 def test_the_ladder():
     """Five models; half of the attention layers of each are dropped for the tasks, and larger ones have fewer samples."""
     ladder = load_profile("ladder")
