@@ -1,7 +1,8 @@
 """How much a dtype moves each number of a run, and each verdict: what no interval covers.
 
 The run "cpu" stands beside "cpu-bfloat16" or "cpu-float32", whichever was measured in the other dtype (profiles of these names
-extend `cpu`), and "ladder-<model>" beside "ladder-float32-<model>". On other processors numbers move as well: `distance.py` tells by how much.
+extend `cpu`), and "ladder-<model>" beside "ladder-float32-<model>". On other processors numbers move as well: `distance.py`
+tells by how much.
 """
 
 from collections.abc import Mapping
