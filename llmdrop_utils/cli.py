@@ -97,9 +97,12 @@ def _figures(options: argparse.Namespace) -> None:
 
 def _reference(options: argparse.Namespace) -> None:
     from .reproduce import keep_as_reference
+    from .studies.gather import runs_of
 
-    kept = keep_as_reference(_profile(options).run)
-    print("kept in " + ", ".join(shown(folder) for folder in (kept.tables, kept.figures, kept.pages)))
+    profile = _profile(options)
+    for run in dict.fromkeys([*(each.run for each in runs_of(profile).values()), profile.run]):
+        kept = keep_as_reference(run)
+        print("kept in " + ", ".join(shown(folder) for folder in (kept.tables, kept.figures, kept.pages)))
 
 
 def _train(options: argparse.Namespace) -> None:

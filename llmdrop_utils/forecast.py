@@ -241,13 +241,14 @@ def _up_to_date(needed: Needed) -> list[str]:
     """
     from .reproduce import is_up_to_date
 
-    profile, folders = needed.profile, files.local(needed.profile.run)
-    parameters: dict[str, Any] = {"PROFILE": profile.name, "MODEL": profile.model or ""}
     found = []
     for number in needed.chosen:
-        source = needed.sources[number]
-        done = folders.tables / f"{source.stem}.done"
-        if done.exists() and _is_at_hand(needed, number) and is_up_to_date(source, profile, parameters):
+        source, runs = needed.sources[number], needed.runs(number)
+        if not all((files.local(run.run).tables / f"{source.stem}.done").exists() for run in runs):
+            continue
+        parameters: list[dict[str, Any]] = [{"PROFILE": run.name, "MODEL": run.model or ""} for run in runs]
+        pairs = zip(runs, parameters, strict=True)
+        if _is_at_hand(needed, number) and all(is_up_to_date(source, run, given) for run, given in pairs):
             found.append(source.stem)
     return found
 

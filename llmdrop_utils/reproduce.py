@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .base import files
-from .base.errors import LLMDropError, NotApplicable, NotAvailable, NotebookFailed, each_available
+from .base.errors import DiskFull, LLMDropError, NotApplicable, NotAvailable, each_available
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
 from .models.load import load_tokenizer
@@ -47,13 +47,12 @@ def reproduce(
     """
     files.need_checkout("Running the notebooks")
     files.need_writable()
-    if profile.one_by_one:
-        _reproduce_each(profile, notebooks, force, parameters, tidy)
+    chosen, given = choose_notebooks(notebooks), parameters
     parameters = {"PROFILE": profile.name, "MODEL": profile.model or ""} | (parameters or {})
-    folders = files.local(profile.run)
-    chosen = choose_notebooks(notebooks)
     for source in chosen:
         check_parameters(source, parameters)
+    failed = _reproduce_each(profile, notebooks, force, given, tidy) if profile.one_by_one else []
+    folders = files.local(profile.run)
     _forget_other_models(profile, folders, [source for source in chosen if not _lacking(source.stem, profile)])
     for source in chosen:
         name, rendered = source.stem, folders.pages / source.name
@@ -77,28 +76,33 @@ def reproduce(
             write_text(done, _state(inputs, name, folders))
         print(f"{name}: done ({shown(rendered)})")
     _report(profile, folders)
+    if failed:
+        raise LLMDropError("\n".join(failed))
 
 
-def _reproduce_each(profile: Profile, notebooks: str | None, force: bool, parameters: dict | None, tidy: bool) -> None:
-    """Run each model of a profile by itself. Raises NotAvailable if none could be, and at the end NotebookFailed."""
+def _reproduce_each(profile: Profile, notebooks: str | None, force: bool, parameters: dict | None, tidy: bool) -> list[str]:
+    """Run each model of a profile by itself; returns what failed, for a reason other than that a model cannot be had.
+
+    Raises NotAvailable if none could be run.
+    """
     failed: list[str] = []
 
     def run_one(model: str) -> None:
         print(f"\n{label(model)}, one of {len(profile.models)} models")
         try:
             reproduce(profile.of(model), notebooks, force, parameters)
-        except NotebookFailed as error:
-            failed.append(f"{label(model)}: {error}")
         except LLMDropError as error:
-            print(f"{label(model)}: not run. {error}")
+            print(f"{label(model)}: not run to the end. {error}")
+            if not isinstance(error, NotAvailable | DiskFull):
+                failed.append(f"{label(model)}: {error}")
             raise
-        if tidy:
-            forget_converted(model)
+        finally:
+            if tidy:
+                forget_converted(model)
 
     each_available(profile.models, run_one, "models")
-    if failed:
-        raise NotebookFailed("\n".join(failed))
     print(f"\n{profile.name}: the models beside each other")
+    return failed
 
 
 def is_up_to_date(source: Path, profile: Profile, parameters: dict) -> bool:
@@ -291,24 +295,26 @@ def _report(profile: Profile, folders: RunFolders) -> None:
 def _inputs(notebook: Path, parameters: dict, profile: Profile) -> str:
     """A hash of all that a rendered notebook depends on, and of nothing else.
 
-    That is its source, the code of its own study and what that imports, the rules of its own claims, the catalogue of
-    models and texts, parameters, models, libraries and dtype.
+    That is its source, the code of its own study and what that imports, the rules of its own claims, the tables that it reads
+    and the rules of their claims, the catalogue of models and texts, parameters, models, libraries and dtype.
     """
     study = STUDIES.get(notebook.stem)
     located, not_run = study.models(profile) if study else ([], {})
-    claims = [claim for claim in load_claims() if claim["notebook"] == notebook.stem]
+    reads = study.reads if study else ()
+    claims = [claim for claim in load_claims() if claim["notebook"] in (notebook.stem, *reads)]
     facts = [
         parameters,
         profile.to_json(),
         [model.identity for model in located],
         sorted(not_run),
         claims,
-        state_of(profile, (*study.reads, notebook.stem) if profile.one_by_one else study.reads) if study else [],
+        state_of(profile, (*reads, notebook.stem) if profile.one_by_one else reads),
     ]
     facts += [version(package) for package in ("torch", "transformers", "tokenizers", "matplotlib", "seaborn", "lm_eval")]
     content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     own = sorted((files.PACKAGE / "studies" / notebook.stem[3:]).glob("*.py"))
-    code = made_of(*own, files.PACKAGE / "studies" / "page.py")
+    rules = [files.PACKAGE / "studies" / name[3:] / "verdicts.py" for name in reads]
+    code = made_of(*own, *rules, files.PACKAGE / "studies" / "page.py")
     data = [files.DATA / "sources.yaml", files.DATA / "tasks.yaml", files.DATA / "paper_claims.json"]
     tokenizers = [file for model in located for file in sorted(model.folder.glob("*token*"))]
     for path in [notebook, *code, *data, *tokenizers]:

@@ -309,7 +309,7 @@ LADDER = [
          "parameters[rows.index].to_numpy(dtype=float)"),
         ("the left-out model tells its own sign", 'others = same[same["model"] != left_out]', "others = same"),
         ("the left-out model is fitted", "x[~here].to_numpy(), y[~here].to_numpy()", "x.to_numpy(), y.to_numpy()"),
-        ("any sign is the same", "(correlations * correlations.mean() > 0)", "(correlations * correlations.mean() > -1)"),
+        ("any sign is the same", "(correlations * mean > 0)", "(correlations * mean > -1)"),
         ("claims of all models together", "of_model(others[claim[\"notebook\"]], model)", 'others[claim["notebook"]]'),
     ),
     *edits(

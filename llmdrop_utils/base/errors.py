@@ -19,10 +19,6 @@ class NotApplicable(LLMDropError):
     """A study has nothing to say of these models, such as times without layers for a model of one layer. It is *not run*."""
 
 
-class NotebookFailed(LLMDropError):
-    """A notebook could not be executed: other models are run all the same, but the run ends with this error."""
-
-
 class DiskFull(LLMDropError):
     """Nothing more can be written: a run stops, whatever else it could still do."""
 

@@ -38,11 +38,19 @@ def bootstrap_means(rows: np.ndarray, weights: np.ndarray, seed: int = 0, block:
     block: so many neighbours are drawn together, the last sample being a neighbour of the first (circular block bootstrap). The
     same seed draws the same samples, so differences between arrays that share their samples stay paired.
     """
-    n, rng = len(rows), np.random.default_rng(seed)
-    starts = rng.integers(n, size=(REPEATS, -(-n // block)))
-    drawn = ((starts[:, :, None] + np.arange(block)) % n).reshape(REPEATS, -1)[:, :n]
+    n, drawn = len(rows), _drawn(len(rows), block, seed)
     counts = np.apply_along_axis(np.bincount, 1, drawn, minlength=n) * weights
     return np.tensordot(counts / counts.sum(1, keepdims=True), rows, axes=1)
+
+
+def drawn_blocks(n: int, seed: int = 0) -> np.ndarray:
+    """Positions of n neighbours (samples of text, layers) that resamples draw: int (REPEATS, n), some neighbours together."""
+    return _drawn(n, block_length(n), seed)
+
+
+def _drawn(n: int, block: int, seed: int) -> np.ndarray:
+    starts = np.random.default_rng(seed).integers(n, size=(REPEATS, -(-n // block)))
+    return ((starts[:, :, None] + np.arange(block)) % n).reshape(REPEATS, -1)[:, :n]
 
 
 def interval(values: np.ndarray, n: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +121,28 @@ def slope_interval(x: np.ndarray, values: np.ndarray, lows: np.ndarray, highs: n
     """
     centred = x - x.mean()
     return combination_interval(centred / (centred**2).sum(), values, lows, highs)
+
+
+def slope_spread(x: np.ndarray, values: np.ndarray) -> float:
+    """How far the 95 % interval of a least-squares slope reaches on either side, from the spread of values around the line.
+
+    Student's t with n - 2 degrees of freedom; infinite for two values. 1, 3, 2 at x = 0, 1, 2 lie around a slope of 0.5 with
+    residuals -0.5, 1 and -0.5: 12.71 x sqrt(1.5 / 1) / sqrt(2) = 11.0.
+    """
+    n, centred = len(x), x - x.mean()
+    slope = (centred * values).sum() / (centred**2).sum()
+    residuals = values - values.mean() - slope * centred
+    return float(t.isf(TAIL, n - 2) * np.sqrt((residuals**2).sum() / (n - 2) / (centred**2).sum())) if n > 2 else math.inf
+
+
+def mean_correlation(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean of independent correlations, and its 95 % interval by Student's t, both of Fisher's z: (mean, low, high).
+
+    A correlation of 1 counts as 0.999. Of a single one there is no interval (NaN).
+    """
+    z = np.arctanh(np.clip(values, -0.999, 0.999))
+    low, high = mean_interval(z)
+    return float(np.tanh(z.mean())) if len(z) > 1 else float(values[0]), math.tanh(low), math.tanh(high)
 
 
 def detectable(low: float | np.ndarray, high: float | np.ndarray) -> float:

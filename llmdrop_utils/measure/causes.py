@@ -215,7 +215,9 @@ def _amplification(block: nn.Module, anatomy: Anatomy) -> float:
     if value.weight.device.type == "meta":  # offloaded
         return float("nan")
     norm = block.get_submodule(unit[1])
-    gain = norm(torch.ones(1, value.in_features, dtype=value.weight.dtype, device=value.weight.device)).double()
+    signs = 1.0 - 2.0 * (torch.arange(value.in_features) % 2)  # of mean zero and mean square one: what a norm leaves as it is
+    signs = signs.to(value.weight.device, value.weight.dtype)[None]
+    gain = (norm(signs) - norm(-signs)).double() / (2 * signs)  # without a bias, if it has one
     maps, out = value.weight.double() * gain, output.weight.double()  # (kv heads x size, d), (d, heads x size)
     size = attention.head_dim
     shared = (out.shape[1] // size) // (maps.shape[0] // size)  # queries' heads that share one of keys and values

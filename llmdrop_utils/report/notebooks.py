@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from ..base import files
-from ..base.errors import LLMDropError, NotebookFailed
+from ..base.errors import LLMDropError
 from ..base.files import disk_error, shown, write_text
 from ..models.names import label, local_path
 
@@ -48,7 +48,7 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
 def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
     """Execute a notebook and put the executed copy at `rendered`, without anything that changes from run to run.
 
-    Raises NotebookFailed if a cell fails; what was executed is then kept beside `rendered` as *.failed.ipynb.
+    Raises LLMDropError if a cell fails; what was executed is then kept beside `rendered` as *.failed.ipynb.
     """
     import nbformat
     import papermill
@@ -77,7 +77,7 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
             )
         except papermill.PapermillExecutionError as error:
             _keep(partial, failed)
-            raise NotebookFailed(
+            raise LLMDropError(
                 f"{source.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                 f"What was executed is kept in {shown(failed)}."
             ) from None
@@ -87,7 +87,7 @@ def run_notebook(source: Path, rendered: Path, parameters: dict) -> None:
                 raise disk_error(error, rendered) from error
             log = Path(folder) / KERNEL_LOG
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-            raise NotebookFailed(
+            raise LLMDropError(
                 f"The kernel of {source.name} died; the system may have stopped it because memory ran out. "
                 f"{f'Its last words: {said[-1]} ' if said else ''}What was executed is kept in {shown(failed)}."
             ) from error

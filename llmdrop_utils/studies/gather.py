@@ -23,7 +23,7 @@ def gathered(profile: Profile, notebook: str) -> tuple[Tables, dict[str, str]]:
             lacking[name] = f"It has no results of notebook {notebook[:2]}, see the run {name}."
             continue
         for table, rows in read_tables(folder).items():
-            parts.setdefault(table, []).append(rows)
+            parts.setdefault(table, []).append(rows[:0] if table == "not_run" else rows)  # each run says its own
     filled = {table: [rows for rows in several if len(rows)] or several[:1] for table, several in parts.items()}
     return {table: pd.concat(several, ignore_index=True) for table, several in filled.items()}, lacking
 
@@ -35,8 +35,8 @@ def provenance(profile: Profile, notebook: str) -> list[dict]:
 
 
 def state_of(profile: Profile, notebooks: tuple[str, ...]) -> list[str]:
-    """The content of all tables that are gathered: what is made from them is up to date as long as this stays the same."""
-    found = [file for notebook in notebooks for folder in _folders(profile, notebook).values() for file in folder.glob("*.csv")]
+    """All tables that are gathered, and how they came about: what is made from them is up to date while this stays the same."""
+    found = [file for notebook in notebooks for folder in _folders(profile, notebook).values() for file in folder.glob("*.*")]
     return [file.read_text(encoding="utf-8") for file in sorted(found)]
 
 

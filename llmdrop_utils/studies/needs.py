@@ -13,6 +13,7 @@ from ..report.notebooks import choose_notebooks
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, task_set
 from ..sources.task_data import known_tasks
+from .gather import runs_of
 from .profile import SECTIONS, Profile
 from .run import STUDIES
 
@@ -76,6 +77,13 @@ class Needed:
     def is_run(self, number: str, model: str) -> bool:
         """Does the profile have what a notebook needs, as it is for one of its models?"""
         return set(sections_of(number)) <= set(self.settings_of(model))
+
+    def runs(self, number: str) -> list[Profile]:
+        """The runs that make a notebook: one, or one for each model, and the one that compares them."""
+        if not self.profile.one_by_one:
+            return [self.profile]
+        of_models = [run for model, run in runs_of(self.profile).items() if self.is_run(number, model)]
+        return of_models + [self.profile for study in STUDIES.values() if study.notebook[:2] == number and study.compares]
 
     @property
     def chosen(self) -> list[str]:

@@ -196,9 +196,14 @@ def _read(name: str, extended_by: list[str]) -> dict[str, Any]:
         raise LLMDropError(f"{path.name} must hold the keys of a profile.")
     if (base := content.pop("extends", None)) is None:
         return content
-    extended, models = _read(str(base), [*extended_by, name]), content.get("models")
-    if isinstance(models, dict) and isinstance(extended.get("models"), dict):  # sizes of those that both list
-        content["models"] = {one: _with(extended["models"].get(one) or {}, own or {}) for one, own in models.items()}
+    extended, models = _read(str(base), [*extended_by, name]), content.get("models", {})
+    if isinstance(extended.get("models"), dict) and isinstance(models, dict):  # each keeps its sizes, but of what is left out
+        chosen: dict[str, Any] = models or {key: {} for key in extended["models"]}
+        for one, changes in chosen.items():
+            own = {key: part for key, part in (extended["models"].get(one) or {}).items() if content.get(key, part) is not None}
+            if changes is None or isinstance(changes, dict):
+                chosen[one] = _with(own, changes or {})
+        content["models"] = chosen
     return _with(extended, content)
 
 

@@ -158,6 +158,23 @@ def test_interval_of_a_slope():
     assert stats.slope_interval(x + 5, values, low, high) == pytest.approx((1, 1, 1 + np.hypot(0.5, 0.1)))
 
 
+def test_spread_around_a_slope():
+    """1, 3, 2 at 0, 1, 2: a slope of 0.5, residuals -0.5, 1 and -0.5, and Student's 12.706 for one degree of freedom."""
+    spread = stats.slope_spread(np.array([0.0, 1, 2]), np.array([1.0, 3, 2]))
+    assert spread == pytest.approx(12.7062 * np.sqrt(1.5) / np.sqrt(2), rel=1e-4)
+    assert stats.slope_spread(np.array([0.0, 1]), np.array([1.0, 3])) == np.inf
+
+
+def test_mean_of_correlations():
+    z = np.arctanh([0.2, 0.6])
+    reach = 12.7062 * np.std(z, ddof=1) / np.sqrt(2)
+    expected = np.tanh([z.mean(), z.mean() - reach, z.mean() + reach])
+    assert stats.mean_correlation(np.array([0.2, 0.6])) == pytest.approx(tuple(expected), rel=1e-4)
+    mean, low, high = stats.mean_correlation(np.array([1.0]))
+    assert (mean, np.isnan(low), np.isnan(high)) == (1, True, True)
+    assert stats.mean_correlation(np.array([1.0, 1, 1])) == pytest.approx((0.999, 0.999, 0.999))
+
+
 def test_what_a_comparison_would_find():
     """An interval of plus and minus 1.96 standard errors of 1: found in 80 % of runs if it is 1.96 + 0.84 from zero."""
     assert stats.detectable(3 - 1.959964, 3 + 1.959964) == pytest.approx(1.959964 + 0.841621)

@@ -48,7 +48,7 @@ TWO_OF_THREE = (2**0.5 / (1 + 2**0.5), 1 / (1 + 2**0.5))  # singular values 1.41
 )
 def test_effective_rank(vectors, rank):
     assert effective_rank(vectors) == pytest.approx(rank, rel=1e-6)
-    assert effective_rank(vectors.T) > 0  # more rows than columns, and the other way round
+    assert effective_rank(vectors.T) == pytest.approx(rank_by_svd(vectors.T), rel=1e-6)  # more columns than rows
 
 
 def test_attention_weights_by_hand():
@@ -120,17 +120,16 @@ def test_without_a_forward_pass():
     assert np.isnan(found[WEIGHTS]).all()  # a norm after attention sets the size of its output
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "starcoder2"])
 def test_value_output_weights_are_what_a_token_passes_on(name):
     """The map from a token's normed stream to attention's output, if it attends to itself alone, by a sample of one token."""
     model = families.tiny(name).double()
-    if name == "qwen2":  # the map has no bias
-        for n, p in model.named_parameters():
-            if "v_proj.bias" in n:
-                p.data.zero_()
+    for n, p in model.named_parameters():  # the map has no bias
+        if "v_proj.bias" in n or "o_proj.bias" in n:
+            p.data.zero_()
     found = measure_causes(model, TOKENS).of_layer[WEIGHTS]
     layer = model.get_decoder().layers[1]
-    gain = layer.input_layernorm.weight.detach()
+    gain = layer.input_layernorm.weight.detach()  # a bias of the norm is no part of the map
     width = len(gain)
     position = model.get_decoder().rotary_emb(
         torch.zeros(1, 1, width, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.long)
@@ -140,7 +139,7 @@ def test_value_output_weights_are_what_a_token_passes_on(name):
         columns = [
             layer.self_attn(unit[None, None], position_embeddings=position, attention_mask=None)[0].flatten() for unit in units
         ]
-    assert found[1] == pytest.approx(float(torch.stack(columns).norm()), rel=1e-6)
+    assert found[1] == pytest.approx(float(torch.stack(columns).norm()), rel=1e-5)  # but for the norm's epsilon
 
 
 def test_the_model_is_left_as_it_was():

@@ -57,6 +57,10 @@ def test_the_other_dtype_of_one_model_of_a_profile(run):
     run("ladder-gemma3-270m", "bfloat16", [0.5, 2.0])
     there = run("ladder-float32-gemma3-270m", "float32", [0.5, 2.0])
     run("ladder-float32-smollm2-135m", "float32", [0.5, 2.0])
+    other = run("ladder", "bfloat16", [0.5, 2.0])
+    record = run("ladder-float32", "float32", [0.5, 2.0]) / "provenance.json"
+    record.write_text(json.dumps([{"dtype": "float32", "model": "another"}]))
+    assert other_dtype("ladder", "01_x", other.parent) is None, "another choice of models"
     assert other_dtype("ladder-gemma3-270m", "01_x", files.committed("ladder-gemma3-270m").tables) == ("float32", there)
 
 

@@ -143,7 +143,7 @@ def curves(**retained):
         "average": pd.concat([tasks, tasks.assign(n=1, retained=1.0), tasks.assign(kind="mlp", retained=0.0)]),
         "text": text,
         "reach": reach,
-        "task_reach": reach.assign(n=3),
+        "task_reach": reach.assign(n=3, tried_up_to=3),
     }
 
 
@@ -159,11 +159,22 @@ def test_sizes():
     assert pair["change"] == pytest.approx(0.3)
     assert pair["low"] == pytest.approx(0.3 - np.hypot(0.03, 0.04))
     assert pair["high"] == pytest.approx(0.3 + np.hypot(0.04, 0.03))
-    slope = rows["retained without half", "tasks", compare.ALL]  # at 8, 9 and 10: (0.9 - 0.5) / 2
-    assert slope["change"] == pytest.approx(0.2)
-    assert slope["low"] == pytest.approx(0.2 - np.hypot(0.02, 0.015))  # half of 0.04 above the first, of 0.03 below the last
-    assert rows["retained without half", "text", compare.ALL]["change"] == pytest.approx(0, abs=1e-12)
+    slope = rows["retained without half", "tasks", compare.ALL]  # 0.5, 0.6 and 0.9 at 8, 9 and 10
+    assert (slope["change"], slope["n_models"]) == (pytest.approx(0.2), 3)
+    spread = 12.7062 * np.sqrt((1 + 4 + 1) / 900 / 2)  # residuals of 1/30, -2/30 and 1/30
+    assert slope["low"] == pytest.approx(0.2 - spread, abs=1e-4)  # wider than from the models: half of 0.04 and of 0.03
+    assert slope["high"] == pytest.approx(0.2 + spread, abs=1e-4)
+    text = rows["retained without half", "text", compare.ALL]
+    assert (text["change"], text["low"], text["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
     assert rows["share of the layers that can go", "text", f"{LARGE} minus {SMALL}"]["change"] == 0
+    assert ("share of the layers that can go", "tasks", compare.ALL) not in rows, "all that were tried can go"
+
+
+def test_intervals_of_a_slope_from_the_models():
+    """On a line there is no spread: half of 0.04 above the first, of 0.03 below the last."""
+    half = pd.DataFrame(compare._half_rows(THREE, curves(a=0.5, small=0.7, large=0.9)))
+    rows = {(row["measure"], row["models"]): row for row in compare._size_rows(THREE, pd.DataFrame(), half)}
+    assert rows["tasks", compare.ALL]["low"] == pytest.approx(0.2 - np.hypot(0.02, 0.015))
 
 
 def test_sizes_of_two_models_have_no_slope():
@@ -181,14 +192,14 @@ def test_a_model_with_nothing_to_retain_is_left_out_of_the_sizes():
 
 def test_causes_over_all_models():
     rows = {(row["cause"], row["target"]): row for row in compare._overall_rows(THREE)}
-    entropy = rows[ENTROPY, IMPORTANCE]  # 1, 1 and 0.8
-    assert entropy["correlation"] == pytest.approx(2.8 / 3)
-    assert (entropy["low"], entropy["high"]) == pytest.approx(stats.mean_interval(np.array([1, 1, 0.8])))
+    entropy = rows[ENTROPY, IMPORTANCE]  # 1, 1 and 0.8, of which Fisher's z is 3.800 (of 0.999) twice, and 1.099
+    assert entropy["correlation"] == pytest.approx(np.tanh((2 * np.arctanh(0.999) + np.arctanh(0.8)) / 3))
+    assert entropy["low"] < 0 < entropy["correlation"] < entropy["high"] < 1, "three models say little"
     assert (entropy["models"], entropy["same_sign"]) == (3, 3)
     x, y = [1, 2, 3, 4, 4, 3, 2, 1, 1, 3, 2, 4], [1, 2, 3, 4, 4, 3, 2, 1, 1, 2, 3, 4]
     assert entropy["pooled"] == pytest.approx(stats.rank_correlation(x, y))
     damage = rows[IMPORTANCE, DAMAGE]  # 1, -1 and -1
-    assert damage["correlation"] == pytest.approx(-1 / 3)
+    assert damage["correlation"] == pytest.approx(-np.tanh(np.arctanh(0.999) / 3))
     assert damage["same_sign"] == 2
     assert (WEIGHTS, DAMAGE) not in rows, "nothing is known of it"
 
@@ -383,12 +394,12 @@ def test_takeaways(drawn, tmp_path):
     sizes = draw("figS17_sizes", drawn, tmp_path).takeaway
     assert "from 100 M to 10.0 B parameters, 50 to 50 % of the attention layers but 25 to 25 % of the MLPs" in sizes
     assert "Reproduced: a 0 of 1" in draw("figS19_claims", drawn, tmp_path).takeaway
-    assert "importance goes best with attention entropy, nats (+0.93" in draw("figS20_predictors", drawn, tmp_path).takeaway
+    assert "importance goes best with attention entropy, nats (+0.99" in draw("figS20_predictors", drawn, tmp_path).takeaway
 
 
 def test_advice(drawn):
     text = ADVICE[NOTEBOOK](drawn)
-    assert "**a**: 2 attention layers and 1 MLPs keep 90 % of next-token accuracy; 3 and 1 keep 95 % of the tasks." in text
+    assert "**a**: 2 attention layers and 1 MLPs keep 90 % of next-token accuracy; 3 or more and 1 keep 95 % of the" in text
     assert "importance, measured on it" in text
 
 

@@ -34,11 +34,12 @@ TABLES = {
     "depth": table("model kind layer", Column("importance", "Importance", ".4f", "low", "high"), "low high"),
     "reach": table(
         "model measure kind", Column("n", "Can be dropped", "d", "low", "high"), "low high",
-        Column("tried_up_to", "Tried up to", "d"), SHARE, "share_low share_high",
+        Column("tried_up_to", "Tried up to", "d"), Column("is_cut", "All that were tried"), SHARE, "share_low share_high",
     ),
     "half": table("model measure", Column("n", "Dropped", "d"), RETAINED, "retained_low retained_high"),
     "sizes": table(
-        "what measure kind", Key("models", "Models"), Column("change", "Change", "+.1%", "low", "high"), "low high",
+        "what measure kind", Key("models", "Models"), Column("n_models", "Number of models", "d"),
+        Column("change", "Change", "+.1%", "low", "high"), "low high",
     ),
     "overall": table(
         "cause target", Column("correlation", "Mean over models of the rank correlation", "+.2f", "low", "high"), "low high",
@@ -83,14 +84,14 @@ def _reach_rows(own: Tables, tables: Tables) -> Iterator[dict]:
     """How many of a kind can go, and which share of the layers that is."""
     layers = own["models"].set_index("model")["n_layers"]
     for measure, name in (("text", "reach"), ("tasks", "task_reach")):
-        for row in tables[name].to_dict("records") if tables else []:
+        for row in tables[name].to_dict("records") if name in tables else []:  # tables of an older version lack one
             if row["model"] in layers.index:
                 n = {"n": row["n"], "low": row["low"], "high": row["high"]}
                 share = {
                     f"share{end}": n[key] / layers[row["model"]] for end, key in (("", "n"), ("_low", "low"), ("_high", "high"))
                 }
                 kept = {key: row[key] for key in ("model", "kind", "tried_up_to")}
-                yield kept | {"measure": measure} | n | share
+                yield kept | {"measure": measure, "is_cut": row["n"] == row["tried_up_to"]} | n | share
 
 
 def _half_rows(own: Tables, tables: Tables) -> Iterator[dict]:
@@ -105,10 +106,14 @@ def _half_rows(own: Tables, tables: Tables) -> Iterator[dict]:
 
 
 def _size_rows(own: Tables, reach: pd.DataFrame, half: pd.DataFrame) -> list[dict]:
-    """Does more go, and is more retained, in larger models? Larger minus smaller of a series, and over all models the slope
-    per tenfold number of parameters; with intervals from those of the models."""
+    """Does more go, and is more retained, in larger models?
+
+    Larger minus smaller of a series, with an interval from those of the two; and over all models the slope per tenfold number
+    of parameters, with the wider of two intervals: from those of the models, and from their spread around the line.
+    """
     parameters = own["models"].set_index("model")["parameters"]
     parts = []
+    reach = reach[~reach["is_cut"].astype(bool)] if len(reach) else reach  # more of these may go than were tried
     if len(reach):
         ends = {"share": "value", "share_low": "value_low", "share_high": "value_high"}
         parts.append(
@@ -123,14 +128,16 @@ def _size_rows(own: Tables, reach: pd.DataFrame, half: pd.DataFrame) -> list[dic
         about = {"what": what, "measure": measure, "kind": kind}
         for small, large in SERIES:
             if {small, large} <= {*rows.index}:
-                change = stats.difference_interval(tuple(rows.loc[large]), tuple(rows.loc[small]))
-                found.append(
-                    about | {"models": f"{large} minus {small}"} | dict(zip(("change", "low", "high"), change, strict=True))
-                )
+                change, low, high = stats.difference_interval(tuple(rows.loc[large]), tuple(rows.loc[small]))
+                ends = {"change": change, "low": low, "high": high}
+                found.append(about | {"models": f"{large} minus {small}", "n_models": 2} | ends)
         sizes = np.log10(parameters[rows.index].to_numpy(dtype=float))
         if len(set(sizes)) > 2:
-            change = stats.slope_interval(sizes, *rows.to_numpy(dtype=float).T)
-            found.append(about | {"models": ALL} | dict(zip(("change", "low", "high"), change, strict=True)))
+            values, lows, highs = rows.to_numpy(dtype=float).T
+            change, low, high = stats.slope_interval(sizes, values, lows, highs)
+            spread = stats.slope_spread(sizes, values)  # of models around the line: the next one may lie as far off
+            ends = {"low": min(low, change - spread), "high": max(high, change + spread)}
+            found.append(about | {"models": ALL, "n_models": len(rows), "change": change} | ends)
     return found
 
 
@@ -138,15 +145,15 @@ def _size_rows(own: Tables, reach: pd.DataFrame, half: pd.DataFrame) -> list[dic
 
 
 def _overall_rows(own: Tables) -> Iterator[dict]:
-    """Each cause over all models: the mean of their rank correlations with Student's interval over models, and the rank
-    correlation over all layers of all models, raw values beside each other."""
+    """Each cause over all models: the mean of their rank correlations (`stats.mean_correlation`), and the rank correlation over
+    all layers of the models that have it, raw values beside each other."""
     for (cause, target), rows in own["predictors"].groupby(["cause", "target"], sort=False):
         correlations = rows["correlation"].to_numpy()
-        low, high = stats.mean_interval(correlations)
+        mean, low, high = stats.mean_correlation(correlations)
         pairs = _values(own, cause).to_frame("x").join(_values(own, target).rename("y"), how="inner").dropna()
-        yield {"cause": cause, "target": target, "correlation": correlations.mean(), "low": low, "high": high,
+        yield {"cause": cause, "target": target, "correlation": mean, "low": low, "high": high,
                "pooled": float(stats.rank_correlation(pairs["x"].to_numpy(), pairs["y"].to_numpy())),
-               "models": len(rows), "same_sign": int((correlations * correlations.mean() > 0).sum())}  # fmt: skip
+               "models": len(rows), "same_sign": int((correlations * mean > 0).sum())}  # fmt: skip
 
 
 def _left_out_rows(own: Tables) -> Iterator[dict]:
@@ -178,8 +185,8 @@ def _predicted(own: Tables, left_out: str, target: str, causes: tuple[str, ...] 
     here = y.index.get_level_values("model") == left_out
     weights, *_ = np.linalg.lstsq(x[~here].to_numpy(), y[~here].to_numpy(), rcond=None)
     predicted, true = x[here].to_numpy() @ weights, y[here].to_numpy()
-    layers = np.random.default_rng(0).integers(len(true), size=(stats.REPEATS, len(true)))
-    low, high = stats.interval(stats.rank_correlation(predicted[layers], true[layers]), len(true))
+    layers = stats.drawn_blocks(len(true))
+    low, high = stats.text_interval(stats.rank_correlation(predicted[layers], true[layers]), len(true))
     return {"correlation": float(stats.rank_correlation(predicted, true)), "low": low, "high": high}
 
 

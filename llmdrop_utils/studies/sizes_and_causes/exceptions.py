@@ -1,4 +1,4 @@
-"""Which layers make a claim fail: the fewest, taken one by one, without which the model's own numbers would fit it."""
+"""Which layers make a claim fail, by the model's own numbers: found one by one, each time the one that helps most."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +22,12 @@ EXCEPTIONS = table(
 def exception_rows(own: Tables, others: Mapping[str, Tables]) -> Iterator[dict]:
     """Of claims about importance: for each kind the corpus (or pair) on which the claim fails by most, by its number alone.
 
-    Of claims about dropping: the attention layer that costs most when it is dropped alone, among those that are dropped where
-    attention does worse than another kind, or than joint drop would have to.
+    Of claims about dropping: where attention does worse than another kind in the tasks, by the number alone, the dropped
+    attention layer that costs most when it is dropped alone.
     """
+    models = list(own["models"]["model"])
     if tables := others["01_similarity"]:
-        for model in own["models"]["model"]:
+        for model in (model for model in models if model in set(tables["importance"]["model"])):
             rows = tables["importance"][tables["importance"]["model"] == model]
             grid = {
                 kind: of_kind.pivot(index="corpus", columns="layer", values="importance")
@@ -35,7 +36,7 @@ def exception_rows(own: Tables, others: Mapping[str, Tables]) -> Iterator[dict]:
             for row in (*_deeper(grid), *_attention(grid), *_corpora(grid)):
                 yield {"model": model} | row
     if tables := others["02_drop_curves"]:
-        yield from _costliest(own, tables)
+        yield from _costliest(own, {name: rows[rows["model"].isin(models)] for name, rows in tables.items() if "model" in rows})
 
 
 def _deeper(grid: dict[str, pd.DataFrame]) -> Iterator[dict]:
@@ -102,7 +103,8 @@ def _costliest(own: Tables, tables: Tables) -> Iterator[dict]:
     damage = own["layers"].set_index(["model", "layer"])["kl"]
     plans = tables["plans"].set_index(["model", "kind", "n"])["attention"]
     for row in gaps.to_dict("records"):
-        layers = [int(layer) for layer in str(plans[row["model"], "attention", row["n"]]).split()]
+        # A single layer in every plan is read back as a number.
+        layers = [int(float(layer)) for layer in str(plans[row["model"], "attention", row["n"]]).split()]
         alone = damage[row["model"]].loc[layers]
         yield {"model": row["model"], "claim": "attention-beats-mlp-and-block", "kind": f"{row['other']}-{row['n']}",
                "corpus": "tasks", "value": row["difference"], "layers": str(alone.idxmax()), "without": np.nan}  # fmt: skip

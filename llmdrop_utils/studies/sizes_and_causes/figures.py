@@ -27,15 +27,15 @@ CAUSES = {  # name -> in a figure
     DISTANCE: "Distance to last layer",
 }
 MEASURES = {"text": "Next-token accuracy, 90 % kept", "tasks": "Tasks above guessing, 95 % kept"}
-NEEDS_MORE = "This run has one model, or notebook 02 has not been run on any: nothing to compare"
+NEEDS_02 = "Notebook 02 has not been run on any of these models: nothing to compare"
 
 
 @figure("11_sizes_and_causes")
 def figS17_sizes(tables: Tables) -> Drawing:
-    """Share of the layers of a kind that can be dropped before quality falls, against the size of the model."""
+    """Share of the layers of a kind that can be dropped before quality falls, against size (open: all that were tried)."""
     data = tables["reach"]
     if data.empty:
-        return nothing_to_show(NEEDS_MORE, data)
+        return nothing_to_show(NEEDS_02, data)
     models = tables["models"].sort_values("parameters", kind="stable")
     sizes = models.set_index("model")["parameters"]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True, sharex=True)
@@ -44,8 +44,11 @@ def figS17_sizes(tables: Tables) -> Drawing:
             rows = data[(data["measure"] == measure) & (data["kind"] == kind)]
             rows = rows.assign(size=rows["model"].map(sizes).astype(float)).sort_values("size")
             errors = np.clip([rows["share"] - rows["share_low"], rows["share_high"] - rows["share"]], 0, None)
-            ax.errorbar(rows["size"] * 1.03 ** (i - 1), 100 * rows["share"], 100 * errors, color=COLORS[kind], label=name,
-                        marker=MARKERS[kind], markersize=6, linestyle=LINES[kind], elinewidth=1, capsize=2)  # fmt: skip
+            x, cut = rows["size"] * 1.03 ** (i - 1), rows["is_cut"].astype(bool)
+            ax.errorbar(x, 100 * rows["share"], 100 * errors, color=COLORS[kind], label=name, marker=MARKERS[kind],
+                        markersize=6, linestyle=LINES[kind], elinewidth=1, capsize=2)  # fmt: skip
+            ax.plot(x[cut], 100 * rows["share"][cut], color=COLORS[kind], marker=MARKERS[kind], markersize=6, linestyle="none",
+                    markerfacecolor="white", zorder=3)  # fmt: skip
         ax.set(xscale="log", title=title)
         ax.set_xticks(sizes, [f"{model.split(' ')[0]}" for model in sizes.index], rotation=35, ha="right", minor=False)
         ax.set_xticks([], minor=True)
@@ -67,7 +70,7 @@ def figS17_sizes(tables: Tables) -> Drawing:
     several = (
         f"Over {len(sizes)} models from {count(sizes.min())} to {count(sizes.max())} parameters" if len(sizes) > 1 else "Here"
     )
-    return Drawing(fig, data, f"{several}, {'; and '.join(found)} can go.")
+    return Drawing(fig, data, f"{several}, {'; and '.join(found)} can go." if found else "")
 
 
 @figure("11_sizes_and_causes")
@@ -180,12 +183,13 @@ def figS21_causes_by_depth(tables: Tables) -> Drawing:
     panels = {IMPORTANCE: "Importance (cosine)", DAMAGE: "Damage: KL when dropped alone"} | {
         name: CAUSES[name] for name in shown
     }
+    colors = {model: f"C{i}" for i, model in enumerate(tables["models"]["model"])}  # not all models have all causes
     fig, axes = plt.subplots(2, 4, figsize=(WIDTH, 3.6), sharex=True)
     for ax, (cause, title) in zip(axes.flat, panels.items(), strict=True):
         rows = data[data["cause"] == cause]
-        for i, (model, of_model) in enumerate(rows.groupby("model", sort=False)):
+        for model, of_model in rows.groupby("model", sort=False):
             x = of_model["layer"] / max(1, of_model["layer"].max())
-            ax.plot(x, of_model["value"], color=f"C{i}", linewidth=1, label=model)
+            ax.plot(x, of_model["value"], color=colors[model], linewidth=1, label=model)
         logarithmic = len(rows) and cause in (IMPORTANCE, DAMAGE, OUTPUT, WEIGHTS) and rows["value"].min() > 0
         ax.set_yscale("log" if logarithmic else "linear")
         ax.set_title(title, fontsize=7)

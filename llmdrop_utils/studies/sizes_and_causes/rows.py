@@ -1,7 +1,7 @@
 """From values of one model to rows of notebook 11, without the column `model`.
 
 Intervals of means are 95 % bootstrap intervals over samples of text. A rank correlation is about layers, so its interval comes
-from drawing layers and texts anew, together.
+from drawing layers and texts anew, together; neighbouring layers are alike, and are drawn together.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def _draws(values: np.ndarray, seed: int = 0) -> np.ndarray:
 def _correlation(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> dict:
     """Rank correlation over layers of two values, each given as (n_layers,) and as draws (REPEATS or 1, n_layers)."""
     n_layers = len(a[0])
-    layers = np.random.default_rng(0).integers(n_layers, size=(stats.REPEATS, n_layers))
+    layers = stats.drawn_blocks(n_layers)
     drawn = [np.take_along_axis(np.broadcast_to(draws, layers.shape), layers, axis=1) for _, draws in (a, b)]
-    low, high = stats.interval(stats.rank_correlation(*drawn), n_layers)
+    low, high = stats.text_interval(stats.rank_correlation(*drawn), n_layers)
     return {"correlation": float(stats.rank_correlation(a[0], b[0])), "low": low, "high": high}

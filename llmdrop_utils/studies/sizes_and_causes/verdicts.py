@@ -1,6 +1,7 @@
 """Rules of notebook 11: sizes and causes."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pandas as pd
 
@@ -50,8 +51,8 @@ def _retained(rows: pd.DataFrame, who: str, what: str, lacking: str) -> Finding:
 def causes_predict_importance(tables: Tables, correlation: float) -> Iterator[Finding]:
     rows = tables["overall"]
     rows = rows[(rows["target"] == IMPORTANCE) & rows["cause"].isin(CLAIMED)]
-    if not len(rows) or rows["models"].max() < 3:
-        yield Finding(ALL, "three models or more are needed: `make reproduce PROFILE=ladder`")
+    if set(rows["cause"]) != set(CLAIMED) or rows["models"].min() < 3:
+        yield Finding(ALL, "all three, of three models or more, are needed: `make reproduce PROFILE=ladder`")
         return
     compared = [
         Comparison(
@@ -74,8 +75,7 @@ def what_to_do(tables: Tables) -> str:
     """What can go by size, and which number tells the layers."""
     lines = []
     for model, rows in tables["reach"].groupby("model", sort=False) if len(tables["reach"]) else []:
-        by = rows.set_index(["measure", "kind"])
-        of = lambda measure, kind: f"{by['n'][measure, kind]}" if (measure, kind) in by.index else "an unknown number of"  # noqa: E731,B023
+        of = partial(_can_go, rows.set_index(["measure", "kind"]))
         lines.append(
             f"- **{model}**: {of('text', 'attention')} attention layers and {of('text', 'mlp')} MLPs keep 90 % of next-token "
             f"accuracy; {of('tasks', 'attention')} and {of('tasks', 'mlp')} keep 95 % of the tasks."
@@ -88,6 +88,14 @@ def what_to_do(tables: Tables) -> str:
         lines.append(f"\nOver {best[DAMAGE]['models']} models, {' and '.join(told)}.")
         lines.append(_without_forward_pass(tables))
     return "\n".join(lines)
+
+
+def _can_go(rows: pd.DataFrame, measure: str, kind: str) -> str:
+    """How many of a kind; "8 or more" where no more were tried."""
+    if (measure, kind) not in rows.index:
+        return "an unknown number of"
+    found = rows.loc[(measure, kind)]
+    return f"{found['n']}{' or more' if found['is_cut'] else ''}"
 
 
 def _best(tables: Tables, target: str):
