@@ -22,7 +22,8 @@ from gguf_files import make_llama, write_gguf
 from llmdrop_utils import LLMDropError, cli, load_profile, locate_model, reproduce
 from llmdrop_utils.base import files as paths
 from llmdrop_utils.base.files import OUTPUT, ROOT
-from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.models.convert import byte_tokenizer, converted_folders
+from llmdrop_utils.models.names import local_label
 from llmdrop_utils.report.distance import distance_from_reference
 from llmdrop_utils.report.notebooks import run_notebook
 from llmdrop_utils.report.style import FIGURES
@@ -258,15 +259,16 @@ def test_models_that_fail_are_reported_as_not_run(network, tmp_path, monkeypatch
 
 STEPS = """extends: smoke
 description: steps
-models: {tiny-llama: {calibration: {n_samples: 4}}, no-such-model: , MINE: }
+models: {tiny-llama: {calibration: {n_samples: 4}}, org/gated: , MINE: }
 """
 
 
 @pytest.fixture
-def steps(my_model):
-    """A profile of two models, and of one between them that is nowhere. Kernels read profiles from the checkout."""
+def steps(tmp_path):
+    """A profile of two models, and of one between them that cannot be had. Kernels read profiles from the checkout."""
     path = paths.PROFILE_DIR / "zz-steps.yaml"
-    path.write_text(STEPS.replace("MINE", str(my_model)))
+    write_gguf(tmp_path / "my-model.gguf", *make_llama())
+    path.write_text(STEPS.replace("MINE", str(tmp_path / "my-model.gguf")))
     shutil.rmtree(paths.RESULTS, ignore_errors=True)
     yield load_profile("zz-steps")
     path.unlink()
@@ -282,7 +284,9 @@ def test_models_one_by_one(network, steps, monkeypatch, capsys):
         return real(model, tokens, *args, **more)
 
     monkeypatch.setattr(work, "measure_importance", stopped)
-    command = ["reproduce", "--profile", "zz-steps", "--notebooks", "01 11"]
+    network.repositories["org/gated"] = {"e" * 40: {"config.json": b"{}"}}
+    network.gated.add("org/gated")
+    command = ["reproduce", "--profile", "zz-steps", "--notebooks", "01 11", "--tidy"]
     assert cli.main(command) == 130
     runs = sorted(path.name for path in paths.RESULTS.iterdir())
     assert runs == ["records", "zz-steps-tiny-llama"], "the first is done, the last is not"
@@ -291,22 +295,33 @@ def test_models_one_by_one(network, steps, monkeypatch, capsys):
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "01_similarity: up to date" in said
-    assert "no-such-model: not run. " in said
-    assert said.index("the models beside each other") > said.index("no-such-model")
+    assert "org--gated: not run to the end. " in said
+    assert said.index("the models beside each other") > said.index("org--gated")
     tables = paths.RESULTS / "zz-steps/11_sizes_and_causes"
     assert len(pd.read_csv(tables / "models.csv")) == 2
     assert set(pd.read_csv(tables / "claims.csv")["model"]) == set(pd.read_csv(tables / "models.csv")["model"])
     reasons = pd.read_csv(tables / "not_run.csv").set_index("what")["reason"]
-    assert "zz-steps-no-such-model" in reasons.index
+    assert "zz-steps-org--gated" in reasons.index
     assert pd.read_csv(paths.RESULTS / "zz-steps-tiny-llama/01_similarity/importance.csv")["n_samples"].max() == 4
     assert (paths.RESULTS / "zz-steps/notebooks/11_sizes_and_causes.ipynb").exists()
     assert not (paths.RESULTS / "zz-steps/notebooks/01_similarity.ipynb").exists()
+    card = (paths.RESULTS / "zz-steps/figures/scorecard.md").read_text()
+    assert "Claim, for each model alone" in card
+    assert not converted_folders(local_label(Path(steps.models[-1]))), "it is converted anew when it is needed"
 
+    # What lacks a notebook or a model is made anew, and nothing else; what fails leaves the others to go on.
     forbid_measuring(monkeypatch)
     rendered = []
-    monkeypatch.setattr(reproduce, "run_notebook", lambda source, *a: rendered.append(source.stem))
-    assert cli.main(command) == 0
-    assert set(rendered) == {"11_sizes_and_causes"}, "what lacks a notebook or a model is tried again, and nothing else"
+
+    def fails_once(source, *_):
+        rendered.append(source.stem)
+        if len(rendered) == 1:
+            raise LLMDropError("the page of the first model failed")
+
+    monkeypatch.setattr(reproduce, "run_notebook", fails_once)
+    assert cli.main(command) == 1
+    assert rendered == ["11_sizes_and_causes"] * 3
+    assert "error: tiny-llama: the page of the first model failed" in capsys.readouterr().err
 
 
 def test_no_model_of_several_can_be_had(network, capsys, monkeypatch):
