@@ -11,6 +11,7 @@ from documents import MEDIUM, judged, only, row, scorecard, signed, span, table
 from llmdrop_utils import load_profile
 from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.base.stats import median_interval
+from llmdrop_utils.report.verdicts import judge
 from llmdrop_utils.studies.speedup.loads import Speed
 
 # ---- what README says about results -----------------------------------------------------------------------------------
@@ -116,6 +117,29 @@ def limits() -> list[str]:
 def moved() -> pd.DataFrame:
     """How far numbers move in the other dtype."""
     return pd.read_csv(ROOT / "figures" / "cpu" / "dtypes.csv")
+
+
+def ladder() -> list[str]:
+    """What the models of the profile ladder say together, as far as they are measured."""
+    names = load_profile("ladder").models
+    judged = {name: {v.id: v.verdict for v in judge(REFERENCE / f"ladder-{name}", "01_similarity")} for name in names}
+    of = lambda claim: [judged[name][claim] for name in names]  # noqa: E731
+    least, deeper = of("attention-most-redundant"), of("deeper-more-redundant")
+    assert [name for name, verdict in zip(names, least, strict=True) if verdict == "deviates"] == ["gemma3-270m"]
+    assert [name for name, verdict in zip(names, least, strict=True) if verdict == "inconclusive"] == ["qwen2.5-coder-1.5b"]
+    assert [name for name, verdict in zip(names, deeper, strict=True) if verdict == "reproduced"] == [
+        "qwen2.5-coder-0.5b",
+        "qwen2.5-coder-1.5b",
+    ]
+    overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
+    dropped = table("11_sizes_and_causes/reach", "ladder")["model"].nunique()
+    return [
+        f"That attention changes the stream least is reproduced on {least.count('reproduced')} of {len(names)}, open on "
+        "Qwen2.5-Coder-1.5B, and deviates on Gemma-3-270M.",
+        f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
+        f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
+        f"How many layers can go is measured on {dropped} of the {len(names)} so far.",
+    ]
 
 
 def whole_ratio() -> str:
