@@ -50,7 +50,8 @@ class Causes:
 
     def to_json(self) -> dict:
         """Plain lists, for the store; None for NaN, which JSON does not have."""
-        arrays = lambda values: {name: np.where(np.isnan(array), None, array).tolist() for name, array in values.items()}  # noqa: E731
+        plain = lambda array: np.where(np.isnan(array), np.array(None), array).tolist()  # noqa: E731
+        arrays = lambda values: {name: plain(array) for name, array in values.items()}  # noqa: E731
         return {"per_sample": arrays(self.per_sample), "of_layer": arrays(self.of_layer)}
 
     @classmethod
@@ -122,10 +123,10 @@ def effective_rank(vectors: torch.Tensor) -> float:
 
 
 def _several_tokens(model: nn.Module, tokens: object) -> torch.LongTensor:
-    tokens = tokens_for(model, tokens)
-    if tokens.shape[1] < 2:
+    found = tokens_for(model, tokens)
+    if found.shape[1] < 2:
         raise LLMDropError("Causes need samples of at least 2 tokens: a single one attends to itself alone.")
-    return tokens
+    return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Everything here is made from tables, so the models may have been measured in dif
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,22 +123,22 @@ def _size_rows(own: Tables, reach: pd.DataFrame, half: pd.DataFrame) -> list[dic
     if len(half):
         ends = {"retained": "value", "retained_low": "value_low", "retained_high": "value_high"}
         parts.append(half.rename(columns=ends).assign(kind="attention", what="retained without half"))
-    found = []
+    found: list[dict] = []
     for (what, measure, kind), rows in pd.concat(parts).groupby(["what", "measure", "kind"], sort=False) if parts else []:
         rows = rows[["model", "value", "value_low", "value_high"]].dropna().set_index("model")
-        about = {"what": what, "measure": measure, "kind": kind}
+        about: dict[str, Any] = {"what": what, "measure": measure, "kind": kind}
         for small, large in SERIES:
             if {small, large} <= {*rows.index}:
                 change, low, high = stats.difference_interval(tuple(rows.loc[large]), tuple(rows.loc[small]))
-                ends = {"change": change, "low": low, "high": high}
-                found.append(about | {"models": f"{large} minus {small}", "n_models": 2} | ends)
+                between = {"models": f"{large} minus {small}", "n_models": 2}
+                found.append(about | between | {"change": change, "low": low, "high": high})
         sizes = np.log10(parameters[rows.index].to_numpy(dtype=float))
         if len(set(sizes)) > 2:
             values, lows, highs = rows.to_numpy(dtype=float).T
             change, low, high = stats.slope_interval(sizes, values, lows, highs)
             spread = stats.slope_spread(sizes, values)  # of models around the line: the next one may lie as far off
-            ends = {"low": min(low, change - spread), "high": max(high, change + spread)}
-            found.append(about | {"models": ALL, "n_models": len(rows), "change": change} | ends)
+            wider = {"change": change, "low": min(low, change - spread), "high": max(high, change + spread)}
+            found.append(about | {"models": ALL, "n_models": len(rows)} | wider)
     return found
 
 

@@ -73,7 +73,7 @@ def _mean(values: np.ndarray, layers: np.ndarray) -> float:
 Number = Callable[[np.ndarray], float]  # of some layers
 
 
-def _worst(claim: str, kind: str, numbers: dict[str, Number], layers: np.ndarray, limit: float, sign: int) -> Iterator[dict]:
+def _worst(claim: str, kind: str, numbers: Mapping[str, Number], layers: np.ndarray, limit: float, sign: int) -> Iterator[dict]:
     """The row of the corpus with the worst number, if that is on the wrong side of the limit: above it for a sign of 1."""
     if not numbers:
         return

@@ -5,10 +5,9 @@ to 03. In a profile that runs its models one by one, each run measures its own m
 """
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from ...base.errors import LLMDropError, NotAvailable
 from ...base.settings import Counts, Positive, Settings
@@ -16,6 +15,7 @@ from ...dropping.plan import DropPlan
 from ...measure.causes import Causes
 from ...models.load import load_config
 from ...models.locate import LocatedModel, locate_available, locate_model
+from ...models.outlook import Shape
 from ...report.tables import Column, Key, Tables, frame, table
 from ...selection.ranking import select
 from ..curves import Text, rank_layers, text_work
@@ -95,47 +95,62 @@ def sizes_and_causes(run: Run) -> Tables:
     return run.write(own | compare.compared(own, others), work, records)
 
 
+class Planned(NamedTuple):
+    """What is measured of one model."""
+
+    importance: ImportanceWork
+    causes: CausesWork
+    alone: TextWork  # each attention layer dropped alone, in order
+    ranks: RankWork
+    cells: list[Cell]  # that ranks are measured in
+
+    @property
+    def work(self) -> list[Work]:
+        return [self.causes, self.alone, self.ranks]
+
+
 def _measured(run: Run) -> tuple[Tables, list[Work]]:
     """The tables of `OWN`, and the items that they come from."""
-    settings = run.section(CausesOf)
-    items: list[tuple[ImportanceWork, CausesWork, TextWork, RankWork, dict[Cell, DropPlan]]] = []
+    planned: list[Planned] = []
     scoring, _ = rank_layers(run, with_tasks=False)
     for item in scoring:
         with run.one_of(item.model):
-            scores = run.importance(item)
-            n_layers = len(scores.importance["attention"])
-            counts = [n for n in settings.n_drop if n < n_layers]
-            alone = [DropPlan(attention=[layer]) for layer in range(n_layers)]
-            plans = {DENSE_CELL: DENSE}
-            for kind in ("attention", "mlp"):
-                ranked = scores.first(run.section(Calibration).n_samples)
-                plans |= {Cell(kind, n): select(ranked, kind, n) for n in counts}
-            on = {**item.identity, "corpus": item.corpus, "tokens": item.tokens[: settings.n_samples]}
-            items.append(
-                (item, CausesWork(**on), text_work(run, item, alone), RankWork(**on, plans=tuple(plans.values())), plans)
-            )
-    work: list[Work] = [each for group in items for each in group[1:4]]
-    run.measure(work)
-    run.measured(work)
+            planned.append(_planned(run, item))
+    run.measure([work for one in planned for work in one.work])
     found: dict[str, list[dict]] = {name: [] for name in OWN}
-    for item, causes, alone, ranks, plans in items:
-        if item.model.name in run.not_run:
-            continue
-        kl = np.array([value["kl"] for value in run.values(alone)]).T
-        scores = run.importance(item).first(settings.n_samples)
-        ranked = np.array([value["rank"] for value in run.values(ranks)]).T
-        of_model = {
-            "models": [{"parameters": parameters_of(item.model), "n_layers": kl.shape[1], "corpus": item.corpus}],
-            "layers": rows.layer_rows(scores, kl),
-            **rows.cause_rows(Causes.from_json(run.values(causes)[0]), scores, kl),
-            **rows.rank_rows(list(plans), ranked),
-        }
-        for name, several in of_model.items():
-            found[name] += [{"model": item.model.name} | row for row in several]
-    return {name: frame(name, several, OWN) for name, several in found.items()}, [item for item, *_ in items] + work
+    done = {item.model.name for item in run.measured(scoring)}
+    planned = [one for one in planned if one.importance.model.name in done]
+    for one in planned:
+        for name, several in _rows(run, one).items():
+            found[name] += [{"model": one.importance.model.name} | row for row in several]
+    return (
+        {name: frame(name, several, OWN) for name, several in found.items()},
+        [work for one in planned for work in (one.importance, *one.work)],
+    )
 
 
-def parameters_of(model: LocatedModel) -> int:
-    """How many parameters a model has, tied ones once."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(load_config(model)).parameters())
+def _planned(run: Run, item: ImportanceWork) -> Planned:
+    settings, scores = run.section(CausesOf), run.importance(item)
+    n_layers = len(scores.importance["attention"])
+    ranked = scores.first(run.section(Calibration).n_samples)
+    plans = {DENSE_CELL: DENSE}
+    for kind in ("attention", "mlp"):
+        plans |= {Cell(kind, n): select(ranked, kind, n) for n in settings.n_drop if n < n_layers}
+    on = {**item.identity, "corpus": item.corpus, "tokens": item.tokens[: settings.n_samples]}
+    alone = text_work(run, item, [DropPlan(attention=(layer,)) for layer in range(n_layers)])
+    return Planned(item, CausesWork(**on), alone, RankWork(**on, plans=tuple(plans.values())), list(plans))
+
+
+def _rows(run: Run, one: Planned) -> dict[str, list[dict]]:
+    """Rows of one model, without the column `model`."""
+    item = one.importance
+    kl = np.array([value["kl"] for value in run.values(one.alone)]).T
+    scores = run.importance(item).first(run.section(CausesOf).n_samples)
+    ranks = np.array([value["rank"] for value in run.values(one.ranks)]).T
+    shape = Shape.of_config(load_config(item.model), name=item.model.name)
+    return {
+        "models": [{"parameters": shape.parameters, "n_layers": shape.layers, "corpus": item.corpus}],
+        "layers": rows.layer_rows(scores, kl),
+        **rows.cause_rows(Causes.from_json(run.values(one.causes)[0]), scores, kl),
+        **rows.rank_rows(one.cells, ranks),
+    }
