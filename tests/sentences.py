@@ -136,9 +136,10 @@ def ladder() -> list[str]:
     return [
         f"That attention changes the stream least is reproduced on {least.count('reproduced')} of {len(names)}, open on "
         "Qwen2.5-Coder-1.5B, and deviates on Gemma-3-270M.",
+        "Deeper layers are more redundant in both Qwen2.5-Coder models alone.",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
-        f"How many layers can go is measured on {dropped} of the {len(names)} so far.",
+        f"How many layers can go is measured on {dropped or 'none'} of the {len(names)} so far.",
     ]
 
 

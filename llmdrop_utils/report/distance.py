@@ -71,7 +71,8 @@ def compare(reference: pd.DataFrame, here: pd.DataFrame, columns: tuple[Column, 
                 row |= {kind: found.max(), f"{kind}_at": where(name, found.idxmax())}
         # 2. Ranks.
         if name in ranked:
-            for _, one in a.groupby([old.loc[a.index, key] for key in GROUP if key in keys]):
+            groups = [old.loc[a.index, key] for key in GROUP if key in keys]
+            for one in [one for _, one in a.groupby(groups)] if groups else [a]:
                 if one.nunique() > 3:
                     correlation = float(rank_correlation(one.to_numpy(), b[one.index].to_numpy()))
                     row["correlation"] = np.fmin(row["correlation"], correlation)

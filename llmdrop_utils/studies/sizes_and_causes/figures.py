@@ -195,7 +195,7 @@ def figS21_causes_by_depth(tables: Tables) -> Drawing:
         ax.set_title(title, fontsize=7)
     fig.supxlabel("Depth, from the first layer (0) to the last (1)", fontsize=8)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), fontsize=7)
+    fig.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), fontsize=7)
     worst = layers.loc[layers.groupby("model", sort=False)["kl"].idxmax()]
     text = ", ".join(
         f"{row['model']} layer {row['layer']} ({row['kl']:.2f} nats per token)" for row in worst.to_dict("records")
