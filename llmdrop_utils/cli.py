@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .base.errors import LLMDropError
-from .base.files import need_writable, shown
+from .base.files import local, need_writable, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +101,9 @@ def _reference(options: argparse.Namespace) -> None:
 
     profile = _profile(options)
     for run in dict.fromkeys([*(each.run for each in runs_of(profile).values()), profile.run]):
+        if run != profile.run and not local(run).tables.is_dir():
+            print(f"{run}: not run, so there is nothing to keep")
+            continue
         kept = keep_as_reference(run)
         print("kept in " + ", ".join(shown(folder) for folder in (kept.tables, kept.figures, kept.pages)))
 

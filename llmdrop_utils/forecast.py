@@ -125,9 +125,10 @@ def _memory(needed: Needed, where: str, device: Device) -> list[str]:
     for name, model in needed.models.items():
         run = [number for number in needed.chosen if needed.is_run(number, name)]
         shapes[model.name] = (model.shape, model.is_random, run, needed.settings_of(name))
-    of_series = {series.name: (series.shape, False, ["07"], needed.settings) for series in needed.series}
+    others = [series for series in needed.series if series.name not in shapes]
+    of_series = {series.name: (series.shape, False, ["07"], needed.settings) for series in others}
     rows = [["", "parameters", "weights", "working", "in all", ""]]
-    for name, (shape, is_random, notebooks, settings) in (of_series | shapes).items():
+    for name, (shape, is_random, notebooks, settings) in (shapes | of_series).items():
         if shape is None:
             rows.append([name, *["unknown"] * 4, ""])
             continue

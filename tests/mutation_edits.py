@@ -64,7 +64,7 @@ REVIEW = [
            ("denominator of SDR", "percent = 100 * (speedup - 1)", "percent = 100 * speedup")),
     *edits(
         "studies/work.py", KEYS,
-        ("text keys without tokens", 'TEXT_VERSION, tokens=tokens, plan', "TEXT_VERSION, plan"),
+        ("keys of plans without tokens", "version, tokens=tokens, plan", "version, plan"),
         ("keys without dtype", '"dtype": dtype, "attention"', '"attention"'),
     ),
     *edits("studies/speedup/loads.py", KEYS,
@@ -296,8 +296,8 @@ LADDER = [
         "studies/sizes_and_causes/rows.py", SIZES,
         ("damage of the first sample", '"kl": kl[:, layer].mean()', '"kl": kl[0, layer]'),
         ("attention minus itself", 'Cell("mlp", cell.n)', 'Cell("attention", cell.n)'),
-        ("the interval of a correlation leaves layers as they are", "integers(n_layers, size=(stats.REPEATS, n_layers))",
-         "integers(1, size=(stats.REPEATS, 1)) + np.arange(n_layers)"),
+        ("the interval of a correlation leaves layers as they are", "layers = stats.drawn_blocks(n_layers)",
+         "layers = np.broadcast_to(np.arange(n_layers), (stats.REPEATS, n_layers))"),
         ("what is the same in all layers predicts", " and np.ptp(cause[0]) > 0", ""),
     ),
     *edits(
@@ -323,7 +323,7 @@ LADDER = [
         ("shares that can go are judged", "tables[\"sizes\"].query(\"what == 'retained without half'\")\n    for",
          'tables["sizes"]\n    for'),
         ("causes of damage", '(rows["target"] == IMPORTANCE) & rows["cause"]', 'rows["cause"]'),
-        ("two models are enough", 'rows["models"].max() < 3', 'rows["models"].max() < 2'),
+        ("two models are enough", 'rows["models"].min() < 3', 'rows["models"].min() < 2'),
         ("MLPs may keep more apart", "r.low, r.high, above=0", "r.low, r.high, below=0"),
     ),
     *edits(

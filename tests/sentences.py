@@ -1,5 +1,6 @@
 """What documents say about results: sentences with the numbers of the committed tables in them."""
 
+import functools
 import json
 import math
 
@@ -119,10 +120,17 @@ def moved() -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / "cpu" / "dtypes.csv")
 
 
+@functools.cache
+def _judged_of_ladder() -> dict[str, dict[str, str]]:
+    """Model -> claim of notebook 01 -> its verdict. Judged once: each changed number is tried against the same."""
+    names = load_profile("ladder").models
+    return {name: {v.id: v.verdict for v in judge(REFERENCE / f"ladder-{name}", "01_similarity")} for name in names}
+
+
 def ladder() -> list[str]:
     """What the models of the profile ladder say together, as far as they are measured."""
-    names = load_profile("ladder").models
-    judged = {name: {v.id: v.verdict for v in judge(REFERENCE / f"ladder-{name}", "01_similarity")} for name in names}
+    judged = _judged_of_ladder()
+    names = list(judged)
     of = lambda claim: [judged[name][claim] for name in names]  # noqa: E731
     least, deeper = of("attention-most-redundant"), of("deeper-more-redundant")
     assert [name for name, verdict in zip(names, least, strict=True) if verdict == "deviates"] == ["gemma3-270m"]

@@ -80,9 +80,17 @@ def models_measured(record: Path, between: str = " in ") -> list[str]:
     return list(dict.fromkeys(f"{exact_name(entry['model'].split(',')[0])}{between}{entry['dtype']}" for entry in entries))
 
 
+# Columns that hold lists of layers ("3 12"): text, even where each list has a single layer.
+LISTS = {"plans": ("attention", "mlp"), "published": ("theirs", "ours"), "exceptions": ("layers",)}
+
+
 def read_tables(folder: Path) -> Tables:
     """The tables of one notebook. Empty cells are missing numbers; text such as "None" stays text."""
-    return {path.stem: pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in sorted(folder.glob("*.csv"))}
+
+    def read(path: Path) -> pd.DataFrame:
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(LISTS.get(path.stem, ()), str))
+
+    return {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
 
 
 def write_tables(tables: Tables, folder: Path, provenance: list[dict]) -> Tables:

@@ -69,10 +69,11 @@ class Needed:
 
     def __post_init__(self) -> None:
         self.settings = self.profile.to_json()
+        self.of_models = {model: run.to_json() for model, run in runs_of(self.profile).items()}
 
     def settings_of(self, model: str) -> dict:
         """What the profile says, as it is for one of its models."""
-        return self.profile.of(model).to_json() if self.profile.one_by_one else self.settings
+        return self.of_models.get(model, self.settings)
 
     def is_run(self, number: str, model: str) -> bool:
         """Does the profile have what a notebook needs, as it is for one of its models?"""

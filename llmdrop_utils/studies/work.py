@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -94,16 +94,11 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImportanceWork(Work):
-    """Importance of all sub-layers on one corpus."""
+class CorpusWork(Work):
+    """What is measured while a model reads samples of one corpus."""
 
     corpus: str
     tokens: torch.LongTensor
-    batch_size: int
-
-    @property
-    def keys(self) -> list[dict]:
-        return [self._key("importance", IMPORTANCE_VERSION, tokens=fingerprint(self.tokens), metric=METRIC)]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -113,33 +108,46 @@ class ImportanceWork(Work):
     def about(self) -> dict:
         return {"corpus": self.corpus, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
-    def measure(self, model, tokenizer, update) -> list[dict]:
-        return [measure_importance(model, self.tokens, self.batch_size, on_batch=update, metric=METRIC).to_json()]
-
 
 @dataclasses.dataclass(frozen=True)
-class TextWork(Work):
-    """How well held-out text is predicted under each of several plans."""
+class PlansWork(CorpusWork):
+    """The same under each of several plans: a value for each."""
 
-    corpus: str
-    tokens: torch.LongTensor
     plans: tuple[DropPlan, ...]
-
-    @property
-    def keys(self) -> list[dict]:
-        tokens = fingerprint(self.tokens)
-        return [self._key("text", TEXT_VERSION, tokens=tokens, plan=plan.key.to_json()) for plan in self.plans]
 
     @property
     def tokens_to_pass(self) -> int:
         return self.tokens.numel() * len(self.plans)
 
-    @property
-    def about(self) -> dict:
-        return {"corpus": self.corpus, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
-
-    def only(self, missing: list[int]) -> "TextWork":
+    def only(self, missing: list[int]) -> Self:
         return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
+
+    def _keys(self, measurement: str, version: int) -> list[dict]:
+        tokens = fingerprint(self.tokens)
+        return [self._key(measurement, version, tokens=tokens, plan=plan.key.to_json()) for plan in self.plans]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceWork(CorpusWork):
+    """Importance of all sub-layers on one corpus."""
+
+    batch_size: int
+
+    @property
+    def keys(self) -> list[dict]:
+        return [self._key("importance", IMPORTANCE_VERSION, tokens=fingerprint(self.tokens), metric=METRIC)]
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        return [measure_importance(model, self.tokens, self.batch_size, on_batch=update, metric=METRIC).to_json()]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWork(PlansWork):
+    """How well held-out text is predicted under each of several plans."""
+
+    @property
+    def keys(self) -> list[dict]:
+        return self._keys("text", TEXT_VERSION)
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         done = lambda share: update(share * self.tokens_to_pass)  # noqa: E731

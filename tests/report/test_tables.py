@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from llmdrop_utils.report.show import as_markdown, number, show
-from llmdrop_utils.report.tables import Column, Key, frame, table
+from llmdrop_utils.report.tables import Column, Key, frame, table, write_tables
 
 DECLARED = {
     "demo": table("model kind", Column("score", "Score", ".2f", "low", "high"), "low high"),
@@ -84,3 +84,12 @@ def test_show_several_columns_under_one_name():
 
 def test_a_bar_in_a_cell_does_not_end_it():
     assert r"a\|b c" in as_markdown(pd.DataFrame({"x": ["a|b\nc"]}))
+
+
+def test_lists_of_single_layers_stay_text(tmp_path):
+    """Where every plan drops one layer, or none of a kind, the cells are no numbers: 3 would come back as 3.0."""
+    plans = pd.DataFrame({"model": "m", "kind": ["dense", "attention"], "attention": ["", "3"], "mlp": ["", ""]})
+    tables = write_tables({"plans": plans, "layers": pd.DataFrame({"model": ["m"], "attention": [3]})}, tmp_path, [])
+    assert tables["plans"]["attention"].tolist()[1] == "3"
+    assert tables["plans"]["attention"].isna().tolist() == [True, False]
+    assert tables["layers"]["attention"].tolist() == [3], "only where a table holds lists"

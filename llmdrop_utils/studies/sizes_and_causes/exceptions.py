@@ -103,8 +103,7 @@ def _costliest(own: Tables, tables: Tables) -> Iterator[dict]:
     damage = own["layers"].set_index(["model", "layer"])["kl"]
     plans = tables["plans"].set_index(["model", "kind", "n"])["attention"]
     for row in gaps.to_dict("records"):
-        # A single layer in every plan is read back as a number.
-        layers = [int(float(layer)) for layer in str(plans[row["model"], "attention", row["n"]]).split()]
+        layers = [int(layer) for layer in plans[row["model"], "attention", row["n"]].split()]
         alone = damage[row["model"]].loc[layers]
         yield {"model": row["model"], "claim": "attention-beats-mlp-and-block", "kind": f"{row['other']}-{row['n']}",
                "corpus": "tasks", "value": row["difference"], "layers": str(alone.idxmax()), "without": np.nan}  # fmt: skip
