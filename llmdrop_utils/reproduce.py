@@ -35,11 +35,11 @@ def reproduce(
 ) -> None:
     """Run the notebooks (all, or those whose numbers `notebooks` lists: "01 02") and write figures and scorecard.
 
-    Everything goes to data/results/<run>; what is committed stays as it is. tidy: remove each model that was converted here
-    once its run is done, so that one at a time is on disk. parameters: further parameters for the
-    notebooks, by name; each must be declared by every notebook that is run. A notebook whose section the profile lacks is
-    not run. Of a profile that runs its models one by one, each model is a run of its own, and one that fails leaves the others
-    to go on; what compares them is run last. Raises LLMDropError, naming the first notebook that failed and where it is kept.
+    Everything goes to data/results/<run>; what is committed stays as it is. A notebook whose section the profile lacks is not
+    run. Of a profile that runs its models one by one, each model is a run of its own, and one that fails leaves the others to
+    go on; what compares them is run last. parameters: further parameters for the notebooks, by name; each must be declared by
+    every notebook that is run. tidy: remove each converted model once its run is done, so that one at a time is on disk. Raises
+    LLMDropError, naming the first notebook that failed and where it is kept.
     """
     files.need_checkout("Running the notebooks")
     files.need_writable()

@@ -1,6 +1,7 @@
 """The tables of several runs together: what a comparison of models reads."""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 
@@ -15,17 +16,18 @@ def runs_of(profile: Profile) -> dict[str, Profile]:
 
 
 def gathered(profile: Profile, notebook: str) -> tuple[Tables, dict[str, str]]:
-    """The tables of a notebook, of all runs together; and for each model whose run lacks them, what to do."""
+    """The tables of a notebook, of all runs together; and what is not run, with the reason: the runs that lack them."""
     parts: dict[str, list[pd.DataFrame]] = {}
-    lacking: dict[str, str] = {}
+    lacking: list[str] = []
     for name, folder in _folders(profile, notebook).items():
         if not folder.is_dir():
-            lacking[name] = f"It has no results of notebook {notebook[:2]}, see the run {name}."
+            lacking.append(name)
             continue
         for table, rows in read_tables(folder).items():
             parts.setdefault(table, []).append(rows[:0] if table == "not_run" else rows)  # each run says its own
     filled = {table: [rows for rows in several if len(rows)] or several[:1] for table, several in parts.items()}
-    return {table: pd.concat(several, ignore_index=True) for table, several in filled.items()}, lacking
+    not_run = {f"notebook {notebook[:2]} of {', '.join(lacking)}": "There are no results of it."} if lacking else {}
+    return {table: pd.concat(several, ignore_index=True) for table, several in filled.items()}, not_run
 
 
 def provenance(profile: Profile, notebook: str) -> list[dict]:
@@ -40,7 +42,7 @@ def state_of(profile: Profile, notebooks: tuple[str, ...]) -> list[str]:
     return [file.read_text(encoding="utf-8") for file in sorted(found)]
 
 
-def _folders(profile: Profile, notebook: str):
+def _folders(profile: Profile, notebook: str) -> dict[str, Path]:
     """Run -> the folder of a notebook's tables."""
     return {run.run: files.local(run.run).tables / notebook for run in runs_of(profile).values()}
 

@@ -83,7 +83,7 @@ def sizes_and_causes(run: Run) -> Tables:
         own, lacking = gathered(run.profile, run.notebook)
         run.not_run |= lacking
         if not own:
-            raise NotAvailable("No model has been measured yet:\n" + "\n".join(lacking.values()))
+            raise NotAvailable(f"No model has been measured yet: there is no {', '.join(lacking)}.")
         own, work, records = {name: own[name] for name in OWN}, list[Work](), provenance(run.profile, run.notebook)
     else:
         own, work = _measured(run)
@@ -91,7 +91,7 @@ def sizes_and_causes(run: Run) -> Tables:
     others: dict[str, Tables] = {}
     for notebook in READ:
         others[notebook], lacking = gathered(run.profile, notebook)
-        run.not_run |= {f"{name}, notebook {notebook[:2]}": reason for name, reason in lacking.items()}
+        run.not_run |= lacking
     return run.write(own | compare.compared(own, others), work, records)
 
 
