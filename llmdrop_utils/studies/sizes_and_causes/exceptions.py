@@ -75,7 +75,7 @@ Number = Callable[[np.ndarray], float]  # of some layers
 
 def _worst(claim: str, kind: str, numbers: Mapping[str, Number], layers: np.ndarray, limit: float, sign: int) -> Iterator[dict]:
     """The row of the corpus with the worst number, if that is on the wrong side of the limit: above it for a sign of 1."""
-    if not numbers:
+    if not numbers or not len(layers):
         return
     corpus = max(numbers, key=lambda name: sign * numbers[name](layers))
     if sign * numbers[corpus](layers) > sign * limit:
