@@ -17,6 +17,7 @@ import families
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from gguf_files import make_llama, write_gguf
 
 from llmdrop_utils import LLMDropError, cli, load_profile, locate_model, reproduce
@@ -267,8 +268,9 @@ models: {tiny-llama: {calibration: {n_samples: 4}}, org/gated: , MINE: }
 def steps(tmp_path):
     """A profile of two models, and of one between them that cannot be had. Kernels read profiles from the checkout."""
     path = paths.PROFILE_DIR / "zz-steps.yaml"
-    write_gguf(tmp_path / "my-model.gguf", *make_llama())
-    path.write_text(STEPS.replace("MINE", str(tmp_path / "my-model.gguf")))
+    torch.manual_seed(24)  # a model whose measurements no other test has stored
+    write_gguf(tmp_path / "of-steps.gguf", *make_llama())
+    path.write_text(STEPS.replace("MINE", str(tmp_path / "of-steps.gguf")))
     for run in paths.RESULTS.glob("zz-steps*"):
         shutil.rmtree(run)
     yield load_profile("zz-steps")
