@@ -39,6 +39,7 @@ _HOME = {
     "save_derived": "derive.model",
     "save_dropped": "export.checkpoint",
     "load_dropped": "export.checkpoint",
+    "export_gguf": "export.gguf",
     "official_config": "export.official",
     "plan_from_config": "export.official",
     "Load": "measure.speed",
