@@ -42,7 +42,7 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
     """Drop the sub-layers of the plan for good, in place, which frees their memory; returns the model.
 
     Maps become parameters of the model, which training changes; the plan's own maps stay as they are. To keep the result,
-    save the plan. `save_pretrained` would write weights that lack what the config still promises, which transformers fills
+    use `save_dropped`. `save_pretrained` would write weights that lack what the config still promises, which transformers fills
     with random numbers (`load_model` refuses to).
     """
     anatomy = check_plan(model, plan)

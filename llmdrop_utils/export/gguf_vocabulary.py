@@ -92,7 +92,8 @@ def _add(writer: gguf.GGUFWriter, tokenizer, model: dict, size: int, split: str)
         writer.add_add_space_prefix(tokenizer.tokenize("a") == ["▁a"])
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        writer.add_token_merges(pairs or ["[PAD] [PAD]"])  # readers want one; no text holds this pair
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
