@@ -198,9 +198,12 @@ class _DroppedModel:
         model.llmdrop_plan = _with_loaded_maps(model)
         return (model, found) if output_loading_info else model
 
-    def save_pretrained(self, folder, *, max_shard_size: int | str = "50GB", **_) -> None:
-        """`save_dropped` without a tokenizer: the family's own way would write a checkpoint that nothing can load."""
-        save_dropped(self, None, self.llmdrop_plan, folder, max_shard_size)
+    def save_pretrained(self, folder, push_to_hub: bool = False, **kwargs) -> None:
+        """transformers' own method, in this format: a folder that exists is written into, and `push_to_hub(...)` uses it."""
+        if push_to_hub:
+            raise LLMDropError("A dropped model is uploaded by model.push_to_hub(...), and not while it is saved.")
+        super().save_pretrained(folder, **kwargs | {"variant": VARIANT})  # type: ignore[misc]
+        _describe(Path(folder), self, self.llmdrop_plan)
 
 
 def _plan(config) -> DropPlan:
