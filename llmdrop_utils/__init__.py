@@ -40,6 +40,7 @@ _HOME = {
     "save_dropped": "export.checkpoint",
     "load_dropped": "export.checkpoint",
     "export_gguf": "export.gguf",
+    "export_deci": "export.deci",
     "official_config": "export.official",
     "plan_from_config": "export.official",
     "Load": "measure.speed",

@@ -3,9 +3,10 @@
 import families
 import gguf
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def make_llama():
@@ -17,6 +18,20 @@ def make_llama():
     settings = families.SMALL | {"vocab_size": 259, "eos_token_id": 258, "pad_token_id": None, "tie_word_embeddings": False}
     model = LlamaForCausalLM(LlamaConfig(**settings))
     return model.eval(), PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def tiny(family="llama", **changes):
+    """A random model of a family, and the tokenizer of `make_llama`."""
+    torch.manual_seed(5)
+    _, tokenizer = make_llama()
+    settings = families.SMALL | {"vocab_size": 259, "max_position_embeddings": 256, "initializer_range": 0.3}
+    settings |= {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    return model, tokenizer
 
 
 def write_gguf(path, model, tokenizer):

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ PROMPTS = (
 )
 N_TOKENS = 64
 TOP = 5
+EXACT = 0.002  # nats: of the same numbers in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Parity:
 
     log_probability: float  # largest difference among the reference's 5 most likely tokens, nats
     divergence: float  # KL of the export from the reference, mean over prompts, nats
-    equal_tokens: int  # greedy tokens after the first prompt that are the reference's own
-    followed: float  # by how much less likely than the best one the least likely greedy token is, in the reference; nats
-    cached_bytes: int  # keys and values of one token
+    equal_tokens: int | None = None  # greedy tokens after the first prompt that are the reference's own
+    followed: float | None = None  # by how much less likely than the best the least likely of them is, in the reference; nats
+    cached_bytes: int | None = None  # keys and values of one token
 
 
 @contextlib.contextmanager
@@ -76,22 +77,42 @@ def compare(path: Path, model: nn.Module, tokenizer, plan: DropPlan, n_context: 
     """
     prompts = [tokenizer(text)["input_ids"][: n_context - N_TOKENS] for text in PROMPTS]
     found = llamacpp.answers(path, prompts, N_TOKENS, exact=exact)
-    device = input_device(model)
+    greedy = found.continuations[0]
     with silenced(model, plan):
-        differences, divergences = [], []
-        for prompt, logits in zip(prompts, found.logits, strict=True):
-            expected = torch.log_softmax(model(torch.tensor([prompt], device=device)).logits[0, -1].double().cpu(), -1)
-            theirs = torch.log_softmax(torch.from_numpy(logits[: len(expected)]).double(), -1)
-            top = expected.topk(TOP).indices
-            differences.append(float((expected - theirs)[top].abs().max()))
-            divergences.append(float((expected.exp() * (expected - theirs)).sum()))
-        greedy = found.continuations[0]
-        tokens = torch.tensor([prompts[0] + greedy], device=device)
-        scores = torch.log_softmax(model(tokens).logits[0, len(prompts[0]) - 1 : -1].double().cpu(), -1)
-    chosen = scores.gather(1, torch.tensor(greedy)[:, None])[:, 0]
-    behind = scores.max(-1).values - chosen
+        difference, divergence = _distance(model, prompts, list(map(torch.from_numpy, found.logits)))
+        scores = _log_probabilities(model, prompts[0] + greedy)[len(prompts[0]) - 1 : -1]
+    behind = scores.max(-1).values - scores.gather(1, torch.tensor(greedy)[:, None])[:, 0]
     equal = int(np.argmax(np.append((behind > 0).numpy(), True)))
-    return Parity(max(differences), float(np.mean(divergences)), equal, float(behind.max()), found.cached_bytes)
+    return Parity(difference, divergence, equal, float(behind.max()), found.cached_bytes)
+
+
+@torch.inference_mode()
+def compare_logits(
+    read: Callable[[list[list[int]]], list[torch.Tensor]], model: nn.Module, tokenizer, plan: DropPlan
+) -> Parity:
+    """Compare what a reader gives after each prompt, (vocabulary,), with the model whose terms are silenced."""
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    logits = read(prompts)
+    with silenced(model, plan):
+        return Parity(*_distance(model, prompts, logits))
+
+
+def _distance(model: nn.Module, prompts: list[list[int]], logits: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest difference among the likeliest tokens, and the mean divergence."""
+    differences, divergences = [], []
+    for prompt, found in zip(prompts, logits, strict=True):
+        expected = _log_probabilities(model, prompt)[-1]
+        theirs = torch.log_softmax(found[: len(expected)].double(), -1)
+        top = expected.topk(TOP).indices
+        differences.append(float((expected - theirs)[top].abs().max()))
+        divergences.append(float((expected.exp() * (expected - theirs)).sum()))
+    return max(differences), float(np.mean(divergences))
+
+
+def _log_probabilities(model: nn.Module, tokens: list[int]) -> torch.Tensor:
+    """float64 (tokens, vocabulary)."""
+    ids = torch.tensor([tokens], device=input_device(model))
+    return torch.log_softmax(model(ids).logits[0].double().cpu(), -1)
 
 
 def check(what: str, found: float, limit: float) -> None:

@@ -26,9 +26,9 @@ from ..base.errors import LLMDropError
 from ..base.files import disk_error
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import left
-from ..models.families import find_anatomy
+from ..models.families import find_anatomy, head_size
 from . import llamacpp
-from .gate import Parity, check, compare
+from .gate import EXACT, Parity, check, compare
 from .gguf_vocabulary import add_vocabulary
 
 KINDS = {  # what llmdrop writes itself; llama.cpp's quantiser makes the others from F16
@@ -39,7 +39,6 @@ KINDS = {  # what llmdrop writes itself; llama.cpp's quantiser makes the others 
 }
 FAMILIES = ("llama", "mistral", "qwen2")
 PAD = 256  # width of an MLP of zeros: rows of K-quants are multiples of it
-EXACT = 0.002  # nats
 LIMITS = {"F16": 0.001, "BF16": 0.005, "Q8_0": 0.05}  # nats of divergence
 ROUGH = 0.5  # nats, with fewer bits
 
@@ -247,10 +246,6 @@ def _mlp(prefix: str, block: nn.Module, config, is_dropped: bool, width: int) ->
 def interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a projection in the order in which llama.cpp rotates them: 0, n/2, 1, n/2 + 1, ... of the n rows of each head."""
     return values.reshape(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-
-
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def context_length(config) -> int:

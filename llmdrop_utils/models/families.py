@@ -253,7 +253,7 @@ def cache_geometry(config) -> list[tuple[int, int | None]]:
     if rank := getattr(config, "kv_lora_rank", None):
         per_token = rank + config.qk_rope_head_dim
     else:
-        per_token = 2 * _kv_heads(config) * _head_size(config)
+        per_token = 2 * _kv_heads(config) * head_size(config)
     return [(per_token, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
@@ -262,7 +262,7 @@ def numbers_multiplied(config) -> int:
     heads = _first(config, "num_attention_heads", "n_head")
     if getattr(config, "kv_lora_rank", None):
         return heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return heads * 2 * _head_size(config)
+    return heads * 2 * head_size(config)
 
 
 def _kv_heads(config) -> int:
@@ -273,7 +273,8 @@ def _kv_heads(config) -> int:
     return _first(config, "num_key_value_heads", "num_attention_heads", "n_head")
 
 
-def _head_size(config) -> int:
+def head_size(config) -> int:
+    """Width of one head of attention."""
     size = getattr(config, "head_dim", None)
     return size or stream_width(config) // _first(config, "num_attention_heads", "n_head")
 

@@ -9,9 +9,8 @@ import families
 import gguf
 import pytest
 import torch
-from gguf_files import make_llama
+from gguf_files import tiny
 from tokenizers.normalizers import Lowercase
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, NotAvailable, dropped, load_model, measure_importance, select
 from llmdrop_utils.export import gate, llamacpp
@@ -37,20 +36,6 @@ PLANS = {
     "blocks at the ends": DropPlan(attention=(0, 2), mlp=(0, 2)),
     "both kinds": DropPlan(attention=(1, 2), mlp=(0,)),
 }
-
-
-def tiny(family="llama", **changes):
-    """A random model with the tokenizer of `make_llama`."""
-    torch.manual_seed(5)
-    _, tokenizer = make_llama()
-    settings = families.SMALL | {"vocab_size": 259, "max_position_embeddings": 256, "initializer_range": 0.3}
-    settings |= {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn(parameter.shape)
-    return model, tokenizer
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
