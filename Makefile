@@ -5,6 +5,11 @@ MODEL ?=#         one model instead of the profile's: name, hub id, directory or
 NOTEBOOKS ?=#     some notebooks, by number: NOTEBOOKS="01 02"
 TIDY ?=#          TIDY=1 keeps one converted model on disk at a time, where models are run one by one
 FORCE ?=#         FORCE=1 measures again what is stored
+KIND ?= attention#  for make drop: attention, mlp, block or joint
+N ?=#             for make drop: how many layers
+KEEP ?=#          for make drop, instead of N: the share of next-token accuracy to keep, such as 0.98
+OUT ?= dropped#   for make drop: a new folder
+FORMAT ?= transformers#  for make drop: transformers, gguf, gguf-q4_k_m, vllm, mlx
 PYTHON ?= python3#  Python 3.11 or newer, to make .venv with
 
 SHELL := bash
@@ -13,7 +18,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help env plan reproduce figures pages reference test test-fast coverage lint clean distclean
+.PHONY: help env plan reproduce figures pages reference drop test test-fast coverage lint clean distclean
 
 RUN := .venv/bin/python
 LLMDROP := $(RUN) -m llmdrop_utils
@@ -47,6 +52,9 @@ pages: env ## render the committed notebooks anew from the committed tables (the
 
 reference: env ## keep tables, figures and pages of a run as the reference, to be committed
 	$(LLMDROP) reference --profile "$(PROFILE)" --model "$(MODEL)"
+
+drop: env ## drop layers of MODEL, and write what is left: make drop MODEL=smollm2-135m N=8 OUT=dropped FORMAT="transformers gguf"
+	$(LLMDROP) drop "$(MODEL)" --kind "$(KIND)" $(if $(N),-n "$(N)") $(if $(KEEP),--keep "$(KEEP)") --to "$(OUT)" --format $(FORMAT)
 
 test: env ## run the tests (downloads the embedded model once)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""The command line: llmdrop {reproduce,plan,figures,reference,train}, or python -m llmdrop_utils.
+"""The command line: llmdrop {reproduce,plan,figures,reference,drop,train}, or python -m llmdrop_utils.
 
 Every command imports what it needs when it runs, so that the help costs nothing.
 """
@@ -53,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--pages", action="store_true", help="also render the committed notebooks anew (needs the model)")
     command("reference", _reference, "keep tables, figures and pages of a run as the reference, to be committed",
             of_profile=True)  # fmt: skip
+    take = command("drop", _drop, "drop the most redundant layers of a model, and write what is left for other programs")
+    take.add_argument("model", help="a name, hub id, directory or .gguf file")
+    take.add_argument("--kind", choices=("attention", "mlp", "block", "joint"), default="attention", help="default: attention")
+    take.add_argument("-n", type=int, default=None, metavar="N", help="how many layers to drop")
+    take.add_argument("--keep", type=float, default=None, metavar="SHARE", help="instead of -n: the share of the dense model's "
+                      "next-token accuracy to keep, such as 0.98")  # fmt: skip
+    take.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    take.add_argument("--format", nargs="+", default=["transformers"], metavar="FORMAT",
+                      help="transformers, gguf (or gguf-q8_0, gguf-q4_k_m, ...), vllm, mlx; default: transformers")  # fmt: skip
     train = command("train", _train, "train a small series of checkpoints by its recipe in data/sources.yaml")
     train.add_argument("name", help="a trained series of data/sources.yaml")
     train.add_argument("--seed", type=int, default=0, help="of weights and order of text (default 0)")
@@ -106,6 +115,14 @@ def _reference(options: argparse.Namespace) -> None:
             continue
         kept = keep_as_reference(run)
         print("kept in " + ", ".join(shown(folder) for folder in (kept.tables, kept.figures, kept.pages)))
+
+
+def _drop(options: argparse.Namespace) -> None:
+    from .export.take_away import take_away
+
+    called_from = os.environ.get("LLMDROP_CALLED_FROM")
+    to = Path(called_from, options.to) if called_from else options.to
+    take_away(_given(options.model) or "", options.kind, to, options.n, options.keep, options.format)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -164,7 +164,9 @@ def figS20_predictors(tables: Tables) -> Drawing:
         ax.set(xlabel="", ylabel="")
 
     def sentence(target: str) -> str:
-        rows = overall[(overall["target"] == target) & (overall["models"] == len(models))]
+        rows = overall[(overall["target"] == target) & (overall["models"] == len(models))].dropna(subset="correlation")
+        if rows.empty:  # a single layer
+            return f"{target} cannot be ranked"
         best = rows.loc[rows["correlation"].abs().idxmax()]
         ends = f" ({best['low']:+.2f} to {best['high']:+.2f})" if best["low"] == best["low"] else ""
         return f"{target} goes best with {CAUSES[best['cause']].lower()} ({best['correlation']:+.2f}{ends})"

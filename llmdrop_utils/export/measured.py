@@ -1,0 +1,116 @@
+"""What a card tells of a dropped model: its quality and speed beside the dense one, measured here."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from ..base import stats
+from ..dropping.plan import DropPlan
+from ..measure.floors import kv_bytes
+from ..measure.speed import Load, measure_speed
+from ..measure.tasks import score_task
+from ..measure.text import TextScores, score_text
+from ..sources.task_data import known_tasks, load_task
+from ..sources.texts import load_tokens
+
+CORPORA = ("web", "encyclopedia", "code", "mathematics")
+TASKS = ("arc_easy", "piqa")
+N_SAMPLES, SEQ_LEN, N_DOCUMENTS = 32, 256, 100
+
+Three = tuple[float, float, float]  # a value, and its 95 % interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is left on one corpus."""
+
+    retained: Three  # share of the dense model's next-token accuracy
+    perplexity: Three  # over the dense model's
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of lm-eval: metric -> mean, and its standard error, of the dense and of the dropped model."""
+
+    data_set: str  # on the hub
+    data_name: str | None
+    metric: str  # the paper's
+    n_shots: int
+    n_documents: int
+    dense: Mapping[str, float]
+    dropped: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """All that a card tells."""
+
+    base: str
+    identity: str
+    licence: str
+    plan: DropPlan
+    calibration: str
+    held_out: str
+    command: str
+    text: Mapping[str, Text]
+    tasks: Mapping[str, Task]
+    speed: Mapping[str, tuple[float, float]]  # load -> speed-up, spread of the dropped model's times
+    kv_bytes: tuple[int, int]  # that a token leaves in a 16-bit cache: dense, dropped
+
+
+def text_left(model: nn.Module, tokenizer, plans: Sequence[DropPlan], corpus: str, skipped: int = 0) -> list[Text]:
+    """What each plan leaves on samples of a corpus, after `skipped` tokens that were used to choose layers."""
+    first = -(-skipped // SEQ_LEN)
+    tokens = load_tokens(corpus, tokenizer, first + N_SAMPLES, SEQ_LEN)[first:]
+    scores = score_text(model, tokens, [DropPlan(), *plans])
+    return [of_scores(scores, i) for i in range(1, len(plans) + 1)]
+
+
+def of_scores(scores: TextScores, i: int) -> Text:
+    """Plan `i` beside plan 0; samples are drawn in blocks of neighbours, for both together."""
+    rows = np.stack([scores.hits[0], scores.hits[i], scores.nll[0], scores.nll[i]], 1)
+    draws = stats.text_means(rows, np.ones(len(rows)))
+    means = rows.mean(0)
+
+    def three(value: float, drawn: np.ndarray) -> Three:
+        low, high = stats.text_interval(drawn, len(rows))
+        return value, float(low), float(high)
+
+    return Text(
+        three(float(means[1] / means[0]), draws[:, 1] / draws[:, 0]),
+        three(float(np.exp(means[3] - means[2])), np.exp(draws[:, 3] - draws[:, 2])),
+    )
+
+
+def tasks_left(model: nn.Module, tokenizer, plan: DropPlan) -> dict[str, Task]:
+    """The dense and the dropped model on `TASKS`."""
+    left = {}
+    for name in TASKS:
+        members = load_task(name)
+        scores = score_task(model, tokenizer, members, [DropPlan(), plan], limit=N_DOCUMENTS)
+        config = members[0].config
+        (n_documents,) = {values.shape[1] for values in scores.metrics.values()}
+        left[name] = Task(
+            *(config.dataset_path, config.dataset_name, known_tasks()[name]["metric"], config.num_fewshot, n_documents),
+            *(scores.summary(i) for i in (0, 1)),
+        )
+    return left
+
+
+def speed_ups(model: nn.Module, plan: DropPlan) -> dict[str, tuple[float, float]]:
+    """How much faster prefill and decoding are."""
+    left = {}
+    for said, load in {
+        "prefill of 512 tokens": Load("prefill", 512),
+        "decoding after 512 tokens": Load("decode", 512, 8),
+    }.items():
+        dense, dropped = measure_speed(model, load, [DropPlan(), plan])
+        left[said] = dense.median / dropped.median, dropped.spread
+    return left
+
+
+def cached(model: nn.Module, plan: DropPlan) -> tuple[int, int]:
+    """Bytes that a token leaves in a 16-bit cache, of the dense and of the dropped model."""
+    return kv_bytes(model.config, DropPlan(), 1, 1, 2), kv_bytes(model.config, plan, 1, 1, 2)

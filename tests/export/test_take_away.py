@@ -1,0 +1,136 @@
+"""One command from a model's name to folders that other programs serve, each with a card; all or nothing is written."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from llmdrop_utils import DropPlan, cli, load_model
+from llmdrop_utils.export import measured, take_away
+from llmdrop_utils.export.measured import Text, of_scores
+from llmdrop_utils.measure.text import TextScores
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Less text, on a random model."""
+    monkeypatch.setattr(take_away, "CORPUS", "random-words")
+    monkeypatch.setattr(take_away, "CORPORA", ("random-words",))
+    monkeypatch.setattr(take_away, "N_CALIBRATION", 4)
+    monkeypatch.setattr(take_away, "LENGTH", 32)
+    monkeypatch.setattr(measured, "N_SAMPLES", 8)
+    monkeypatch.setattr(measured, "SEQ_LEN", 32)
+    monkeypatch.setattr(measured, "N_DOCUMENTS", 4)
+    monkeypatch.setattr(measured, "TASKS", ("openbookqa",))
+
+
+def command(to, *more):
+    return ["drop", "tiny-llama", "--to", str(to), *more]
+
+
+def test_two_formats(small, tmp_path, capsys):
+    pytest.importorskip("cyllama", reason="llama.cpp is an optional extra")
+    to = tmp_path / "out"
+    assert cli.main(command(to, "-n", "2", "--kind", "joint", "--format", "transformers", "gguf-q8_0")) == 0
+    plan = DropPlan.load(to / "plan.json")
+    assert plan.n_drop == 2
+    loaded = AutoModelForCausalLM.from_pretrained(to / "transformers")
+    assert loaded.llmdrop_plan.key == plan.key
+    (file,) = (to / "gguf-q8_0").glob("*.gguf")
+    assert file.name == "tiny-llama-dropped-Q8_0.gguf"
+    for folder in ("transformers", "gguf-q8_0"):
+        card = (to / folder / "README.md").read_text()
+        front = yaml.safe_load(card.split("---")[1])
+        assert front == {
+            "license": "other",
+            "license_name": "none (generated)",
+            "base_model": "tiny-llama",
+            "tags": ["llmdrop"],
+        }
+        assert "llmdrop drop tiny-llama --kind joint -n 2 --to out --format transformers gguf-q8_0" in card
+        for kind, name in (("attention", "attention"), ("mlp", "MLP")):
+            if layers := getattr(plan, kind):
+                assert f"- {name} of layers {', '.join(map(str, layers))} (of 6), most droppable first" in card
+        record = json.loads((to / folder / "results.json").read_text())
+        score = record["results"]["openbookqa"]["acc_norm,none"]
+        assert (
+            f"| openbookqa (0-shot) | acc_norm | {record['results_of_dense_model']['openbookqa']['acc_norm,none']:.1%} ±"
+            in card
+        )
+        assert record["config"]["model_args"] == {"base": "tiny-llama", **plan.key.to_json()}
+        (entry,) = yaml.safe_load((to / folder / ".eval_results/openbookqa.yaml").read_text())
+        assert entry["dataset"] == {"id": "allenai/openbookqa", "task_id": "main"}
+        assert entry["value"] == pytest.approx(100 * score, abs=0.01)
+        retained = record["text"]["random-words"]["retained_accuracy"]
+        assert f"| random-words | {retained[0]:.1%} ({retained[1]:.1%} to {retained[2]:.1%}) |" in card
+    assert not list(to.rglob("*.lock"))
+    assert "gguf-q8_0: " in capsys.readouterr().out
+
+
+def test_the_checkpoint_has_the_dtype_of_the_base(small, tmp_path):
+    model, tokenizer = load_model("tiny-llama", torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert cli.main(["drop", str(tmp_path / "base"), "-n", "1", "--to", str(tmp_path / "out")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/transformers").dtype == torch.bfloat16
+
+
+def test_as_many_as_keep_the_accuracy(small, tmp_path, monkeypatch, capsys):
+    """Of plans that retain 99, 98.5, 97 and 99.5 %, less half a point below, the largest before the first that fails."""
+    middles = {1: 0.99, 2: 0.985, 3: 0.97, 4: 0.995, 5: 0.9}
+
+    def left(model, tokenizer, plans, corpus, skipped=0):
+        return [Text((m, m - 0.005, 1.0), (1.0, 1.0, 1.0)) for m in (middles[max(plan.n_drop, 1)] for plan in plans)]
+
+    monkeypatch.setattr(take_away, "text_left", left)
+    for keep, n in ((0.98, 2), (0.984, 1), (0.96, 4)):
+        assert cli.main(command(tmp_path / f"out{n}", "--keep", str(keep))) == 0
+        assert DropPlan.load(tmp_path / f"out{n}/plan.json").n_drop == n
+    assert cli.main(command(tmp_path / "none", "--keep", "0.99")) == 1
+    assert "Not even one attention layer can be dropped if 99.0% of the accuracy are to be kept" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_left_by_hand():
+    """Of 0.5, 0.6, 0.4 and 0.5 hit, 0.4, 0.6, 0.3 and 0.5 are left: 1.8 of 2.0; 0.1 nats more are a factor of 1.105."""
+    hits = np.array([[0.5, 0.6, 0.4, 0.5], [0.4, 0.6, 0.3, 0.5]])
+    nll = np.array([[2.0, 2.0, 2.0, 2.0], [2.1, 2.1, 2.1, 2.1]])
+    text = of_scores(TextScores(nll, hits, np.zeros_like(nll)), 1)
+    assert text.retained[0] == pytest.approx(0.9)
+    assert 0.75 < text.retained[1] < 0.9 < text.retained[2] <= 1.0
+    assert text.perplexity == pytest.approx((1.10517, 1.10517, 1.10517), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either how many layers to drop"),
+        (["-n", "1", "--keep", "0.9"], "either how many layers to drop"),
+        (["--keep", "98"], "a share between 0 and 1, such as 0.98, but is 98"),
+        (["-n", "1", "--format", "onnx"], "There is no format 'onnx'. There are: transformers, vllm, mlx, gguf, gguf-f32"),
+        (["-n", "9"], "Cannot drop 9 attention layers: this model has 6 to drop"),
+        (["-n", "1", "--format", "vllm"], "the width of its MLP, 64, is no multiple of 256"),
+    ],
+)
+def test_bad_input(small, tmp_path, capsys, arguments, message):
+    assert cli.main(command(tmp_path / "out", *arguments)) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be_taken_away(small, tmp_path, capsys):
+    assert cli.main(["drop", "random:tiny-llama", "-n", "1", "--to", str(tmp_path / "out")]) == 1
+    assert "has random weights, so there is nothing to take away" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    assert cli.main(command(tmp_path / "mine", "-n", "1")) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_failing_gate_leaves_nothing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(take_away, "EXACT", -1.0)
+    assert cli.main(command(tmp_path / "out", "-n", "1")) == 1
+    assert "The checkpoint does not predict what the model with these layers set to zero does" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
