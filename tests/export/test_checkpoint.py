@@ -18,9 +18,12 @@ from llmdrop_utils import (
     dropped,
     load_dropped,
     load_model,
+    load_tokens,
+    measure_importance,
     official_config,
     plan_from_config,
     save_dropped,
+    select,
 )
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.families import find_anatomy
@@ -355,3 +358,27 @@ def test_dense_loading_of_a_dropped_model(saved):
 
 def test_anatomy_of_what_is_loaded(saved):
     assert len(find_anatomy(load_dropped(saved)[0])) == 3
+
+
+# ---- the real model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """Attention, MLP, joint and layer 0: bit-identical, smaller by exactly what is dropped, in two shards."""
+    model, tokenizer = load_model("smollm2-135m", torch.float32)
+    scores = measure_importance(model, load_tokens("web", tokenizer, n_samples=2, seq_len=256))
+    tokens = load_tokens("web", tokenizer, n_samples=4, seq_len=64)[2:]
+    d, kv, ffn = 576, 192, 1536
+    size = {"attention": 2 * d * d + 2 * d * kv + d, "mlp": 3 * d * ffn + d}
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    plans = [select(scores, "attention", 8), select(scores, "mlp", 2), select(scores, "joint", 12), DropPlan(attention=(0, 29))]
+    for i, plan in enumerate(plans):
+        folder = save_dropped(model, tokenizer, plan, tmp_path / str(i), max_shard_size="300MB")
+        assert len(list(folder.glob("*.safetensors"))) == 2
+        n_stored = sum(torch.Size(shape).numel() for shape in tensors_in(folder).values())
+        assert dense - n_stored == len(plan.attention) * size["attention"] + len(plan.mlp) * size["mlp"]
+        loaded, _ = load_dropped(folder, torch.float32)
+        with torch.no_grad(), dropped(model, plan):
+            assert torch.equal(loaded(tokens).logits, model(tokens).logits)
