@@ -337,4 +337,47 @@ LADDER = [
            ("slope of the sum", "centred / (centred**2).sum()", "centred")),
 ]  # fmt: skip
 
-EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER]
+
+# ---- exports ----------------------------------------------------------------------------------------------------------------
+
+EXPORTS = [
+    *edits(
+        "export/checkpoint.py", "tests/export/test_checkpoint.py",
+        ("names of files as usual", 'VARIANT = "llmdrop"', "VARIANT = None"),
+        ("weights of what is dropped are asked for", "        drop(self, self.llmdrop_plan)\n", ""),
+        ("drop order is lost", '"drop_attn_list": list(plan.attention)', '"drop_attn_list": sorted(plan.attention)'),
+        ("old names of rotary settings are missing", "with_both_rope_forms(json.loads(path.read_text(encoding=\"utf-8\")))",
+         'json.loads(path.read_text(encoding="utf-8"))'),
+        ("missing weights are made up", "        check_weights(str(path), Path(path), model, found)\n", ""),
+    ),
+    *edits("export/official.py", "tests/export/test_checkpoint.py",
+           ("booleans are kept layers", "enumerate(given) if is_dropped)", "enumerate(given) if not is_dropped)")),
+    *edits(
+        "export/gguf.py", "tests/export/test_gguf.py",
+        ("a layer without keys has heads", "heads.append(0 if no_attention and not is_linear", "heads.append(0 if False"),
+        ("layer 0 without heads", "no_attention and (layer == 0 or plan", "no_attention and (False or plan"),
+        ("the window is forgotten", "return min(config.max_position_embeddings, window", "return max(9999, window"),
+        ("the file is kept unchecked", "check(\"A float32 version of the file\"", "print(\"A float32 version of the file\""),
+    ),
+    *edits(
+        "export/gate.py", "tests/export/test_gguf.py",
+        ("divergence the other way", "expected.exp() * (expected - theirs)", "theirs.exp() * (theirs - expected)"),
+        ("the dense model is the reference", "if index in getattr(plan, kind):", "if False:"),
+        ("nan passes", "if not found <= limit:", "if found > limit + 1e9:"),
+    ),
+    *edits(
+        "export/deci.py", "tests/export/test_deci.py",
+        ("width of the MLP", "multiple = 1.5 * config", "multiple = 1.4 * config"),
+        ("heads in a group", "config.num_attention_heads // config.num_key_value_heads", "config.num_key_value_heads"),
+        ("no bias at the output", "if _has_bias(model.config):", "if False:"),
+    ),
+    *edits(
+        "export/take_away.py", "tests/export/test_take_away.py",
+        ("the middle decides", "if text.retained[1] < keep:", "if text.retained[0] < keep:"),
+        ("the gate of checkpoints", "check(\"The checkpoint\", parity", "print(\"The checkpoint\", parity"),
+    ),
+    *edits("export/measured.py", "tests/export/test_take_away.py",
+           ("dense over dropped", "means[1] / means[0]", "means[0] / means[1]")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS]

@@ -159,17 +159,6 @@ def test_saved_over_itself_and_not_pushed(saved):
         loaded.save_pretrained(saved, push_to_hub=True)
 
 
-def test_from_the_hub(saved, network):
-    """A dropped model and a checkpoint of the paper's code are loaded by their hub ids; a dense one is refused."""
-    files = {path.name: path.read_bytes() for path in saved.iterdir() if path.is_file()}
-    network.repositories["org/dropped"] = {"a" * 40: files}
-    model, tokenizer = load_dropped("org/dropped", dtype=torch.float32)
-    assert torch.equal(logits(model), logits(load_dropped(saved, dtype=torch.float32)[0]))
-    assert tokenizer is not None
-    with pytest.raises(LLMDropError, match="org/dropped is a dropped model, and what is asked for is a dense one"):
-        load_model("org/dropped")
-
-
 def test_more_is_dropped_later(saved, model):
     """Plans of the base fit what is loaded: what they drop as well is dropped on top."""
     loaded, _ = load_dropped(saved, dtype=torch.float32)
