@@ -27,7 +27,7 @@ from ..models.load import check_weights, load_tokenizer, load_weights
 from ..models.locate import LocatedModel, has_tokenizer, locate_dropped
 from ..models.names import folder_identity
 from . import MODEL_TYPE
-from .official import plan_from_config
+from .official import drop_lists, plan_from_config
 
 VARIANT = "llmdrop"
 FORMAT = "llmdrop dropped model 1"
@@ -102,11 +102,9 @@ def _describe(folder: Path, model: nn.Module, plan: DropPlan) -> None:
     skipped = {layer: [kind for kind in NAMES if layer in getattr(plan, kind)] for layer in range(len(anatomy))}
     (architecture,) = settings["architectures"]
     base = settings["model_type"]
-    settings |= {
+    settings |= drop_lists(plan) | {
         "model_type": MODEL_TYPE,
         "architectures": [f"Dropped{architecture}"],
-        "drop_attn_list": list(plan.attention),
-        "drop_mlp_list": list(plan.mlp),
         "per_layer_config": {str(layer): {"skip": kinds} for layer, kinds in skipped.items() if kinds},
         "llmdrop": {
             "format": FORMAT,

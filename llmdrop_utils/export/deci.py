@@ -4,25 +4,26 @@ vLLM and SGLang read `block_configs` as attributes: a `configuration_decilm.py` 
 trust_remote_code. MLX-LM and ExLlamaV3 read the same `block_configs` as plain JSON.
 """
 
-import importlib
+import functools
+import importlib.util
 import json
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..base.errors import LLMDropError, NotAvailable
 from ..base.files import building
-from ..dropping.plan import DropPlan, check_plan
-from ..dropping.units import left, skipping
-from ..models.families import head_size
+from ..dropping.plan import DropPlan
+from ..dropping.units import skipping
+from ..models.families import head_size, is_full_attention
 from .checkpoint import with_both_rope_forms
 from .deci_reader import DeciReader
 from .gate import EXACT, Parity, check, compare_logits
+from .shape import check_llama_shaped, refuse
 
 SERVERS = ("vllm", "mlx")  # SGLang has the limits of vLLM, ExLlamaV3 those of MLX-LM
-FAMILIES = ("llama", "mistral", "qwen2")
 KEPT = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("vocab_size", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
@@ -79,41 +80,27 @@ def check_supported(model: nn.Module, plan: DropPlan, server: str) -> None:
     """Raise LLMDropError unless the schema can hold this model without what the plan drops, saying what stands against it."""
     if server not in SERVERS:
         raise LLMDropError(f"There is no server {server!r}. There are: {', '.join(SERVERS)}.")
-    anatomy = check_plan(model, plan)
-    config = anatomy.decoder.config
-    if any(len(left(anatomy, kept)) < len(anatomy) for kept in ("attention", "mlp")):
-        raise LLMDropError("The model lacks sub-layers already. Export the dense model, and give the whole plan.")
-
-    def refuse(reason: str):
-        raise LLMDropError(f"This {config.model_type} model cannot be exported for {server} without layers: {reason}.")
-
-    if config.model_type not in FAMILIES:
-        refuse(f"the schema holds Llama-shaped models only ({', '.join(FAMILIES)})")
-    if getattr(config, "sliding_window", None):
-        refuse(f"it has a sliding window of {config.sliding_window} tokens, which the schema does not know")
+    config = check_llama_shaped(model, plan, server)
+    no = functools.partial(refuse, config, server)
+    if not is_full_attention(config):
+        no(f"it has a sliding window of {config.sliding_window} tokens, which the schema does not know")
     if config.rope_parameters["rope_type"] not in ("default", "llama3", "linear"):
-        refuse(f"its rotary positions are scaled in another way ({config.rope_parameters['rope_type']})")
-    if config.hidden_act != "silu":
-        refuse(f"its MLP uses {config.hidden_act}, not silu")
+        no(f"its rotary positions are scaled in another way ({config.rope_parameters['rope_type']})")
     if head_size(config) * config.num_attention_heads != config.hidden_size:
-        refuse("its heads together are not as wide as the stream")
+        no("its heads together are not as wide as the stream")
     if config.intermediate_size % ROUNDED_TO:
-        refuse(f"the width of its MLP, {config.intermediate_size}, is no multiple of {ROUNDED_TO}, to which readers round")
-    if getattr(config, "mlp_bias", False):
-        refuse("its MLP has biases")
-    if len(plan.attention) == len(anatomy):
-        refuse("no attention is left, so there is nothing to cache")
+        no(f"the width of its MLP, {config.intermediate_size}, is no multiple of {ROUNDED_TO}, to which readers round")
     if server == "vllm" and 0 in plan.attention:
-        refuse("it needs the attention of layer 0, where its residual stream begins")
+        no("it needs the attention of layer 0, where its residual stream begins")
     if server == "vllm" and plan.maps:
-        refuse("it has no linear maps in dropped places")
+        no("it has no linear maps in dropped places")
     for kind, layer, linear in plan.maps:
         if kind == "mlp":
-            refuse(f"the map for the MLP of layer {layer} was not tried")
-        if layer < min(set(range(len(anatomy))) - set(plan.attention)):
-            refuse(f"the map in layer {layer} comes before the first attention, from whose cache masks are made")
+            no(f"the map for the MLP of layer {layer} was not tried")
+        if layer < min(set(range(config.num_hidden_layers)) - set(plan.attention)):
+            no(f"the map in layer {layer} comes before the first attention, from whose cache masks are made")
         if linear.bias is not None and not _has_bias(config):
-            refuse(f"the linear map in layer {layer} has a bias, and the model's attention has none")
+            no(f"the linear map in layer {layer} has a bias, and the model's attention has none")
 
 
 def _has_bias(config) -> bool:
@@ -122,9 +109,7 @@ def _has_bias(config) -> bool:
 
 def _write(model: nn.Module, tokenizer, plan: DropPlan, folder: Path) -> None:
     with skipping(model, plan):
-        state = {}
-        for name, tensor in model.state_dict().items():
-            state[_renamed(name, plan)] = tensor
+        state = {_renamed(name, plan): tensor for name, tensor in model.state_dict().items()}
         if _has_bias(model.config):  # one setting stands for the biases of all projections, and of maps
             for name, weight in list(state.items()):
                 if name.endswith(("o_proj.weight", "self_attn.linear.weight")):
@@ -136,7 +121,6 @@ def _write(model: nn.Module, tokenizer, plan: DropPlan, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(settings_of(model.config, plan), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
-    AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the code is the constant below
 
 
 def _renamed(name: str, plan: DropPlan) -> str:

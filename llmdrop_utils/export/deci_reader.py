@@ -17,7 +17,10 @@ from ..base.errors import LLMDropError
 
 
 class DeciReader:
-    """A folder, opened by its own configuration_decilm.py. Raises LLMDropError unless its weights are those that it names."""
+    """A folder that `export_deci` wrote. Its configuration_decilm.py is run, as servers do: give it no folder of others.
+
+    Raises LLMDropError unless the weights are those that config.json names.
+    """
 
     def __init__(self, folder: Path):
         self.settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -39,7 +39,8 @@ class Parity:
 def silenced(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
     """Inside, the terms of what the plan drops are computed and then set to zero (or to the map), by hooks.
 
-    The whole model runs, with its caches, and no module is replaced: it shares nothing with `dropped`.
+    The whole model runs, with its caches, and no module is replaced: it shares nothing with `dropped`. Maps read what the
+    attention reads in families whose norms come first.
     """
     anatomy = check_plan(model, plan)
     handles: list = []

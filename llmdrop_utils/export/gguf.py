@@ -5,13 +5,14 @@ What stands in a layer, and how the file says it (found by trial against the mod
     attention dropped                  0 heads, no tensors: no cache either
     attention dropped in layer 0       a linear attention of zeros: llama.cpp derives the size of heads from layer 0
     a linear map for the attention     a linear attention: heads, but none for keys and values; the map as `attn_output`
-    MLP dropped                        a feed-forward of zeros, as narrow as the format allows. With length 0, llama.cpp would
-                                       leave out the attention of this layer too, and says nothing
+    MLP dropped                        a feed-forward of zeros, 256 wide. With length 0, llama.cpp would leave out the attention
+                                       of this layer too, and say nothing
     both dropped                       0 heads and feed-forward length 0, except in the first and the last layer
 """
 
 import contextlib
 import errno
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,23 +22,23 @@ import gguf
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import LLMDropError
-from ..base.files import disk_error
-from ..dropping.plan import DropPlan, check_plan
-from ..dropping.units import left
-from ..models.families import find_anatomy, head_size
+from ..base.files import replacing
+from ..dropping.plan import DropPlan
+from ..models.families import cache_geometry, find_anatomy, head_size
 from . import llamacpp
 from .gate import EXACT, Parity, check, compare
-from .gguf_vocabulary import add_vocabulary
+from .gguf_vocabulary import add_vocabulary, find_split
+from .shape import check_llama_shaped, refuse
 
-KINDS = {  # what llmdrop writes itself; llama.cpp's quantiser makes the others from F16
+KINDS = {  # what llmdrop writes itself; llama.cpp's quantiser makes the others from F32
     "F32": gguf.GGMLQuantizationType.F32,
     "F16": gguf.GGMLQuantizationType.F16,
     "BF16": gguf.GGMLQuantizationType.BF16,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
-FAMILIES = ("llama", "mistral", "qwen2")
 PAD = 256  # width of an MLP of zeros: rows of K-quants are multiples of it
 LIMITS = {"F16": 0.001, "BF16": 0.005, "Q8_0": 0.05}  # nats of divergence
 ROUGH = 0.5  # nats, with fewer bits
@@ -64,67 +65,44 @@ def export_gguf(model: nn.Module, tokenizer, plan: DropPlan, path: Path | str, k
     if path.exists():
         raise LLMDropError(f"{path} exists already. Give the file another name.")
     llamacpp.library()
-    room = context_length(find_anatomy(model).decoder.config)
-    with tempfile.TemporaryDirectory(dir=_existing(path.parent), prefix=f".{path.name}.") as folder:
-        try:
-            twin, file = Path(folder) / "float32.gguf", Path(folder) / path.name
-            _write(model, tokenizer, plan, twin, "F32")
-            parity = compare(twin, model, tokenizer, plan, room, exact=True)
-            check("A float32 version of the file", max(parity.log_probability, parity.followed), EXACT)
-            if kind == "F32":
-                file = twin
-            else:
-                if kind in KINDS:
-                    _write(model, tokenizer, plan, file, kind)
-                else:
-                    llamacpp.quantise(twin, file, kind)
-                parity = compare(file, model, tokenizer, plan, room, exact=False)
-                check(f"The {kind} file", parity.divergence, LIMITS.get(kind, ROUGH))
-            os.replace(file, path)
-        except OSError as error:
-            raise disk_error(error, path.parent) from error
-    return parity
+    config = find_anatomy(model).decoder.config
+    room = context_length(config)
+    split = find_split(tokenizer, config.vocab_size)
+    with replacing(path) as file, tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        twin = Path(folder) / "float32.gguf"
+        _write(model, tokenizer, split, plan, twin, "F32")
+        parity = compare(twin, model, tokenizer, plan, room, exact=True)
+        check("A float32 version of the file", max(parity.log_probability, parity.followed), EXACT)
+        if kind == "F32":
+            os.replace(twin, file)
+            return parity
+        if kind in KINDS:
+            _write(model, tokenizer, split, plan, file, kind)
+        else:
+            llamacpp.quantise(twin, file, kind)
+        parity = compare(file, model, tokenizer, plan, room, exact=False)
+        check(f"The {kind} file", parity.divergence, LIMITS.get(kind, ROUGH))
+        return parity
 
 
 def check_supported(model: nn.Module, plan: DropPlan, kind: str) -> None:
     """Raise LLMDropError unless `deci` can hold this model without what the plan drops, saying what stands against it."""
-    anatomy = check_plan(model, plan)
-    config = anatomy.decoder.config
     if kind not in (*KINDS, *llamacpp.FTYPES):
         raise LLMDropError(f"There is no GGUF kind {kind!r}. There are: {', '.join((*KINDS, *llamacpp.FTYPES))}.")
-    if model.dtype != torch.float32:
-        raise LLMDropError(
-            f"A GGUF file is compared with the model in float32, but it is in {model.dtype}: load it in float32."
-        )
-    if any(len(left(anatomy, kept)) < len(anatomy) for kept in ("attention", "mlp")):
-        raise LLMDropError("The model lacks sub-layers already. Export the dense model, and give the whole plan.")
-
-    def refuse(reason: str):
-        raise LLMDropError(f"This {config.model_type} model cannot be exported to GGUF without layers: {reason}.")
-
-    if config.model_type not in FAMILIES:
-        refuse(f"llama.cpp can leave layers out of Llama-shaped models only ({', '.join(FAMILIES)})")
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ("default", "llama3"):
-        refuse(f"its rotary positions are scaled ({rope['rope_type']}), which was not tried")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("only a part of each head is rotated")
-    if config.hidden_act != "silu":
-        refuse(f"its MLP uses {config.hidden_act}, not silu")
-    if len(anatomy) == len(plan.attention) and not plan.maps:
-        refuse("no attention is left, so there is nothing to cache")
-    names = [name for name, _ in anatomy.layers[0].block.named_parameters()]
-    for bias in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
-        if bias in names:
-            refuse(f"it has {bias}")
+    config = check_llama_shaped(model, plan, "llama.cpp")
+    no = functools.partial(refuse, config, "llama.cpp")
+    if config.rope_parameters["rope_type"] not in ("default", "llama3"):
+        no(f"its rotary positions are scaled ({config.rope_parameters['rope_type']}), which was not tried")
+    if config.model_type != "qwen2" and getattr(config, "attention_bias", False):
+        no("the output projection of its attention has a bias")
     for place, layer, linear in plan.maps:
         if place == "mlp":
-            refuse(f"a linear map stands for the MLP of layer {layer}, for which there is no place")
+            no(f"a linear map stands for the MLP of layer {layer}, for which there is no place")
         if linear.bias is not None:
-            refuse(f"the linear map in layer {layer} has a bias, for which there is no place")
+            no(f"the linear map in layer {layer} has a bias, for which there is no place")
 
 
-def _write(model: nn.Module, tokenizer, plan: DropPlan, path: Path, kind: str) -> None:
+def _write(model: nn.Module, tokenizer, split: str, plan: DropPlan, path: Path, kind: str) -> None:
     config = find_anatomy(model).decoder.config
     heads, kv_heads, widths = layer_sizes(config, plan)
     rope = config.rope_parameters
@@ -143,7 +121,7 @@ def _write(model: nn.Module, tokenizer, plan: DropPlan, path: Path, kind: str) -
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(FILE_TYPES[kind])
-    add_vocabulary(writer, tokenizer, config.vocab_size)
+    add_vocabulary(writer, tokenizer, config.vocab_size, split)
     # First what is in the file, then the numbers, one tensor at a time: memory for one is enough.
     for name, tensor in tensors(model, plan, widths):
         chosen = _type_of(tensor, kind)
@@ -168,11 +146,6 @@ def _type_of(tensor: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
     if tensor.ndim < 2:
         return KINDS["F32"]
     return KINDS["F16"] if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[KINDS[kind]][0] else KINDS[kind]
-
-
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 FILE_TYPES = {
@@ -250,14 +223,11 @@ def interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 def context_length(config) -> int:
     """How many tokens the model sees as its own code would: no more than a sliding window holds, which `deci` does not know."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+    return min([config.max_position_embeddings, *(window for _, window in cache_geometry(config) if window)])
 
 
 def rope_factors(config) -> torch.Tensor:
     """By how much Llama 3.1 slows each frequency: float32 (head size / 2,)."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     n = head_size(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, n, 2, dtype=torch.float32) / n)

@@ -24,12 +24,12 @@ PROBES = (
 CONTROL, USER, NORMAL, UNUSED, BYTE = 3, 4, 1, 5, 6  # llama_token_type
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, tokenizer, size: int) -> None:
-    """Add the vocabulary to a file. size: rows of the model's embedding; those without a token are unused.
+def find_split(tokenizer, size: int) -> str:
+    """llama.cpp's name for the way in which a tokenizer splits text. size: rows of the model's embedding.
 
     Raises LLMDropError for a tokenizer that llama.cpp does not reproduce, NotAvailable without llama.cpp.
     """
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"] if tokenizer.is_fast else {}
+    model = _model_of(tokenizer)
     if model.get("type") != "BPE":
         kind = model.get("type", type(tokenizer).__name__)
         raise LLMDropError(f"A tokenizer of the kind {kind} cannot be written to GGUF: byte-pair encoding is expected.")
@@ -38,18 +38,22 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer, size: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "vocabulary.gguf"
             trial = _tiny_model(path, size)
-            _add(trial, tokenizer, model, size, split)
+            add_vocabulary(trial, tokenizer, size, split)
             trial.write_header_to_file()
             trial.write_kv_data_to_file()
             trial.write_tensors_to_file()
             trial.close()
             if _agrees(path, tokenizer):
-                _add(writer, tokenizer, model, size, split)
-                return
+                return split
     raise LLMDropError(
         f"llama.cpp does not split text as this tokenizer does: none of {', '.join(splits)} gives the same tokens on "
         f"{len(PROBES)} probes. The model cannot be exported to GGUF."
     )
+
+
+def _model_of(tokenizer) -> dict:
+    """What tokenizer.json says of the model: its type, merges and so on. Empty for a tokenizer without that file."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"] if tokenizer.is_fast else {}
 
 
 def _tiny_model(path: Path, size: int) -> gguf.GGUFWriter:
@@ -76,7 +80,9 @@ def _agrees(path: Path, tokenizer) -> bool:
     return found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
 
 
-def _add(writer: gguf.GGUFWriter, tokenizer, model: dict, size: int, split: str) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer, size: int, split: str) -> None:
+    """Add the vocabulary to a file. Rows of the embedding without a token are unused. split: found by `find_split`."""
+    model = _model_of(tokenizer)
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [UNUSED] * size
     for token, index in tokenizer.get_vocab().items():

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..base import stats
@@ -60,10 +61,14 @@ class Measured:
     kv_bytes: tuple[int, int]  # that a token leaves in a 16-bit cache: dense, dropped
 
 
-def text_left(model: nn.Module, tokenizer, plans: Sequence[DropPlan], corpus: str, skipped: int = 0) -> list[Text]:
-    """What each plan leaves on samples of a corpus, after `skipped` tokens that were used to choose layers."""
+def held_out(tokenizer, corpus: str, skipped: int = 0) -> torch.LongTensor:
+    """Samples of a corpus, after `skipped` tokens that were used to choose layers."""
     first = -(-skipped // SEQ_LEN)
-    tokens = load_tokens(corpus, tokenizer, first + N_SAMPLES, SEQ_LEN)[first:]
+    return load_tokens(corpus, tokenizer, first + N_SAMPLES, SEQ_LEN)[first:]
+
+
+def text_left(model: nn.Module, tokens: torch.LongTensor, plans: Sequence[DropPlan]) -> list[Text]:
+    """What each plan leaves on these samples."""
     scores = score_text(model, tokens, [DropPlan(), *plans])
     return [of_scores(scores, i) for i in range(1, len(plans) + 1)]
 

@@ -34,7 +34,12 @@ def official_config(settings: dict, plan: DropPlan) -> dict:
         "AutoConfig": f"configuration_dropped_{family}.{names}Config",
         "AutoModelForCausalLM": f"modeling_dropped_{family}.{names}ForCausalLM",
     }
-    return settings | {"auto_map": auto_map} | {name: list(getattr(plan, kind)) for kind, name in DROP_LISTS.items()}
+    return settings | {"auto_map": auto_map} | drop_lists(plan)
+
+
+def drop_lists(plan: DropPlan) -> dict[str, list[int]]:
+    """The plan under the names of the paper's own code, in drop order."""
+    return {name: list(getattr(plan, kind)) for kind, name in DROP_LISTS.items()}
 
 
 def _indices(name: str, given, n_layers: int | None) -> tuple:

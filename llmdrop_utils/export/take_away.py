@@ -24,7 +24,7 @@ from .deci import check_supported as check_deci
 from .gate import EXACT, check, compare_logits
 from .gguf import KINDS, export_gguf
 from .gguf import check_supported as check_gguf
-from .measured import CORPORA, N_DOCUMENTS, N_SAMPLES, SEQ_LEN, Measured, cached, speed_ups, tasks_left, text_left
+from .measured import CORPORA, N_DOCUMENTS, N_SAMPLES, SEQ_LEN, Measured, cached, held_out, speed_ups, tasks_left, text_left
 
 CORPUS, N_CALIBRATION, LENGTH = "web", 32, 512
 AT_ONCE = 4  # plans that are scored together while the largest number is looked for
@@ -88,12 +88,13 @@ def take_away(
 def most_that_keep(model: nn.Module, tokenizer, scores: Importance, kind: str, keep: float) -> DropPlan:
     """The largest plan up to which every plan keeps this share of next-token accuracy, by the lower end of its interval."""
     sequence = drop_sequence(scores, kind)
+    tokens = held_out(tokenizer, CORPUS, N_CALIBRATION * LENGTH)
     kept = plan_of([], scores)
     for start in range(1, len(sequence), AT_ONCE):
         plans = [plan_of(sequence[:n], scores) for n in range(start, min(start + AT_ONCE, len(sequence)))]
-        for plan, text in zip(plans, text_left(model, tokenizer, plans, CORPUS, N_CALIBRATION * LENGTH), strict=True):
+        for n, (plan, text) in enumerate(zip(plans, text_left(model, tokens, plans), strict=True), start):
             print(
-                f"  without {plan.n_drop}: {text.retained[0]:.1%} ({text.retained[1]:.1%} to {text.retained[2]:.1%})",
+                f"  without {n}: {text.retained[0]:.1%} ({text.retained[1]:.1%} to {text.retained[2]:.1%})",
                 flush=True,
             )
             if text.retained[1] < keep:
@@ -136,7 +137,7 @@ def _export(one: str, model: nn.Module, tokenizer, plan: DropPlan, located: Loca
     path, as_zeroed = folder / one, "the dense model with the terms of these layers set to zero"
     if one == "transformers":
         stored = read_settings(located.name, located.folder)
-        dtype = DTYPES.get(stored.get("dtype") or stored.get("torch_dtype"), torch.float32)
+        dtype = (DTYPES | {"float16": torch.float16}).get(stored.get("dtype") or stored.get("torch_dtype"), torch.float32)
         save_dropped(model.to(dtype), tokenizer, plan, path)
         loaded, _ = load_dropped(path, torch.float32)
         parity = compare_logits(lambda prompts: _logits(loaded, prompts), model.to(torch.float32), tokenizer, plan)
@@ -172,7 +173,7 @@ def _measure(model: nn.Module, tokenizer, plan: DropPlan, located: LocatedModel,
         calibration=f"{N_CALIBRATION} samples of {LENGTH} tokens of the corpus {CORPUS}",
         held_out=f"{N_SAMPLES} samples of {SEQ_LEN} tokens of each corpus, in float32.",
         command=command,
-        text={corpus: text_left(model, tokenizer, [plan], corpus, skipped.get(corpus, 0))[0] for corpus in CORPORA},
+        text={corpus: text_left(model, held_out(tokenizer, corpus, skipped.get(corpus, 0)), [plan])[0] for corpus in CORPORA},
         tasks=tasks_left(model, tokenizer, plan),
         speed=speed_ups(model, plan),
         kv_bytes=cached(model, plan),

@@ -125,7 +125,7 @@ def test_heads_in_another_order_are_caught(tmp_path, monkeypatch):
 
 def test_a_layer_that_was_kept_is_caught(tmp_path, monkeypatch):
     write = export._write
-    monkeypatch.setattr(export, "_write", lambda m, t, plan, *rest: write(m, t, DropPlan(attention=(1,)), *rest))
+    monkeypatch.setattr(export, "_write", lambda m, t, split, plan, *rest: write(m, t, split, DropPlan(attention=(1,)), *rest))
     caught(tmp_path, DropPlan(attention=(2,)))
 
 
@@ -175,7 +175,7 @@ def test_distances_by_hand(tmp_path, monkeypatch):
             return type("Output", (), {"logits": logits})
 
     path = tmp_path / "out.gguf"
-    export._write(model, tokenizer, DropPlan(), path, "F32")
+    export._write(model, tokenizer, "gpt-2", DropPlan(), path, "F32")
     monkeypatch.setattr(llamacpp, "answers", altered)
     monkeypatch.setattr(gate, "silenced", lambda model, plan: contextlib.nullcontext())
     monkeypatch.setattr(gate, "PROMPTS", gate.PROMPTS[:1])
@@ -216,8 +216,8 @@ def test_order_of_rows():
         ("qwen3", {}, DropPlan(attention=(1,)), "Llama-shaped models only"),
         ("llama", {"hidden_act": "gelu"}, DropPlan(attention=(1,)), "its MLP uses gelu, not silu"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, DropPlan(mlp=(1,)), "scaled"),
-        ("llama", {"attention_bias": True}, DropPlan(attention=(1,)), "it has self_attn.o_proj.bias"),
-        ("llama", {"mlp_bias": True}, DropPlan(attention=(1,)), "it has mlp.down_proj.bias"),
+        ("llama", {"attention_bias": True}, DropPlan(attention=(1,)), "the output projection of its attention has a bias"),
+        ("llama", {"mlp_bias": True}, DropPlan(attention=(1,)), "its MLP has biases"),
         ("llama", {}, DropPlan(attention=(0, 1, 2)), "no attention is left"),
         ("llama", {}, DropPlan(attention=(7,)), "holds layer 7, but this model has 3 layers"),
         ("llama", {}, DropPlan(mlp=(1,), maps={("mlp", 1): LinearMap(torch.eye(D))}), "stands for the MLP of layer 1"),
@@ -276,6 +276,26 @@ def test_a_full_disk(tmp_path):
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_write_that_stops_short(tmp_path, monkeypatch):
+    """numpy says how many numbers it wrote, and not why."""
+
+    def short(self, values):
+        raise OSError("1536 requested and 296 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    model, tokenizer = tiny()
+    with pytest.raises(LLMDropError, match="The disk is full"):
+        export_gguf(model, tokenizer, DropPlan(), tmp_path / "out.gguf", "F32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    model, tokenizer = tiny()
+    with pytest.raises(LLMDropError, match="cannot be written"):
+        export_gguf(model, tokenizer, DropPlan(), tmp_path / "file" / "out.gguf")
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know(tmp_path):

@@ -82,7 +82,7 @@ def test_as_many_as_keep_the_accuracy(small, tmp_path, monkeypatch, capsys):
     """Of plans that retain 99, 98.5, 97 and 99.5 %, less half a point below, the largest before the first that fails."""
     middles = {1: 0.99, 2: 0.985, 3: 0.97, 4: 0.995, 5: 0.9}
 
-    def left(model, tokenizer, plans, corpus, skipped=0):
+    def left(model, tokens, plans):
         return [Text((m, m - 0.005, 1.0), (1.0, 1.0, 1.0)) for m in (middles[max(plan.n_drop, 1)] for plan in plans)]
 
     monkeypatch.setattr(take_away, "text_left", left)
