@@ -371,3 +371,9 @@ def test_smollm2(tmp_path):
         loaded, _ = load_dropped(folder, torch.float32)
         with torch.no_grad(), dropped(model, plan):
             assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_lists_by_hand():
+    settings = {"num_hidden_layers": 3, "drop_attn_list": [True, False, True], "drop_mlp_list": [False, True, False]}
+    assert plan_from_config(settings) == DropPlan(attention=(0, 2), mlp=(1,), n_layers=3)
+    assert plan_from_config(settings | {"drop_attn_list": [2, 0], "drop_mlp_list": None}) == DropPlan((2, 0), (), 3)
