@@ -1,0 +1,87 @@
+"""Rules of notebook 09: files and another runtime."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from ...base.stats import LEVEL
+from ...report.rules import Comparison, Finding
+from ...report.tables import Tables
+from ...report.verdicts import advice, check, triple
+from .study import TORCH
+
+
+@check
+def smaller_by_what_is_dropped(tables: Tables) -> Iterator[Finding]:
+    files, caches = (tables[name].query("n > 0") for name in ("files", "caches"))
+    for model, rows in files.groupby("model", sort=False):
+        compared = [
+            _exactly(
+                f"{r.file} without {r.n}, bytes saved of bytes dropped,", (r.saved_bytes + r.stand_in_bytes) / r.dropped_bytes
+            )
+            for r in rows.itertuples()
+        ]
+        compared += [
+            _exactly(f"{r.file} without {r.n}, cache counted of the formula,", r.counted_bytes / r.formula_bytes)
+            for r in caches[caches["model"] == model].itertuples()
+        ]
+        yield Finding(model, f"{len(rows)} files and {len(compared) - len(rows)} caches", compared)
+
+
+def _exactly(what: str, ratio: float) -> Comparison:
+    """A count has no interval: the ratio is one or it is not."""
+    return Comparison(what, ratio, ratio, ratio, at_least=1, at_most=1, form=".6f")
+
+
+@check
+def faster_in_another_runtime(tables: Tables, share: float) -> Iterator[Finding]:
+    speed = tables["speed"]
+    timed = speed[(speed["n"] > 0) & (speed["runtime"] != TORCH)]
+    for model, rows in timed.groupby("model", sort=False):
+        # A noisy timing has no say, whichever way it points.
+        judged = rows[~rows["noisy"].astype(bool) & (rows["level"] >= LEVEL)]
+        compared = [_of_predicted(row, share) for row in judged.to_dict("records")]
+        left = len(rows) - len(judged)
+        told = f"; {left} not judged (noisy, or too few repeats)" if left else ""
+        yield Finding(
+            model, f"speed-ups, each over what bytes and operations predict: {'; '.join(map(str, compared))}{told}", compared
+        )
+
+
+def _of_predicted(row: dict, share: float) -> Comparison:
+    what = f"{row['runtime']}, {row['what']} at {row['context']:,} without {row['n']}"
+    value, low, high = (end / row["predicted"] for end in triple(row, "speedup", "speedup_"))
+    return Comparison(what, value, low, high, at_least=share, unit="repeats")
+
+
+@advice("09_take_away")
+def what_to_do(tables: Tables) -> str:
+    """What a file without attention layers saves and gains, and what to check before it is served."""
+    text = []
+    for model, rows in tables["files"].groupby("model", sort=False):
+        most = rows[rows["n"] == rows["n"].max()].iloc[-1]
+        cache, gate = (_row(tables[name], most) for name in ("caches", "gate"))
+        speed = tables["speed"]
+        timed = speed[(speed["model"] == model) & (speed["runtime"] == f"llama.cpp {most['file'].split()[-1]}")]
+        longest = timed[(timed["n"] == most["n"]) & (timed["context"] == timed["context"].max())]
+        text.append(
+            f"**{model}**: the {most['file']} file without {most['n']} attention layers takes {most['file_bytes'] / 1e6:,.0f} "
+            f"MB instead of {most['dense_file_bytes'] / 1e6:,.0f}, a token {cache['counted_bytes']:,} bytes of cache instead "
+            f"of {cache['dense_bytes']:,}, and at {longest['context'].iloc[0]:,} tokens {_gains(longest)}. It diverges by "
+            f"{gate['divergence']:.2g} nats from the dense model with these layers set to zero."
+        )
+    text.append(
+        "How much faster a runtime gets depends on how it computes attention: measure in the one that you serve with. What a "
+        "dropped model answers is another question than how fast: notebook 02 has the quality at each number of layers."
+    )
+    return "\n\n".join(text)
+
+
+def _gains(rows: pd.DataFrame) -> str:
+    words = {"prefill": "reads a prompt", "decode": "decodes"}
+    return " and ".join(f"it {words[r.what]} {r.speedup:.2f} times as fast" for r in rows.itertuples())
+
+
+def _row(rows: pd.DataFrame, of: pd.Series) -> pd.Series:
+    """The row of the same model, file and number dropped."""
+    return rows[(rows["model"] == of["model"]) & (rows["file"] == of["file"]) & (rows["n"] == of["n"])].iloc[0]
