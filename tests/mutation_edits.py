@@ -378,6 +378,22 @@ EXPORTS = [
     ),
     *edits("export/measured.py", "tests/export/test_take_away.py",
            ("dense over dropped", "means[1] / means[0]", "means[0] / means[1]")),
+    *edits(
+        "studies/take_away/study.py", "tests/studies/test_take_away.py",
+        ("saved of the whole file", 'dense["tensor_bytes"] - found["tensor_bytes"]', 'dense["file_bytes"] - 750'),
+        ("a decode step reads the context", '(row["context"] if row["what"] == "prefill" else 1)', 'row["context"]'),
+        ("predicted of the dropped alone", "np.array(seconds[load]), floor, np", "np.array(seconds[load]), dense_floor, np"),
+    ),
+    *edits(
+        "studies/take_away/work.py", "tests/studies/test_take_away.py",
+        ("all steps are one", "_timed(llama, following, 1) / steps", "_timed(llama, following, 1)"),
+        ("decoding behind nothing", "following = tokens[context : context + steps]", "following = tokens[:steps]"),
+        ("one round alone", "    for _ in range(repeats):\n        for llama", "    for _ in [0]:\n        for llama"),
+        ("keys without kind", 'more = {"kind": self.kind, "tokens"', 'more = {"tokens"'),
+    ),
+    *edits("studies/take_away/verdicts.py", "tests/studies/test_take_away.py",
+           ("torch is another runtime", '(speed["n"] > 0) & (speed["runtime"] != TORCH)', 'speed["n"] > 0'),
+           ("zeros are forgotten", "(r.saved_bytes + r.stand_in_bytes)", "r.saved_bytes")),
 ]  # fmt: skip
 
 EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS]

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..base.errors import LLMDropError, NotAvailable
 
-FTYPES = {"Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama_ftype in llama.h
+FTYPES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama_ftype in llama.h
 
 
 def library() -> Any:

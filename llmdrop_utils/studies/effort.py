@@ -15,19 +15,28 @@ from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 
-ESTIMATED = ("01", "02", "03", "05", "06", "07", "11")  # notebooks that this file has an estimate for
+ESTIMATED = ("01", "02", "03", "05", "06", "07", "09", "11")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each
 BATCH = 16384  # tokens that are scored in one pass on a GPU
 OVERHEAD = 45.0  # seconds of a notebook for all but measuring: it reads texts, makes tokens, draws, is rendered
+EXPORTING = 1.6e-7  # seconds of a file for each parameter: written twice, opened in llama.cpp, compared
 COMPILING = 20  # seconds for each plan on the compiled back end
 PYTHON = 2e9  # bytes of Python, its libraries and texts, as measured in the reference run
 BUS = 25e9  # bytes/s from the memory of the CPU to a GPU; assumed
 
 # How many operations the reference run did in the time in which importance takes one, if plans shared nothing: text and
-# tasks share layers between plans, and choices share their question.
-RELATIVE_RATE = {"importance": 1.0, "iterative": 1.1, "text": 1.75, "tasks": 3.9, "prefill": 0.89, "training": 0.37}
+# tasks share layers between plans, and choices share their question. llama.cpp ("served") has one rate, whatever torch's dtype.
+RELATIVE_RATE = {
+    "importance": 1.0,
+    "iterative": 1.1,
+    "text": 1.75,
+    "tasks": 3.9,
+    "prefill": 0.89,
+    "training": 0.37,
+    "served": 0.25,
+}
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------------
@@ -140,6 +149,8 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
             + (_curves(profile, model, shape) if has_quality else [])
             + [_speed(profile["speed"], model, shape, is_random)]
         )
+    if notebook == "09" and not is_random:
+        return [_importance(profile, 0, model, shape), *_served(profile, model, shape)]
     if notebook == "11":
         return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
     return []
@@ -252,6 +263,19 @@ def _speed(part: dict, model: str, shape: Shape, is_random: bool) -> Piece:
     return Piece(key, "prefill", shape, basis, 0, tokens, passes, steps, context, fixed, is_random)
 
 
+def _served(profile: dict, model: str, shape: Shape) -> list[Piece]:
+    """Exports with their gates, their times in llama.cpp, and those in torch that notebook 05 does not take."""
+    part, speed = profile["take_away"], profile["speed"]
+    contexts = [c for c in speed["contexts"] if c <= speed["prompt"]]
+    plans = 1 + sum(n < shape.layers for n in part["n_drop"])
+    files, rounds = plans * len(part["kinds"]), speed["repeats"]
+    basis = f"{files} GGUF files, each on {rounds} x {sum(contexts):,} tokens in llama.cpp"
+    tokens, new = rounds * files * sum(contexts), rounds * plans * sum(c for c in contexts if c < speed["prompt"])
+    fixed = EXPORTING * shape.parameters * files
+    served = Piece(("served", model), "served", shape, basis, 0, tokens, fixed=fixed)
+    return [served, Piece(("served in torch", model), "prefill", shape, "", 0, new)]
+
+
 def stage_pieces(part: dict, series: str, shape: Shape, stages: int) -> list[Piece]:
     """Importance and text at each stage of a series. `part`: the section stages."""
     n, m = part["n_samples"], part["text_samples"]
@@ -277,7 +301,7 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
     On a GPU one sequence is counted, since what is too large for it is halved; on a CPU all that are timed, twice: filling a
     cache copies it.
     """
-    tokens = scored = states = cached = 0
+    tokens = scored = states = cached = files = 0
     if {"01", "02", "03", "05", "11"} & set(notebooks) and "calibration" in profile:
         tokens = profile["calibration"]["batch_size"] * profile["calibration"]["seq_len"]
     if {"02", "03", "11"} & set(notebooks):
@@ -287,14 +311,16 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
         part = profile["speed"]
         tokens = max(tokens, part["prompt"])
         cached = max(part["contexts"]) * (1 if device.is_gpu else 2 * max(part["sweep_batches"]))
+    if "09" in notebooks and "take_away" in profile:  # it is in float32, and its files of 16 bits are open at once
+        files = (4 - device.bytes_per_number + 2 * (1 + len(profile["take_away"]["n_drop"]))) * shape.parameters
     if "07" in notebooks:
         tokens = max(tokens, profile["stages"]["seq_len"] * profile["stages"].get("batch_size", 4))
         scored = max(scored, 3072)
     of_text = 48 * shape.width * tokens + 4 * shape.vocabulary * scored + device.bytes_per_number * shape.width * states
-    return of_text + device.bytes_per_number * shape.cache * cached + (0 if device.is_gpu else PYTHON)
+    return of_text + device.bytes_per_number * shape.cache * cached + files + (0 if device.is_gpu else PYTHON)
 
 
 WORKING = (
     "48 bytes x width x tokens of a pass; the states that plans share;",
-    "4 bytes x vocabulary x tokens that are scored together; keys and values of the longest context",
+    "4 bytes x vocabulary x tokens that are scored together; keys and values of the longest context; exported files",
 )
