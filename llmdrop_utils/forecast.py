@@ -19,6 +19,7 @@ from .sources.sizes import Download, has_token
 from .studies import effort
 from .studies.effort import Device, Piece
 from .studies.needs import OF_SHAPES, Needed, is_of_models, look_up
+from .studies.pieces import ESTIMATED, pieces_of, stage_pieces, training_piece
 from .studies.profile import Profile
 
 LARGE_GPU = effort.gpu("NVIDIA H100", int(80e9))  # what a long run is compared with on a machine without a GPU
@@ -164,13 +165,13 @@ def _pieces(needed: Needed, number: str) -> list[Piece]:
         for name, model in needed.models.items():
             if model.shape and not (model.is_random and number not in OF_SHAPES) and needed.is_run(number, name):
                 settings = needed.settings_of(name)
-                pieces += effort.pieces_of(number, settings, model.name, model.shape, model.is_random)
+                pieces += pieces_of(number, settings, model.name, model.shape, model.is_random)
         return pieces
     for series in needed.series:
         if series.shape and series.to_train:
-            pieces.append(effort.training_piece(series.name, series.shape, load_recipe(series.name), series.to_train))
+            pieces.append(training_piece(series.name, series.shape, load_recipe(series.name), series.to_train))
         if series.shape:
-            pieces += effort.stage_pieces(needed.settings["stages"], series.name, series.shape, series.n_stages)
+            pieces += stage_pieces(needed.settings["stages"], series.name, series.shape, series.n_stages)
     return pieces
 
 
@@ -180,7 +181,7 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
     rows, sums, seen = [["", *devices, "estimated from"]], [0.0] * n, set[tuple]()
     of_models: dict[str, list[float]] = {}
     for number, source in needed.sources.items():
-        if number in needed.not_run or number not in effort.ESTIMATED:
+        if number in needed.not_run or number not in ESTIMATED:
             reason = needed.not_run.get(number, "nothing: llmdrop_utils/studies/effort.py has no estimate for this notebook")
             rows.append([source.stem, *["not run" if number in needed.not_run else "unknown"] * n, reason])
             continue

@@ -19,6 +19,7 @@ from ..dropping.units import left, skipping
 from ..models.families import Anatomy, cache_geometry, family_of, find_anatomy, input_device, stream_of, tensor_of
 from .guard import measuring, tokens_for
 from .metrics import dots
+from .weights import value_output_norm
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
@@ -198,29 +199,5 @@ def _of_layer(anatomy: Anatomy) -> dict[str, np.ndarray]:
     return {
         DISTANCE: np.arange(len(anatomy))[::-1].astype(float),
         SLIDING: np.array([float(window is not None) for window in windows]),
-        WEIGHTS: np.array([_amplification(layer.block, anatomy) for layer in anatomy.layers]),
+        WEIGHTS: np.array([value_output_norm(layer.block, anatomy.decoder.config) for layer in anatomy.layers]),
     }
-
-
-def _amplification(block: nn.Module, anatomy: Anatomy) -> float:
-    """Frobenius norm of sum over heads of output x value maps, as far as one token that attends to itself sees them.
-
-    Read from `o_proj` and `v_proj`, with the gain of the norm before; NaN for a family that names them otherwise, or whose
-    own norm scales the output.
-    """
-    unit = family_of(anatomy.decoder.config).attention_unit
-    attention = block.get_submodule(unit[0])
-    value, output = getattr(attention, "v_proj", None), getattr(attention, "o_proj", None)
-    if unit[1:] != ("input_layernorm",) or not (isinstance(value, nn.Linear) and isinstance(output, nn.Linear)):
-        return float("nan")
-    if value.weight.device.type == "meta":  # offloaded
-        return float("nan")
-    norm = block.get_submodule(unit[1])
-    signs = 1.0 - 2.0 * (torch.arange(value.in_features) % 2)  # of mean zero and mean square one: what a norm leaves as it is
-    signs = signs.to(value.weight.device, value.weight.dtype)[None]
-    gain = (norm(signs) - norm(-signs)).double() / (2 * signs)  # without a bias, if it has one
-    maps, out = value.weight.double() * gain, output.weight.double()  # (kv heads x size, d), (d, heads x size)
-    size = attention.head_dim
-    shared = (out.shape[1] // size) // (maps.shape[0] // size)  # queries' heads that share one of keys and values
-    maps = maps.view(-1, size, maps.shape[1]).repeat_interleave(shared, dim=0).flatten(0, 1)
-    return float((out @ maps).norm())

@@ -74,3 +74,12 @@ def relative_magnitude(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> 
     """|a| / |x + a|; 1 where both are zero vectors."""
     whole = (xx + 2 * xa + aa).clamp(min=0)
     return torch.where((aa == 0) & (whole == 0), 1.0, (aa / whole).sqrt())
+
+
+@metric("angular distance")
+def angular_distance(xx: torch.Tensor, xa: torch.Tensor, aa: torch.Tensor) -> torch.Tensor:
+    """The angle between x and x + a as a share of 180 degrees: arccos(cosine) / pi (Gromov et al. 2024).
+
+    From sin^2(angle / 2) = (1 - cosine) / 2, so that small angles keep their digits.
+    """
+    return (one_minus_cosine(xx, xa, aa) / 2).clamp(0, 1).sqrt().asin() * (2 / torch.pi)

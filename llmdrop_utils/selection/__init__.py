@@ -1,0 +1,3 @@
+"""Ways to choose what is dropped. Importing any of them registers all."""
+
+from . import criteria as criteria

@@ -82,24 +82,28 @@ def _consecutive_blocks(context: Context, kind: str, n_drop: int) -> DropPlan:
     return select_consecutive_blocks(context.model, context.tokens, n_drop, context.batch_size)
 
 
-@method("last")
-def _last(context: Context, kind: str, n_drop: int) -> DropPlan:
-    return _from_order(context, kind, n_drop, _last_first)
+@method("reverse order")
+def _reverse_order(context: Context, kind: str, n_drop: int) -> DropPlan:
+    return by_order(context, kind, n_drop, _last_first(len(find_anatomy(context.model))))
 
 
 @method("random")
 def _random(context: Context, kind: str, n_drop: int) -> DropPlan:
-    return _from_order(context, kind, n_drop, functools.partial(_shuffled, seed=context.seed))
+    return by_order(context, kind, n_drop, _shuffled(len(find_anatomy(context.model)), context.seed))
 
 
-def _from_order(context: Context, kind: str, n_drop: int, order: Callable[[int], Iterable[int]]) -> DropPlan:
-    """The first layers of an order that does not look at the model, without what the model lacks already."""
+def by_order(context: Context, kind: str, n_drop: int, order: Iterable[int]) -> DropPlan:
+    """The first n layers of an order, without what the model lacks already."""
     check_kind(kind, KINDS)
-    anatomy = find_anatomy(context.model)
-    available = {layer for part in (("attention", "mlp") if kind == "block" else (kind,)) for layer in left(anatomy, part)}
-    layers = [layer for layer in order(len(anatomy)) if layer in available]
-    plan = _by_layer(layers, len(anatomy), kind, n_drop)
+    there = available_layers(context.model, kind)
+    plan = _by_layer([layer for layer in order if layer in there], len(find_anatomy(context.model)), kind, n_drop)
     return dataclasses.replace(plan, model=getattr(context.model, "llmdrop_identity", None))
+
+
+def available_layers(model: torch.nn.Module, kind: str) -> list[int]:
+    """Layers that have something of this kind to drop."""
+    anatomy = find_anatomy(model)
+    return sorted({layer for part in (("attention", "mlp") if kind == "block" else (kind,)) for layer in left(anatomy, part)})
 
 
 # ---- the methods themselves ---------------------------------------------------------------------------------------------

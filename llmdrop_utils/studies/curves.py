@@ -95,7 +95,7 @@ class Measured:
         for seed, item in enumerate(self.task_work):
             values = self._values(item)
             rows = [values[self.plans[cell].key] for cell in self.task_cells]
-            metric = _metric(item.task, rows[0]["metrics"])
+            metric = metric_of(item.task, rows[0]["metrics"])
             scores = np.array([row["metrics"][metric] for row in rows]).T
             found.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
         return found
@@ -157,7 +157,9 @@ def measure_curves(
         scores = run.importance(item).first(run.section(Calibration).n_samples)
         plans = plans_of(scores, kinds, run.section(Text), run.section(Tasks)) | (further or {}).get(item.model.name, {})
         with run.one_of(item.model):
-            on_text, on_tasks = text_work(run, item, plans.values()), _task_work(run, item.model, tasks, plans)
+            settings = run.section(Tasks)
+            asked = [plans[cell] for cell in cells_for_tasks(plans, settings)]
+            on_text, on_tasks = text_work(run, item, plans.values()), task_work(run, item.model, tasks, asked, settings.limit)
             planned.append(Measured(run, item.model, scores, plans, on_text, on_tasks))
     work = [item for m in planned for item in m.work]
     run.measure(work)
@@ -203,18 +205,20 @@ def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> Text
     return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
 
 
-def _task_work(run: Run, model: LocatedModel, tasks: dict[str, list], plans: dict[Cell, DropPlan]) -> list[TaskWork]:
-    settings = run.section(Tasks)
+def task_work(
+    run: Run, model: LocatedModel, tasks: dict[str, list], plans: Iterable[DropPlan], limit: int | None
+) -> list[TaskWork]:
+    """Each task under each plan. tasks: name -> what `load_task` gives. limit: documents of each; None: all."""
     tokenizer = fingerprint_tokenizer(load_tokenizer(model))
-    shared = identity_of(model, run.profile) | {"tokenizer": tokenizer, "limit": settings.limit}
-    distinct = _distinct([plans[cell] for cell in cells_for_tasks(plans, settings)])
+    shared = identity_of(model, run.profile) | {"tokenizer": tokenizer, "limit": limit}
+    distinct = _distinct(plans)
     return [
-        TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, settings.limit),
+        TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, limit),
                  num_fewshot=members[0].config.num_fewshot, plans=distinct)
         for task, members in tasks.items()
     ]  # fmt: skip
 
 
-def _metric(task: str, metrics: dict) -> str:
+def metric_of(task: str, metrics: dict) -> str:
     """The paper's metric; for a task that it does not have, the one that lm-eval lists first."""
     return known_tasks().get(task, {}).get("metric") or next(iter(metrics))

@@ -4,25 +4,15 @@ What a CPU does was measured: in bfloat16, on 2 threads of an AMD EPYC with inst
 """
 
 import dataclasses
-import math
 from collections.abc import Collection
 
 import psutil
 import torch
 
 from ..models.outlook import Shape
-from ..models.recipe import Recipe
-from ..sources.catalogue import catalogue
-from ..sources.task_data import known_tasks
 
-ESTIMATED = ("01", "02", "03", "05", "06", "07", "09", "11")  # notebooks that this file has an estimate for
-TOKENS = 100  # of one question with its choices, and of one example before it
-GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
-SUBJECTS = 57  # of MMLU: a limit counts documents of each
 BATCH = 16384  # tokens that are scored in one pass on a GPU
 OVERHEAD = 45.0  # seconds of a notebook for all but measuring: it reads texts, makes tokens, draws, is rendered
-EXPORTING = 1.6e-7  # seconds of a file for each parameter: written twice, opened in llama.cpp, compared
-COMPILING = 20  # seconds for each plan on the compiled back end
 PYTHON = 2e9  # bytes of Python, its libraries and texts, as measured in the reference run
 BUS = 25e9  # bytes/s from the memory of the CPU to a GPU; assumed
 
@@ -133,165 +123,6 @@ def offloaded(shape: Shape, device: Device) -> float:
     return max(0.0, device.bytes_per_number * shape.parameters - 0.9 * device.memory) if device.is_gpu else 0.0
 
 
-def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random: bool) -> list[Piece]:
-    """What a notebook (its number) measures of a model. `profile`: `Profile.to_json()`."""
-    has_scores = not is_random and "calibration" in profile
-    has_quality = has_scores and {"text", "tasks"} <= set(profile)
-    if notebook == "01":
-        return [_importance(profile, i, model, shape) for i in range(len(profile["calibration"]["corpora"]))]
-    if notebook in ("02", "03"):
-        found = [_importance(profile, 0, model, shape), *_curves(profile, model, shape)]
-        return found + (_joint(profile, model, shape) if notebook == "03" else [])
-    if notebook == "05":
-        found = [_importance(profile, 0, model, shape)] if has_scores else []
-        return (
-            found
-            + (_curves(profile, model, shape) if has_quality else [])
-            + [_speed(profile["speed"], model, shape, is_random)]
-        )
-    if notebook == "09" and not is_random:
-        return [_importance(profile, 0, model, shape), *_served(profile, model, shape)]
-    if notebook == "11":
-        return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
-    return []
-
-
-def _importance(profile: dict, i: int, model: str, shape: Shape) -> Piece:
-    part = profile["calibration"]
-    n_samples = max(part["n_samples"], *part["sample_counts"]) if i == 0 else part["n_samples"]
-    names = part["corpora"][:1] if i == 0 else part["corpora"][1:] if i == 1 else []  # the others are like the second
-    basis = f"importance: {n_samples:,} x {part['seq_len']:,} tokens of {', '.join(names)}" if names else ""
-    key = ("importance", model, part["corpora"][i])
-    return Piece(key, "importance", shape, basis, 0, n_samples * part["seq_len"], n_samples / part["batch_size"])
-
-
-def _curves(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """Text and tasks under the plans that drop one kind, and on the dense model."""
-    text, tasks = profile["text"], profile["tasks"]["n_drop"]
-    counts = {kind: {n for n in (*text["n_drop"], *tasks.get(kind, [])) if n < shape.layers} for kind in SINGLE}
-    n_tasks = 1 + sum(n < shape.layers for kind in SINGLE for n in tasks.get(kind, []))
-    corpora = len(profile["calibration"]["corpora"])
-    across = 1 + corpora * sum(n < shape.layers for n in text["across"])  # plans, on each corpus
-    return [_text(text, ("text", model), shape, 1 + sum(map(len, counts.values()))),
-            *([_across(text, model, shape, across, corpora)] if corpora > 1 else []),
-            *_tasks(profile["tasks"], model, shape, n_tasks, "single")]  # fmt: skip
-
-
-SINGLE = ("attention", "mlp", "block")
-
-
-def _joint(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """What notebook 03 adds. A joint plan is taken to drop no MLP, and to be measured already, up to half of the layers."""
-    text, tasks, part = profile["text"], profile["tasks"]["n_drop"].get("joint", []), profile["iterative"]
-    new = {n for n in (*text["n_drop"], *tasks) if shape.layers / 2 < n < 2 * shape.layers}
-    one_by_one = max([n for n in part["n_drop"] if n < shape.layers], default=0)
-    basis = f"one by one: {part['n_samples']:,} x {profile['calibration']['seq_len']:,} tokens x {one_by_one} layers"
-    tokens = part["n_samples"] * profile["calibration"]["seq_len"] * one_by_one
-    passes = part["n_samples"] / profile["calibration"]["batch_size"] * one_by_one
-    n_tasks = sum(n in new for n in tasks)
-    return [
-        Piece(("iterative", model), "iterative", shape, basis, 0, tokens, passes),
-        _text(text, ("joint text", model), shape, len(new) + len(part["n_drop"])),
-        *(_tasks(profile["tasks"], model, shape, n_tasks, "joint") if n_tasks else []),
-    ]
-
-
-def _causes(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """Causes and ranks of hidden states, and each attention layer dropped alone: half of a pass on average."""
-    part, seq_len = profile["causes"], profile["calibration"]["seq_len"]
-    plans = 2 + 2 * sum(n < shape.layers for n in part["n_drop"])  # all causes, the dense model, and both kinds
-    basis = f"causes: {part['n_samples']:,} x {seq_len:,} tokens x {plans} passes"
-    tokens = part["n_samples"] * seq_len * plans
-    causes = Piece(("causes", model), "importance", shape, basis, 0, tokens, part["n_samples"] * plans)
-    return [causes, _text(profile["text"], ("damage", model), shape, 1 + shape.layers)]
-
-
-def _across(text: dict, model: str, shape: Shape, plans: int, corpora: int) -> Piece:
-    """Layers that each corpus chooses, on held-out text of all."""
-    basis = f"text of {corpora} corpora: {text['n_samples']:,} x {text['seq_len']:,} tokens x {plans} plans each"
-    return dataclasses.replace(_text(text, ("across text", model), shape, plans * corpora), basis=basis)
-
-
-def _text(text: dict, key: tuple, shape: Shape, plans: int) -> Piece:
-    basis = f"text: {text['n_samples']:,} x {text['seq_len']:,} tokens x {{plans}} plans"
-    tokens = text["n_samples"] * text["seq_len"] * plans
-    return Piece(key, "text", shape, basis, plans, tokens, math.ceil(tokens / plans / BATCH) * plans)
-
-
-def _tasks(part: dict, model: str, shape: Shape, plans: int, which: str) -> list[Piece]:
-    """Multiple choice and generated answers. A task that is in no list is taken to have 1,000 documents."""
-    documents = tokens = steps = context = 0.0
-    for task in part["names"]:
-        about = catalogue()["task_sets"].get(task, {"documents": 1000})
-        limit = part["limit"] * (SUBJECTS if "subjects" in known_tasks().get(task, {}) else 1) if part["limit"] else math.inf
-        n = min(about["documents"], limit)
-        shots = known_tasks().get(task, {}).get("num_fewshot", 0) if part["num_fewshot"] is None else part["num_fewshot"]
-        documents += n
-        tokens += n * TOKENS * (1 + shots)
-        if about.get("generates"):
-            steps += n * GENERATED / TOGETHER
-            context += n * GENERATED * (TOKENS * (1 + shots) + GENERATED / 2)
-    basis = f"tasks: {documents:,.0f} documents of {len(part['names'])} tasks, {tokens / 1e6:.2g} M tokens, x {{plans}} plans"
-    key, passes = ("tasks", model, which), math.ceil(tokens / BATCH) * plans
-    return [Piece(key, "tasks", shape, basis, plans, tokens * plans, passes, steps * plans, context * plans)]
-
-
-def _speed(part: dict, model: str, shape: Shape, is_random: bool) -> Piece:
-    """All loads of notebook 05 (`speedup/loads.py`), each under its plans and on the dense model."""
-    listed = 1 + sum(n < shape.layers for several in part["n_drop"].values() for n in several)
-    swept = 1 + 2 * (part["sweep_n"] < shape.layers)
-    compiled = sum(n < shape.layers for several in (part["compiled"] or {}).values() for n in several)
-    whole = sum(n < shape.layers for several in (part["whole"] or {}).values() for n in several)
-    whole += bool(whole)  # and the dense model
-    batch = part["batch_size"] or 8  # a GPU is filled: with about so many
-    rounds = part["repeats"]
-    prefill = part["prompt"] * batch * listed + sum(c for c in part["contexts"] if c <= part["prompt"]) * swept
-    decode = []  # context, batch, plans
-    for context in part["contexts"]:
-        decode += [(context, 1, listed)] + [(context, size, swept) for size in part["sweep_batches"] if size > 1]
-        if part["batch_size"] is None and part["prompt"] <= context <= part["prompt"] + part["new_tokens"]:
-            decode.append((context, batch, listed))
-    decode += [(part["prompt"], batch, 1 + compiled)] if compiled else []
-    each = part["steps"] + 1  # one untimed step before those that are timed
-    steps = rounds * sum(plans for *_, plans in decode) * each + whole * part["new_tokens"]
-    context = rounds * sum(c * b * plans for c, b, plans in decode) * each
-    context += whole * part["new_tokens"] * batch * (part["prompt"] + part["new_tokens"] / 2)
-    tokens = rounds * prefill + whole * part["prompt"] * batch
-    basis = f"timing: {steps:,.0f} decode steps, prompts of {tokens / 1e6:.2g} M tokens"
-    key, passes = ("speed", model), tokens / part["prompt"]
-    fixed = COMPILING * (1 + compiled) if compiled else 0
-    return Piece(key, "prefill", shape, basis, 0, tokens, passes, steps, context, fixed, is_random)
-
-
-def _served(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """Exports with their gates, their times in llama.cpp, and those in torch that notebook 05 does not take."""
-    part, speed = profile["take_away"], profile["speed"]
-    contexts = [c for c in speed["contexts"] if c <= speed["prompt"]]
-    plans = 1 + sum(n < shape.layers for n in part["n_drop"])
-    files, rounds = plans * len(part["kinds"]), speed["repeats"]
-    basis = f"{files} GGUF files, each on {rounds} x {sum(contexts):,} tokens in llama.cpp"
-    tokens, new = rounds * files * sum(contexts), rounds * plans * sum(c for c in contexts if c < speed["prompt"])
-    fixed = EXPORTING * shape.parameters * files
-    served = Piece(("served", model), "served", shape, basis, 0, tokens, fixed=fixed)
-    return [served, Piece(("served in torch", model), "prefill", shape, "", 0, new)]
-
-
-def stage_pieces(part: dict, series: str, shape: Shape, stages: int) -> list[Piece]:
-    """Importance and text at each stage of a series. `part`: the section stages."""
-    n, m = part["n_samples"], part["text_samples"]
-    basis = f"{stages} stages of {series}: {n} x {part['seq_len']:,} tokens, and {m} x {part['seq_len']:,} x 7 plans"
-    passes = stages * (n / part.get("batch_size", 4) + 7)
-    scores = Piece(("stages", series), "importance", shape, basis, 0, stages * n * part["seq_len"], passes)
-    text = Piece(("stages text", series), "text", shape, "", 0, stages * m * part["seq_len"] * 7, passes)  # dense and six plans
-    return [scores, text]
-
-
-def training_piece(series: str, shape: Shape, recipe: Recipe, seeds: int) -> Piece:
-    """Training a series under each seed that is not trained yet."""
-    basis = f"training {series}: {recipe.tokens / 1e6:,.2g} M tokens x {seeds} {'seed' if seeds == 1 else 'seeds'}"
-    return Piece(("training", series), "training", shape, basis, 0, recipe.tokens * seeds)
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -302,9 +133,9 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
     cache copies it.
     """
     tokens = scored = states = cached = files = 0
-    if {"01", "02", "03", "05", "11"} & set(notebooks) and "calibration" in profile:
+    if {"01", "02", "03", "04", "05", "11"} & set(notebooks) and "calibration" in profile:
         tokens = profile["calibration"]["batch_size"] * profile["calibration"]["seq_len"]
-    if {"02", "03", "11"} & set(notebooks):
+    if {"02", "03", "04", "11"} & set(notebooks):
         batch, head = (BATCH, 4096) if device.is_gpu else (1024, 1024)  # as in measure/scoring.py and measure/passes.py
         tokens, scored, states = max(tokens, batch), batch + 2 * head, batch * 3 * len(profile["text"]["n_drop"])
     if "05" in notebooks and (device.is_gpu or profile["speed"]["batch_size"]):

@@ -111,7 +111,9 @@ def test_tasks_are_measured_in_their_cells(monkeypatch):
     monkeypatch.setattr(curves, "fingerprint_task", lambda members, limit: f"{members} {limit}")
     member = types.SimpleNamespace(config=types.SimpleNamespace(num_fewshot=5))
     plans = {DENSE_CELL: DENSE, A1: DropPlan(attention=(2,)), A2: DropPlan(attention=(2, 0)), M1: DropPlan(mlp=(1,))}
-    (piqa, rte) = curves._task_work(a_run(attention=[2], mlp=[1]), MODEL, {"piqa": [member], "rte": [member] * 2}, plans)
+    run = a_run(attention=[2], mlp=[1])
+    asked = [plans[cell] for cell in curves.cells_for_tasks(plans, run.section(curves.Tasks))]
+    (piqa, rte) = curves.task_work(run, MODEL, {"piqa": [member], "rte": [member] * 2}, asked, 3)
     assert piqa.plans == (DENSE, plans[A2], plans[M1])
     assert (piqa.task, piqa.num_fewshot, piqa.limit, piqa.fingerprint) == ("piqa", 5, 3, f"{[member]} 3")
     assert (rte.task, rte.members) == ("rte", (member, member))

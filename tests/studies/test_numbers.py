@@ -240,7 +240,7 @@ def test_a_run_of_another_model(of_cpu):
     assert rows.loc["T5.HellaSwag", "source"] == "02_drop_curves/tasks, acc_norm: the paper's metric"
     assert rows.loc["T1.Mistral-7B.Attn-8.MMLU", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
     assert rows.loc["T5.MMLU", "reason"] == "02_drop_curves/tasks has no row for task mmlu: add it to the profile"
-    assert rows.loc["T7.Random.8", "reason"] == "notebook 04_ablations is not written yet"
+    assert rows.loc["T7.Random.8", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
     assert "no table 'iterative_tasks'" in rows.loc["F9.Iterative.4.MMLU", "reason"]
     assert rows.loc["X.deep", "reason"] == "a statement, judged by the rule deeper-more-redundant"
     assert rows.loc["PT.no_finetune.Baseline", "reason"] == "a figure file whose model or task is not labelled"
@@ -437,9 +437,13 @@ def test_the_profile_gpu_measures_what_reasons_promise(tmp_path):
     tasks = [row for row in score_rows() if (row["kind"], row["n"]) in cells]
     tasks = [row for row in tasks if row["task"] in profile["tasks"]["names"]]
     first = [{"model": name, "attention_before": 20, "low": 19, "high": 21, "n_layers": 40} for name in NAMES]
+    part = profile["ablations"]
+    asked = [row for row in score_rows() if row["kind"] in ("attention", "mlp") and row["n"] in part["task_n"]]
+    asked = [row for row in asked if row["n"] in part["n_drop"] and part["task_limit"] is None]
     tables = {
         "02_drop_curves": {"tasks": tasks},
         "03_joint_drop": {"tasks": tasks, "first_mlp": first},
+        "04_ablations": {"tasks": [row | {"method": method} for row in asked for method in part["methods"]]},
         "05_speedup": {"speed": [row for row in speed_rows() if (row["kind"], row["n"]) in timed]},
         "06_kv_cache": paper_tables()["06_kv_cache"],
     }

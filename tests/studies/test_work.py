@@ -13,9 +13,9 @@ from llmdrop_utils.base.store import Store
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.sources.task_data import fingerprint_task, load_task
 from llmdrop_utils.sources.texts import fingerprint_tokenizer
-from llmdrop_utils.studies.curves import _task_work, text_work
+from llmdrop_utils.studies.curves import Tasks, task_work, text_work
 from llmdrop_utils.studies.run import Run, importance_work
-from llmdrop_utils.studies.work import DENSE, DENSE_CELL
+from llmdrop_utils.studies.work import DENSE
 
 TASKS = {"names": ["winogrande"], "limit": 60, "n_drop": {}}
 
@@ -51,7 +51,7 @@ def prepend_end(folder):
 def right(run, tasks) -> int:
     """How many documents of Winogrande are right: measured, or stored."""
     (model,) = run.models()
-    (work,) = _task_work(run, model, tasks, {DENSE_CELL: DENSE})
+    (work,) = task_work(run, model, tasks, [DENSE], run.section(Tasks).limit)
     run.measure([work])
     return sum(run.values(work)[0]["metrics"]["acc"])
 
@@ -116,7 +116,7 @@ def test_a_task_is_also_its_answers():
 
 def test_generation_settings_are_in_the_key(run, folder):
     (model,) = run.models()
-    key = lambda name: _task_work(run, model, {name: load_task(name, 0)}, {DENSE_CELL: DENSE})[0].keys[0]  # noqa: E731
+    key = lambda name: task_work(run, model, {name: load_task(name, 0)}, [DENSE], run.section(Tasks).limit)[0].keys[0]  # noqa: E731
     before = key("gsm8k"), key("winogrande")
     (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
     assert key("gsm8k") != before[0]

@@ -1,0 +1,232 @@
+"""Notebook 04, from values to rows. Arms share their samples, so differences are paired; more is better in every measure."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm
+
+from ...base import stats
+from ...dropping.plan import DropPlan
+from ..curve_rows import TaskValues, in_mean, mean_score
+from ..curves import metric_of
+from ..work import TaskWork, TextWork
+from .work import ContinuationWork, OrderWork, order_of
+
+COSINE = "cosine"  # what tables call the paper's method
+TEXT, TASKS, CONTINUATION = "text", "tasks", "continuation"  # measures: minus nats per token, mean score, share of equal tokens
+READS = {"reverse order": "nothing", "random": "nothing", "weight norm": "weights", "Gate-Norm": "weights",
+         "Taylor": "text, and gradients", "output change": "text, a layer less at a time",
+         "greedy KL": "text, all layers at every step", "iterative": "text, after every layer"}  # fmt: skip
+SHARED_OF = 8
+ALPHA = 0.05  # of all comparisons of one measure together (Holm)
+
+
+class Arm(NamedTuple):
+    """A plan that is tested: what it drops, how that was chosen, and how many."""
+
+    kind: str
+    method: str
+    n: int
+    seed: int = 0
+
+    @property
+    def all_seeds(self) -> tuple[str, str, int]:
+        return self.kind, self.method, self.n
+
+
+Interval = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """A measure under each arm, over the same samples or documents."""
+
+    arms: Sequence[Arm]
+    means: np.ndarray  # float64 (n_arms,)
+    draws: np.ndarray  # (REPEATS, n_arms): bootstrap of the means
+    interval: Interval
+
+    def at(self, key: tuple[str, str, int]) -> list[int]:
+        """Places of a method: one for each seed."""
+        return [i for i, arm in enumerate(self.arms) if arm.all_seeds == key]
+
+    def estimate(self, key: tuple[str, str, int], minus: tuple[str, str, int] | None = None) -> tuple[float, float, float]:
+        """The mean over seeds, or its difference from another method's, with its 95 % interval.
+
+        Of several seeds it is the wider of two intervals: over samples, and over seeds (Student's t).
+        """
+        places = self.at(key)
+        means, draws = self.means[places], self.draws[:, places].mean(1)
+        if minus is not None:
+            (other,) = self.at(minus)
+            means, draws = means - self.means[other], draws - self.draws[:, other]
+        low, high = map(float, self.interval(draws))
+        if len(means) > 1:
+            of_seeds = stats.mean_interval(means)
+            low, high = min(low, of_seeds[0]), max(high, of_seeds[1])
+        return float(means.mean()), low, high
+
+
+# ---- values -------------------------------------------------------------------------------------------------------------
+
+
+def _by_plan(item, values: list[dict]) -> dict:
+    return dict(zip((plan.key for plan in item.plans), values, strict=True))
+
+
+def values_of(item: TextWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
+    """Minus the negative log-probability of held-out text, in nats per token."""
+    found = _by_plan(item, values)
+    rows = -np.array([found[plan.key]["nll"] for plan in plans.values()]).T
+    return Values(
+        list(plans), rows.mean(0), stats.text_means(rows, np.ones(len(rows))), lambda d: stats.text_interval(d, len(rows))
+    )
+
+
+def continuation_values(item: ContinuationWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
+    """Share of the dense model's own next tokens that stay the most probable. Prompts are neighbours in a text."""
+    found = _by_plan(item, values)
+    rows = np.array([found[plan.key]["same"] for plan in plans.values()]).T
+    return Values(
+        list(plans), rows.mean(0), stats.text_means(rows, np.ones(len(rows))), lambda d: stats.text_interval(d, len(rows))
+    )
+
+
+def task_values(
+    items: Sequence[tuple[TaskWork, list[dict]]], plans: Mapping[Arm, DropPlan], arms: Sequence[Arm]
+) -> list[TaskValues]:
+    """The scores of each task under each arm, in its first metric: the paper's, where it has the task."""
+    tasks = []
+    for seed, (item, values) in enumerate(items):
+        found = _by_plan(item, values)
+        rows = [found[plans[arm].key] for arm in arms]
+        metric = metric_of(item.task, rows[0]["metrics"])
+        scores = np.array([row["metrics"][metric] for row in rows]).T
+        tasks.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
+    return tasks
+
+
+def mean_of_tasks(tasks: Sequence[TaskValues], arms: Sequence[Arm]) -> Values:
+    """The mean score of tasks with choices."""
+    chosen = in_mean(tasks)
+    means, draws = mean_score(chosen)
+    fewest = min(len(task.scores) for task in chosen)
+    return Values(list(arms), means, draws, lambda d: stats.interval(d, fewest))
+
+
+# ---- rows of one model, without the column `model` ------------------------------------------------------------------------
+
+
+def method_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]) -> list[dict]:
+    """What each method reads, and what it takes. Of several seeds the first."""
+    return [
+        {"kind": kind, "method": method, "reads": READS.get(method, "text"),
+         "tokens": 0 if READS.get(method) in ("nothing", "weights") else work.tokens.numel(),
+         "passes": value["passes"], "seconds": value["seconds"]}
+        for (kind, method, seed), (work, value) in orders.items() if seed == 0
+    ]  # fmt: skip
+
+
+def order_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]) -> list[dict]:
+    """Layers in the order in which each method drops them; positions are counted from one."""
+    return [
+        {"kind": kind, "method": method, "position": i + 1, "layer": layer}
+        for (kind, method, seed), (_, value) in orders.items() if seed == 0
+        for i, layer in enumerate(order_of(value))
+    ]  # fmt: skip
+
+
+def agreement_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]) -> list[dict]:
+    """Pairs of methods for attention: layers in common among the first 8, and the correlation of whole rankings.
+
+    NaN where a method ranks no more than the layers that it drops.
+    """
+    found = {m: order_of(value) for (kind, m, seed), (_, value) in orders.items() if kind == "attention" and seed == 0}
+    whole = max(map(len, found.values()))
+    rows = []
+    for method, order in found.items():
+        for other, theirs in found.items():
+            if method == other:
+                continue
+            complete = len(order) == len(theirs) == whole
+            correlation = float(stats.rank_correlation(np.argsort(order), np.argsort(theirs))) if complete else np.nan
+            rows.append({"method": method, "other": other, "shared": stats.overlap(order, theirs, SHARED_OF),
+                         "correlation": correlation})  # fmt: skip
+    return rows
+
+
+def quality_rows(plans: Mapping[Arm, DropPlan], methods: Sequence[Arm], measures: Mapping[str, Values]) -> list[dict]:
+    """Each method in each measure, beside cosine at the same number dropped; which differ, by Holm's correction."""
+    rows = []
+    for measure, values in measures.items():
+        keys = dict.fromkeys(arm.all_seeds for arm in values.arms if arm in set(methods))
+        found = [_quality_row(plans, values, key, measure) for key in keys]
+        _settle(found)
+        rows += found
+    return rows
+
+
+def _quality_row(plans: Mapping[Arm, DropPlan], values: Values, key: tuple[str, str, int], measure: str) -> dict:
+    kind, method, n = key
+    value, low, high = values.estimate(key)
+    row = {"kind": kind, "method": method, "n": n, "measure": measure, "value": value, "low": low, "high": high}
+    base = (kind, COSINE, n)
+    if method == COSINE:
+        return row | {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "p": np.nan, "outcome": "itself"}
+    difference, low, high = values.estimate(key, base)
+    same = all(plans[arm].key == plans[Arm(*base)].key for arm in plans if arm.all_seeds == key)
+    reach = difference - low if difference > 0 else high - difference
+    p = 1.0 if same or difference == 0 else 2 * float(norm.sf(stats.Z * abs(difference) / reach)) if reach > 0 else 0.0
+    return row | {"difference": difference, "difference_low": low, "difference_high": high, "p": p,
+                  "outcome": "the same layers" if same else ""}  # fmt: skip
+
+
+def _settle(rows: list[dict]) -> None:
+    """Say which methods differ from cosine, all comparisons of a measure taken together (Holm)."""
+    open_ones = sorted((row for row in rows if not row["outcome"]), key=lambda row: row["p"])
+    holds = True
+    for i, row in enumerate(open_ones):
+        holds = holds and row["p"] <= ALPHA / (len(open_ones) - i)
+        row["outcome"] = "no difference seen" if not holds else "better" if row["difference"] > 0 else "worse"
+
+
+def task_rows(tasks: Sequence[TaskValues], asked: Sequence[Arm]) -> list[dict]:
+    """The score of each task under each method. Of several seeds the mean."""
+    rows = []
+    for task in tasks:
+        values = mean_of_tasks([task], asked)
+        for kind, method, n in dict.fromkeys(arm.all_seeds for arm in asked):
+            value, low, high = values.estimate((kind, method, n))
+            rows.append({"task": task.task, "kind": kind, "n": n, "method": method, "metric": task.metric,
+                         "num_fewshot": task.num_fewshot, "documents": len(task.scores), "value": value, "low": low,
+                         "high": high, "chance": task.chance})  # fmt: skip
+    return rows
+
+
+def calibration_rows(plans: Mapping[Arm, DropPlan], text: Values, varied: Mapping[tuple[str, str], OrderWork]) -> list[dict]:
+    """Cosine on other text, beside cosine on all samples of the first corpus: layers in common, and nats per token more."""
+    rows = []
+    for what, setting in varied:
+        for arm in (arm for arm in plans if arm.method == f"{what} {setting}"):
+            base = Arm("attention", COSINE, arm.n)
+            difference, low, high = text.estimate(base.all_seeds, arm.all_seeds)
+            shared = stats.overlap(plans[arm].attention, plans[base].attention, arm.n)
+            rows.append({"varied": what, "setting": setting, "n": arm.n, "shared": shared, "difference": difference,
+                         "difference_low": low, "difference_high": high})  # fmt: skip
+    return rows
+
+
+def block_rows(plans: Mapping[Arm, DropPlan], text: Values, parameters: Mapping[str, int]) -> list[dict]:
+    """What goes in place of n blocks with at least as many parameters; nats per token more than without the blocks."""
+    rows = []
+    for arm in (arm for arm in plans if arm.kind == "block"):
+        value, low, high = text.estimate(arm.all_seeds)
+        base = ("block", "blocks", arm.n)
+        difference, d_low, d_high = text.estimate(base, arm.all_seeds)
+        count = sum(len(getattr(plans[arm], kind)) * each for kind, each in parameters.items())
+        rows.append({"n": arm.n, "arm": arm.method, "sub_layers": plans[arm].n_drop, "parameters": count,
+                     "perplexity": np.exp(-value), "low": np.exp(-high), "high": np.exp(-low), "difference": difference,
+                     "difference_low": d_low, "difference_high": d_high})  # fmt: skip
+    return rows

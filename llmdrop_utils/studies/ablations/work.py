@@ -1,0 +1,124 @@
+"""Notebook 04, what is measured: orders in which methods drop layers, with their cost, and how continuations change."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ...base.settings import Counts, Names, Positive, Settings
+from ...dropping.plan import DropPlan
+from ...measure.decoding import greedy
+from ...measure.scoring import score
+from ...models.families import find_anatomy
+from ...selection.methods import Context, select_by
+from ...sources.texts import fingerprint
+from ..profile import section
+from ..work import DENSE, PlansWork, Work
+
+VERSION = 1  # raise when a change to the measurement changes what is measured
+
+
+@section("ablations")
+class Ablations(Settings):
+    """Which methods choose attention layers, on how much text, and how what they choose is tested."""
+
+    methods: Names  # that rank all layers at once, beside cosine ("one-shot")
+    stepwise: Names  # that look again after each layer, on fewer samples
+    n_samples: Positive  # the first blocks of the first corpus, for all methods
+    stepwise_samples: Positive
+    seeds: Positive  # of the method "random"
+    n_drop: Counts  # attention layers; MLPs too, with the residual connection and without it
+    task_n: Counts  # of these, those at which tasks are asked
+    task_limit: Positive | None  # documents of each task; null: all
+    samples: Counts  # cosine from so few blocks,
+    lengths: Counts  # and from blocks that are so short
+    blocks: Counts  # whole blocks, beside attention of as many parameters
+    prompt: Positive  # tokens of held-out text that the dense model continues
+    new_tokens: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderWork(Work):
+    """The order in which a method drops layers, and what it took to find it."""
+
+    tokens: torch.LongTensor
+    batch_size: int
+    kind: str
+    method: str
+    n_drop: int
+    seed: int = 0
+
+    @property
+    def keys(self) -> list[dict]:
+        more = {"tokens": fingerprint(self.tokens), "kind": self.kind, "method": self.method, "n_drop": self.n_drop}
+        return [self._key("order", VERSION, **more, seed=self.seed)]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def about(self) -> dict:
+        return {"method": self.method, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        context = Context(model, self.tokens, self.batch_size, self.seed)
+        started = time.perf_counter()
+        with counted_passes(model, self.tokens.numel()) as passes:
+            plan = select_by(self.method, context, self.kind, self.n_drop)
+        seconds = time.perf_counter() - started
+        update(self.tokens.numel())
+        layers = plan.mlp if self.kind == "mlp" else plan.attention
+        return [{"layers": list(layers), "seconds": seconds, "passes": passes[0]}]
+
+
+@contextlib.contextmanager
+def counted_passes(model: torch.nn.Module, n_tokens: int) -> Iterator[list[float]]:
+    """Yields [how often `n_tokens` tokens went through all layers of the model]; through half of the layers counts as half."""
+    anatomy, passes = find_anatomy(model), [0.0]
+
+    def count(module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        passes[0] += states.shape[:-1].numel() / n_tokens / len(anatomy)
+
+    handles = [layer.block.register_forward_pre_hook(count, with_kwargs=True) for layer in anatomy.layers]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuationWork(PlansWork):
+    """How plans change what follows a prompt: the dense model's own greedy continuation, read again under each plan.
+
+    tokens: (n_prompts, prompt).
+    """
+
+    new_tokens: int
+
+    @property
+    def keys(self) -> list[dict]:
+        return [key | {"new_tokens": self.new_tokens} for key in self._keys("continuation", VERSION)]
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        new = torch.cat([greedy(model, prompt[None], self.new_tokens) for prompt in self.tokens]).cpu()
+        requests = list(zip(self.tokens.tolist(), new.tolist(), strict=True))
+        done = lambda share: update(share * self.tokens_to_pass)  # noqa: E731
+        scores = score(model, requests, (DENSE, *self.plans), kl=True, on_batch=done)
+        same, kl = scores.hits[1:] / self.new_tokens, scores.kl[1:] / self.new_tokens
+        return [{"same": a.tolist(), "kl": b.tolist()} for a, b in zip(same, kl, strict=True)]
+
+
+def order_of(value: dict) -> tuple[int, ...]:
+    """What an `OrderWork` found."""
+    return tuple(value["layers"])
+
+
+def plan_of_order(order: tuple[int, ...], kind: str, n: int) -> DropPlan:
+    """The first n layers of an order; of kind "block" with their MLP."""
+    layers = tuple(order[:n])
+    return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else ())

@@ -1,0 +1,285 @@
+"""Notebook 04: arms, intervals over samples and seeds, and Holm's correction, from values worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmdrop_utils import DropPlan
+from llmdrop_utils.measure.importance import Importance
+from llmdrop_utils.models.locate import locate_model
+from llmdrop_utils.report.rules import DEVIATES, INCONCLUSIVE, REPRODUCED
+from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.report.tables import frame
+from llmdrop_utils.report.verdicts import ADVICE, load_claims, verdict_of
+from llmdrop_utils.studies.ablations import rows
+from llmdrop_utils.studies.ablations.rows import Arm, Values, agreement_rows, block_rows, calibration_rows, method_rows
+from llmdrop_utils.studies.ablations.study import TABLES, at_least, n_parameters, paper_rows, parameters_of
+from llmdrop_utils.studies.ablations.work import ContinuationWork, OrderWork, counted_passes, plan_of_order
+from llmdrop_utils.studies.run import NOT_RUN
+from llmdrop_utils.studies.work import TextWork
+
+MODEL = locate_model("tiny-llama")
+SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
+
+
+def order(method="one-shot", kind="attention", n=6, seed=0, samples=2):
+    tokens = torch.arange(3, 3 + 16 * samples).view(samples, 16) % 90
+    return OrderWork(**SHARED, tokens=tokens, batch_size=2, kind=kind, method=method, n_drop=n, seed=seed)
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------------
+
+
+def test_an_order_and_what_it_took():
+    """Cosine takes one pass; a layer less at a time about half of one for each of six layers, and one for the dense model."""
+    from llmdrop_utils import load_model
+
+    model, _ = load_model("tiny-llama", torch.float32)
+    (cosine,) = order().measure(model, None, lambda _: None)
+    assert sorted(cosine["layers"]) == list(range(6))
+    assert cosine["passes"] == pytest.approx(1.0)
+    assert cosine["seconds"] > 0
+    (change,) = order("output change", samples=64).measure(model, None, lambda _: None)
+    assert 4.2 < change["passes"] < 5.5, "1 + (6 + 5 + 4 + 3 + 2 + 1) / 6, and a few tokens to see what can be shared"
+    (nothing,) = order("reverse order", "mlp", 3).measure(model, None, lambda _: None)
+    assert (nothing["layers"], nothing["passes"]) == ([5, 4, 3], 0.0)
+    with counted_passes(model, 8) as passes, torch.no_grad():
+        model(torch.ones(2, 8, dtype=torch.long))
+    assert passes == [pytest.approx(2.0)]
+
+
+def test_keys_of_orders():
+    (key,) = order().keys
+    for other in (order("Taylor"), order(kind="mlp"), order(n=3), order(seed=1), order(samples=1)):
+        assert other.keys != [key]
+
+
+def test_continuations_are_the_dense_model_s_own():
+    """Under the dense plan every token stays; without layers some change, and their divergence is above zero."""
+    from llmdrop_utils import load_model
+
+    model, _ = load_model("tiny-llama", torch.float32)
+    plans = (DropPlan(), DropPlan((0, 1, 2, 3, 4), (0, 1, 2)))
+    work = ContinuationWork(**SHARED, corpus="c", tokens=torch.arange(3, 19).view(2, 8), plans=plans, new_tokens=5)
+    dense, dropped = work.measure(model, None, lambda _: None)
+    assert dense["same"] == [1.0, 1.0]
+    assert dense["kl"] == pytest.approx([0, 0], abs=1e-6)
+    assert np.mean(dropped["same"]) < 1
+    assert min(dropped["kl"]) > 0
+    assert work.keys[0] != ContinuationWork(**SHARED, corpus="c", tokens=work.tokens, plans=plans, new_tokens=6).keys[0]
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------------
+
+
+def scores():
+    """Attention from 0.1, MLP from 0.25, upwards in depth."""
+    kinds = {"attention": 0.1, "mlp": 0.25, "block": 0.3}
+    per_sample = {kind: np.array([[first + 0.1 * i for i in range(6)]]) for kind, first in kinds.items()}
+    return Importance(per_sample, np.array([1]), {})
+
+
+def test_equal_parameters():
+    """Attention of tiny-llama has 3 x 1,024 weights and a norm of 32, its MLP 3 x 2,048 and a norm."""
+    parameters = parameters_of(MODEL)
+    assert parameters == {"attention": 32 * 96 + 32, "mlp": 3 * 32 * 64 + 32}
+    one = DropPlan((0,), (0,))
+    assert n_parameters(one, parameters) == 3104 + 6176
+    assert at_least(one, scores(), "attention", parameters).attention == (0, 1, 2)  # 3 x 3,104 are 9,312 of 9,280
+    joint = at_least(one, scores(), "joint", parameters)
+    assert (joint.attention, joint.mlp) == ((0, 1), (0,))  # 2 x 3,104 + 6,176 are 12,384; without the MLP too few
+    assert at_least(DropPlan(tuple(range(3)), tuple(range(3))), scores(), "attention", parameters) is None
+
+
+def test_plans_of_an_order():
+    assert plan_of_order((4, 2, 1), "attention", 2) == DropPlan((4, 2))
+    assert plan_of_order((4, 2, 1), "mlp", 1) == DropPlan((), (4,))
+    assert plan_of_order((4, 2, 1), "block", 1) == DropPlan((4,), (4,))
+
+
+# ---- estimates ------------------------------------------------------------------------------------------------------------
+
+
+def values(means, spread=0.01, arms=None):
+    """Arms with given means, whose draws lie evenly within `spread` on either side, all alike."""
+    arms = arms or list(means)
+    shifts = np.linspace(-spread, spread, 101)[:, None]
+    array = np.array([means[arm] for arm in arms])
+    return Values(arms, array, array + shifts * np.arange(1, len(arms) + 1), lambda d: (d.min(0), d.max(0)))
+
+
+COSINE_8, RANDOM = Arm("attention", "cosine", 8), [Arm("attention", "random", 8, seed) for seed in range(3)]
+
+
+def test_seeds_widen_an_interval():
+    """Seeds of -3, -4 and -5: mean -4, Student's t with two degrees of freedom, 4.303 x 1 / sqrt(3) = 2.484 on either side."""
+    found = values({COSINE_8: -2.0} | dict(zip(RANDOM, (-3.0, -4.0, -5.0), strict=True)))
+    assert found.estimate(("attention", "random", 8)) == pytest.approx((-4.0, -6.484, -1.516), abs=1e-3)
+    assert found.estimate(("attention", "cosine", 8)) == pytest.approx((-2.0, -2.01, -1.99))
+    difference = found.estimate(("attention", "random", 8), ("attention", "cosine", 8))
+    assert difference == pytest.approx((-2.0, -4.484, 0.484), abs=1e-3)
+
+
+def test_quality_beside_cosine():
+    """Draws of the i-th arm move i times as far, so a difference of two moves by their distance: 0.01 and 0.02."""
+    better, same = Arm("attention", "Taylor", 8), Arm("attention", "angular distance", 8)
+    plans = {COSINE_8: DropPlan((1, 2)), better: DropPlan((2, 3)), same: DropPlan((2, 1))}
+    found = values({COSINE_8: -2.0, better: -1.9, same: -2.0})
+    table = {
+        key: rows._quality_row(plans, found, ("attention", key, 8), "text") for key in ("cosine", "Taylor", "angular distance")
+    }
+    assert table["cosine"]["outcome"] == "itself"
+    assert table["angular distance"]["outcome"] == "the same layers"
+    assert table["angular distance"]["p"] == 1.0
+    taylor = table["Taylor"]
+    assert (taylor["difference"], taylor["difference_low"], taylor["difference_high"]) == pytest.approx((0.1, 0.09, 0.11))
+    assert taylor["p"] == pytest.approx(2 * 1.0 * 2.5e-86, abs=1e-20)
+    assert taylor["outcome"] == ""
+
+
+def test_holm_takes_all_comparisons_together():
+    """Of three, 0.01 is below 0.05 / 3; 0.03 is above 0.05 / 2, so 0.04 is not asked."""
+    listed = [{"p": p, "outcome": "", "difference": d} for p, d in ((0.04, 1), (0.01, -1), (0.03, 1))]
+    listed.append({"p": 0.0, "outcome": "itself", "difference": 0})
+    rows._settle(listed)
+    assert [row["outcome"] for row in listed] == ["no difference seen", "worse", "no difference seen", "itself"]
+    two = [{"p": p, "outcome": "", "difference": 1} for p in (0.04, 0.02)]
+    rows._settle(two)
+    assert [row["outcome"] for row in two] == ["better", "better"]
+
+
+def test_text_counts_down():
+    """Nats per token of 2 and 4 are a value of -3."""
+    plan = DropPlan((1,))
+    work = TextWork(**SHARED, corpus="c", tokens=torch.ones(2, 4, dtype=torch.long), plans=(plan,))
+    found = rows.values_of(work, [{"nll": [2.0, 4.0]}], {COSINE_8: plan})
+    assert found.means.tolist() == [-3.0]
+    assert found.draws.min() >= -4
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------------
+
+
+def orders():
+    found = {"cosine": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "Taylor": (9, 8, 7, 6, 5, 4, 3, 2, 1, 0), "greedy KL": (0, 1, 9)}
+    return {
+        ("attention", method, 0): (order(method), {"layers": list(layers), "passes": 1.5, "seconds": 2.0})
+        for method, layers in found.items()
+    }
+
+
+def test_agreement_by_hand():
+    found = {(row["method"], row["other"]): row for row in agreement_rows(orders())}
+    assert (found["Taylor", "cosine"]["shared"], found["Taylor", "cosine"]["correlation"]) == (6, pytest.approx(-1.0))
+    assert found["greedy KL", "cosine"]["shared"] == 2
+    assert np.isnan(found["greedy KL", "cosine"]["correlation"])
+    assert len(found) == 6
+
+
+def test_costs_by_hand():
+    found = {
+        row["method"]: row
+        for row in method_rows(orders() | {("attention", "Gate-Norm", 0): orders()["attention", "cosine", 0]})
+    }
+    assert (found["cosine"]["tokens"], found["cosine"]["passes"], found["cosine"]["seconds"]) == (32, 1.5, 2.0)
+    assert (found["Gate-Norm"]["tokens"], found["Gate-Norm"]["reads"]) == (0, "weights")
+
+
+def test_calibrations_and_blocks_by_hand():
+    """Text under another calibration costs 0.2 nats more; perplexity is exp of minus the value."""
+    few = Arm("attention", "samples 1", 8)
+    blocks, row = Arm("block", "blocks", 1), Arm("block", "blocks in a row", 1)
+    plans = {COSINE_8: DropPlan((1, 2, 3)), few: DropPlan((1, 2, 4)), blocks: DropPlan((1,), (1,)), row: DropPlan((2,), (2,))}
+    found = values({COSINE_8: -2.0, few: -2.2, blocks: -3.0, row: -2.5})
+    (calibration,) = calibration_rows(plans, found, {("samples", "1"): order()})
+    assert (calibration["varied"], calibration["setting"], calibration["n"], calibration["shared"]) == ("samples", "1", 8, 2)
+    assert calibration["difference"] == pytest.approx(0.2)
+    first, second = block_rows(plans, found, {"attention": 10, "mlp": 20})
+    assert (first["sub_layers"], first["parameters"], first["difference"]) == (2, 30, 0.0)
+    assert (second["arm"], second["perplexity"]) == ("blocks in a row", pytest.approx(np.exp(2.5)))
+    assert second["low"] < second["perplexity"] < second["high"]
+    assert second["difference"] == pytest.approx(-0.5)
+
+
+def test_the_paper_s_rows():
+    """Table 6 is about Llama-2-13B, whatever its caption says."""
+    found = {(row["model"], row["kind"], row["method"], row["n"]): row["paper"] for row in paper_rows()}
+    assert found["Llama-2-13B", "attention", "without residual", 4] == 39.4
+    assert found["Llama-2-13B", "mlp", "cosine", 20] == 42.1
+    assert found["Mistral-7B", "attention", "random", 12] == 39.4
+    assert found["Mistral-7B", "attention", "reverse order", 12] == 61.5
+    assert len(found) == 20 + 12
+
+
+# ---- rules, figures, advice -------------------------------------------------------------------------------------------------
+
+
+def tables(difference=-0.2, mlp=-0.3, reach=0.05, outcome="worse"):
+    def row(kind, method, n, measure, d, outcome, reach):
+        value = {"value": -2.0 + d, "low": -2.1 + d, "high": -1.9 + d}
+        ends = {"difference": d, "difference_low": d - reach, "difference_high": d + reach, "p": 0.01, "outcome": outcome}
+        return {"model": "m", "kind": kind, "method": method, "n": n, "measure": measure} | value | ends
+
+    quality = [
+        row(kind, method, n, measure, d, outcome, reach)
+        for kind, method, d in (
+            ("attention", "random", difference),
+            ("attention", "relative magnitude", difference),
+            ("attention", "without residual", difference),
+            ("mlp", "without residual", mlp),
+        )
+        for n in (4, 8)
+        for measure in ("text", "tasks", "continuation")
+    ]
+    quality += [row(kind, "cosine", n, "text", 0.0, "itself", 0.0) for kind in ("attention", "mlp") for n in (4, 8)]
+    calibration = [
+        {"model": "m", "varied": what, "setting": setting, "n": 8, "shared": 7, "difference": d, "difference_low": d - 0.01,
+         "difference_high": d + 0.01}
+        for what, setting, d in (("samples", "1", 0.1), ("samples", "4", 0.0), ("corpus", "code", 0.2))
+    ]  # fmt: skip
+    content = dict.fromkeys(TABLES, ()) | {
+        "models": [{"model": "m", "n_layers": 30}],
+        "quality": quality,
+        "calibration": calibration,
+    }
+    return {name: frame(name, list(content.get(name, ())), TABLES | NOT_RUN) for name in (*TABLES, "not_run")}
+
+
+CLAIMS = {claim["id"]: claim for claim in load_claims() if claim["notebook"] == "04_ablations"}
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "outcome"),
+    [
+        ("cosine-is-the-better-metric", {}, REPRODUCED),
+        ("cosine-is-the-better-metric", {"reach": 0.3}, INCONCLUSIVE),
+        ("cosine-is-the-better-metric", {"difference": 0.2}, DEVIATES),
+        ("residual-matters", {}, REPRODUCED),
+        ("residual-matters", {"mlp": 0.3}, DEVIATES),
+        ("residual-matters", {"reach": 0.25}, INCONCLUSIVE),
+    ],
+)
+def test_rules(claim, changes, outcome):
+    assert verdict_of(CLAIMS[claim], tables(**changes))[0] == outcome
+
+
+def test_what_a_reader_sees():
+    drawn = {
+        name: FIGURES[name].draw(tables()).takeaway for name in ("figS24_methods", "figS25_calibration", "figS26_residual")
+    }
+    assert drawn["figS24_methods"] == (
+        "Better than cosine, all comparisons taken together: on text none; on tasks none; on continuation none."
+    )
+    assert (
+        drawn["figS25_calibration"]
+        == "The most that another calibration costs is 0.200 nats per token (corpus code, 8 dropped)."
+    )
+    assert drawn["figS26_residual"] == (
+        "Perplexity with 8 layers dropped: Attention 7 with residual, 9 without; MLP 7 with residual, 10 without."
+    )
+    first, _ = ADVICE["04_ablations"](tables()).split("\n\n")
+    assert "better than cosine in text and tasks and continuation at once: no method" in first
+    assert "4 samples choose layers that are not seen to be worse" in first
+    assert "cost more on text of the first: code." in first
+    better, _ = ADVICE["04_ablations"](tables(outcome="better")).split("\n\n")
+    assert "at once: random, relative magnitude, without residual." in better
