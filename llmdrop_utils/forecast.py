@@ -182,7 +182,7 @@ def _time(needed: Needed, pieces: dict[str, list[Piece]], devices: dict[str, Dev
     of_models: dict[str, list[float]] = {}
     for number, source in needed.sources.items():
         if number in needed.not_run or number not in ESTIMATED:
-            reason = needed.not_run.get(number, "nothing: llmdrop_utils/studies/effort.py has no estimate for this notebook")
+            reason = needed.not_run.get(number, "nothing: llmdrop_utils/studies/pieces.py has no estimate for this notebook")
             rows.append([source.stem, *["not run" if number in needed.not_run else "unknown"] * n, reason])
             continue
         new = [piece for piece in pieces[number] if piece.key not in seen]

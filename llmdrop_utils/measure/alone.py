@@ -20,7 +20,9 @@ def measure_without_residual(
     batch_size: int = 4,
     on_batch: Callable[[int], None] = lambda n_tokens: None,
 ) -> dict[str, np.ndarray]:
-    """1 - cosine of what attention and MLP read, behind their norm, and what they return (paper, Table 6, "w/o res").
+    """1 - cosine of what attention and MLP modules read and what they return (paper, Table 6, "w/o res").
+
+    In most families a norm comes before, and its output is what they read.
 
     Returns kind ("attention", "mlp") -> float64 (n_layers,), mean over all tokens, in one pass without LM head. Raises
     LLMDropError for a family whose MLP is no module of its own, and for numbers that are not finite.

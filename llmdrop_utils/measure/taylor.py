@@ -1,6 +1,7 @@
 """What the loss would change by, to first order, if a sub-layer were dropped: the gradient of a gate at its output."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -33,26 +34,40 @@ def measure_taylor(
     tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
     if tokens.shape[1] < 2:
         raise LLMDropError("A loss takes samples of at least 2 tokens: one to read, and one to predict.")
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     sums = np.zeros((2, len(anatomy)))
     both = np.zeros(len(anatomy))
+    start = 0
     with _frozen(model):
-        for start in range(0, len(tokens), batch_size):
-            batch = tokens[start : start + batch_size].to(input_device(model))
-            gates = torch.ones(2, len(anatomy), len(batch), dtype=wide, device=batch.device, requires_grad=True)
-            with _gated(anatomy, gates):
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1].to(wide)
-            losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:].to(logits.device), reduction="none").mean(
-                1
-            )
-            (gradient,) = torch.autograd.grad(losses.sum(), gates)  # of each sample, since samples share no gate
-            found = gradient.double().cpu().numpy()
+        while start < len(tokens):
+            batch = tokens[start : start + batch_size]
+            try:
+                found = _slopes(model, anatomy, batch.to(input_device(model)))
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    what = f"the gradients of a single sample of {tokens.shape[1]} tokens"
+                    raise LLMDropError(f"Out of GPU memory with {what}. Use shorter samples.") from error
+                batch_size //= 2
+                torch.cuda.empty_cache()
+                print(f"out of GPU memory: going on with a batch of {batch_size}", file=sys.stderr)
+                continue
             sums += np.abs(found).sum(-1)
             both += np.abs(found.sum(0)).sum(-1)
+            start += len(batch)
             on_batch(batch.numel())
     if not (np.isfinite(sums).all() and np.isfinite(both).all()):
         raise LLMDropError("The gradients of this model are not finite. Load it in bfloat16 or float32.")
     return {"attention": sums[0] / len(tokens), "mlp": sums[1] / len(tokens), "block": both / len(tokens)}
+
+
+def _slopes(model: nn.Module, anatomy: Anatomy, batch: torch.Tensor) -> np.ndarray:
+    """dL/dg of attention and MLP in each layer, of each sample: float64 (2, n_layers, batch)."""
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    gates = torch.ones(2, len(anatomy), len(batch), dtype=wide, device=batch.device, requires_grad=True)
+    with _gated(anatomy, gates):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].to(wide)
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:].to(logits.device), reduction="none").mean(1)
+    (gradient,) = torch.autograd.grad(losses.sum(), gates)  # of each sample, since samples share no gate
+    return gradient.double().cpu().numpy()
 
 
 @contextlib.contextmanager

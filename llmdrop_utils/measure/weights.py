@@ -42,10 +42,11 @@ def query_key_norm(block: nn.Module, config) -> float:
 
 
 def has_plain_queries(block: nn.Module, config) -> bool:
-    """Are queries and keys linear in what attention reads, each by a matrix of its own?"""
+    """Are queries and keys linear in what attention reads, each by a matrix of its own, and not normalised or clipped?"""
     attention = block.get_submodule(family_of(config).attention_unit[0])
     linear = all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "k_proj"))
-    return linear and hasattr(attention, "head_dim") and not hasattr(attention, "q_norm")
+    normed = any("norm" in name for name, _ in attention.named_children()) or getattr(config, "clip_qkv", None) is not None
+    return linear and hasattr(attention, "head_dim") and not normed
 
 
 @torch.no_grad()
@@ -68,10 +69,11 @@ def _linear(block: nn.Module, config, name: str) -> nn.Linear | None:
 
 def _gain(block: nn.Module, config, projection: nn.Linear) -> torch.Tensor:
     """By what the norm before attention multiplies each channel: float64 (1, d); ones if there is none."""
-    unit = family_of(config).attention_unit
-    if "input_layernorm" not in unit:
+    family = family_of(config)
+    before = [name for name in family.attention_unit[1:] if name != family.attention][:1]  # the term itself may end in a norm
+    if not before:
         return torch.ones(1, projection.in_features, dtype=torch.float64, device=projection.weight.device)
-    norm = block.get_submodule("input_layernorm")
+    norm = block.get_submodule(before[0])
     signs = 1.0 - 2.0 * (
         torch.arange(projection.in_features) % 2
     )  # of mean zero and mean square one: a norm leaves it as it is

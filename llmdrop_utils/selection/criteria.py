@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from ..base.errors import LLMDropError
+from ..base.errors import LLMDropError, NotApplicable
 from ..dropping.plan import DropPlan
 from ..measure.alone import measure_without_residual
 from ..measure.importance import KINDS, drop_order
@@ -38,7 +38,7 @@ def criterion(
                 raise LLMDropError(reason)
             found = function(context, kind)
             if not np.isfinite(found).all():
-                raise LLMDropError(f"The criterion {name!r} reads weights, and some are offloaded: choose another.")
+                raise NotApplicable(f"The criterion {name!r} reads weights, and some are offloaded: choose another.")
             return found
 
         @method(name)

@@ -12,7 +12,16 @@ from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.tables import frame
 from llmdrop_utils.report.verdicts import ADVICE, load_claims, verdict_of
 from llmdrop_utils.studies.ablations import rows
-from llmdrop_utils.studies.ablations.rows import Arm, Values, agreement_rows, block_rows, calibration_rows, method_rows
+from llmdrop_utils.studies.ablations.rows import (
+    SAME_SAMPLES,
+    Arm,
+    Estimate,
+    Values,
+    agreement_rows,
+    block_rows,
+    calibration_rows,
+    method_rows,
+)
 from llmdrop_utils.studies.ablations.study import TABLES, at_least, n_parameters, paper_rows, parameters_of
 from llmdrop_utils.studies.ablations.work import ContinuationWork, OrderWork, counted_passes, plan_of_order
 from llmdrop_utils.studies.run import NOT_RUN
@@ -100,41 +109,66 @@ def test_plans_of_an_order():
 # ---- estimates ------------------------------------------------------------------------------------------------------------
 
 
-def values(means, spread=0.01, arms=None):
-    """Arms with given means, whose draws lie evenly within `spread` on either side, all alike."""
-    arms = arms or list(means)
-    shifts = np.linspace(-spread, spread, 101)[:, None]
-    array = np.array([means[arm] for arm in arms])
-    return Values(arms, array, array + shifts * np.arange(1, len(arms) + 1), lambda d: (d.min(0), d.max(0)))
+def values(means, spread=0.01, n=1e9):
+    """Arms with given means. Draws of the i-th lie evenly within i x `spread` on either side, 95 % within 0.95 of it."""
+    arms, array = list(means), np.array(list(means.values()))
+    shifts = np.linspace(-spread, spread, 2001)[:, None]
+    return Values(arms, array, array + shifts * np.arange(1, len(arms) + 1), n)
 
 
 COSINE_8, RANDOM = Arm("attention", "cosine", 8), [Arm("attention", "random", 8, seed) for seed in range(3)]
 
 
-def test_seeds_widen_an_interval():
-    """Seeds of -3, -4 and -5: mean -4, Student's t with two degrees of freedom, 4.303 x 1 / sqrt(3) = 2.484 on either side."""
-    found = values({COSINE_8: -2.0} | dict(zip(RANDOM, (-3.0, -4.0, -5.0), strict=True)))
-    assert found.estimate(("attention", "random", 8)) == pytest.approx((-4.0, -6.484, -1.516), abs=1e-3)
-    assert found.estimate(("attention", "cosine", 8)) == pytest.approx((-2.0, -2.01, -1.99))
-    difference = found.estimate(("attention", "random", 8), ("attention", "cosine", 8))
-    assert difference == pytest.approx((-2.0, -4.484, 0.484), abs=1e-3)
+def ends(estimate):
+    return estimate.value, estimate.low, estimate.high
+
+
+def test_seeds_and_samples_both_widen_an_interval():
+    """Seeds of -3, -4 and -5: mean -4, Student's t with two degrees of freedom reaches 4.303 x 1 / sqrt(3) = 2.484.
+
+    Their draws move by 3 on average (2, 3 and 4 times the first's), so samples reach 0.95 x 3 = 2.85 there, and
+    sqrt(2.484² + 2.85²) = 3.781 together.
+    """
+    found = values({COSINE_8: -2.0} | dict(zip(RANDOM, (-3.0, -4.0, -5.0), strict=True)), spread=1.0)
+    random, cosine = ("attention", "random", 8), ("attention", "cosine", 8)
+    assert ends(found.estimate(random)) == pytest.approx((-4.0, -7.781, -0.219), abs=2e-3)
+    assert found.estimate(random).freedom == 2
+    assert ends(found.estimate(cosine)) == pytest.approx((-2.0, -2.95, -1.05), abs=1e-3)
+    assert found.estimate(cosine).freedom == 1e9 - 1
+    difference = found.estimate(random, cosine)  # draws differ by 2: 1.9, and sqrt(2.484² + 1.9²) = 3.127
+    assert ends(difference) == pytest.approx((-2.0, -5.127, 1.127), abs=2e-3)
+
+
+def test_p_by_student():
+    """With 4 degrees of freedom an interval reaches 2.776 standard errors: 4.604 of them from zero are p = 0.01."""
+    assert Estimate(4.604, 4.604 - 2.776, 9, 4).p == pytest.approx(0.01, rel=1e-3)
+    assert Estimate(-4.604, -9, -4.604 + 2.776, 4).p == pytest.approx(0.01, rel=1e-3)
+    assert Estimate(1.96, 0.0, 3.92, 1e9).p == pytest.approx(0.05, rel=1e-3)
+    assert np.isnan(Estimate(1.0, np.nan, np.nan, 0).p)
+    assert (Estimate(0.0, 0.0, 0.0, 5).p, Estimate(1.0, 1.0, 1.0, 5).p) == (1.0, 0.0)
 
 
 def test_quality_beside_cosine():
-    """Draws of the i-th arm move i times as far, so a difference of two moves by their distance: 0.01 and 0.02."""
-    better, same = Arm("attention", "Taylor", 8), Arm("attention", "angular distance", 8)
-    plans = {COSINE_8: DropPlan((1, 2)), better: DropPlan((2, 3)), same: DropPlan((2, 1))}
-    found = values({COSINE_8: -2.0, better: -1.9, same: -2.0})
-    table = {
-        key: rows._quality_row(plans, found, ("attention", key, 8), "text") for key in ("cosine", "Taylor", "angular distance")
-    }
+    """Draws of the second arm move by 0.01 more than the first's, which reaches 0.0095; stepwise methods have another base."""
+    better, same, few, greedy = (
+        Arm("attention", name, 8) for name in ("Taylor", "angular distance", SAME_SAMPLES, "greedy KL")
+    )
+    plans = {COSINE_8: DropPlan((1, 2)), better: DropPlan((2, 3)), same: DropPlan((2, 1)), few: DropPlan((4, 5)),
+             greedy: DropPlan((5, 6))}  # fmt: skip
+    found = values({COSINE_8: -2.0, better: -1.9, same: -2.0, few: -2.5, greedy: -2.4})
+    table = {row["method"]: row for row in rows.quality_rows(plans, list(plans), {"text": found}, ["greedy KL"])}
     assert table["cosine"]["outcome"] == "itself"
-    assert table["angular distance"]["outcome"] == "the same layers"
-    assert table["angular distance"]["p"] == 1.0
-    taylor = table["Taylor"]
-    assert (taylor["difference"], taylor["difference_low"], taylor["difference_high"]) == pytest.approx((0.1, 0.09, 0.11))
-    assert taylor["p"] == pytest.approx(2 * 1.0 * 2.5e-86, abs=1e-20)
-    assert taylor["outcome"] == ""
+    assert (table["angular distance"]["outcome"], table["angular distance"]["p"]) == ("the same layers", 1.0)
+    taylor, step = table["Taylor"], table["greedy KL"]
+    assert (taylor["against"], step["against"]) == ("cosine", SAME_SAMPLES)
+    ends_of = lambda row: (row["difference"], row["difference_low"], row["difference_high"])  # noqa: E731
+    assert ends_of(taylor) == pytest.approx((0.1, 0.0905, 0.1095), abs=1e-5)
+    assert ends_of(step) == pytest.approx((0.1, 0.0905, 0.1095), abs=1e-5)
+    assert (taylor["outcome"], step["outcome"]) == ("better", "better")
+    assert table[SAME_SAMPLES]["outcome"] == "worse"
+    single = values({COSINE_8: -2.0, better: -1.9}, n=1)
+    (_, row) = rows.quality_rows(plans, [COSINE_8, better], {"text": single})
+    assert row["outcome"] == "no interval"
 
 
 def test_holm_takes_all_comparisons_together():
@@ -177,10 +211,8 @@ def test_agreement_by_hand():
 
 
 def test_costs_by_hand():
-    found = {
-        row["method"]: row
-        for row in method_rows(orders() | {("attention", "Gate-Norm", 0): orders()["attention", "cosine", 0]})
-    }
+    weights = order("Gate-Norm"), {"layers": [1], "passes": 0.0, "seconds": 0.1}
+    found = {row["method"]: row for row in method_rows(orders() | {("attention", "Gate-Norm", 0): weights})}
     assert (found["cosine"]["tokens"], found["cosine"]["passes"], found["cosine"]["seconds"]) == (32, 1.5, 2.0)
     assert (found["Gate-Norm"]["tokens"], found["Gate-Norm"]["reads"]) == (0, "weights")
 
@@ -217,7 +249,8 @@ def test_the_paper_s_rows():
 def tables(difference=-0.2, mlp=-0.3, reach=0.05, outcome="worse"):
     def row(kind, method, n, measure, d, outcome, reach):
         value = {"value": -2.0 + d, "low": -2.1 + d, "high": -1.9 + d}
-        ends = {"difference": d, "difference_low": d - reach, "difference_high": d + reach, "p": 0.01, "outcome": outcome}
+        ends = {"difference": d, "difference_low": d - reach, "difference_high": d + reach, "p": 0.01, "outcome": outcome,
+                "against": "cosine"}  # fmt: skip
         return {"model": "m", "kind": kind, "method": method, "n": n, "measure": measure} | value | ends
 
     quality = [
@@ -279,7 +312,8 @@ def test_what_a_reader_sees():
     )
     first, _ = ADVICE["04_ablations"](tables()).split("\n\n")
     assert "better than cosine in text and tasks and continuation at once: no method" in first
-    assert "4 samples choose layers that are not seen to be worse" in first
-    assert "cost more on text of the first: code." in first
+    assert "Layers chosen on 4 samples are not seen to be worse than on all." in first
+    assert "Corpora whose choice costs more on text of the first: code." in first
     better, _ = ADVICE["04_ablations"](tables(outcome="better")).split("\n\n")
-    assert "at once: random, relative magnitude, without residual." in better
+    several = [f"{method} ({n} dropped)" for method in ("random", "relative magnitude", "without residual") for n in (4, 8)]
+    assert f"at once: {', '.join(several)}." in better

@@ -154,7 +154,15 @@ def test_a_served_file_loses_its_layers_and_answers():
     done: list[float] = []
     tokens = torch.arange(12)
     item = work_of(
-        ServedWork, locate_model("tiny-llama"), kind="F16", tokens=tokens, contexts=(4, 8), steps=4, new_tokens=5, repeats=2
+        ServedWork,
+        locate_model("tiny-llama"),
+        kind="F16",
+        tokens=tokens,
+        contexts=(4, 8),
+        steps=4,
+        new_tokens=5,
+        repeats=2,
+        tokenizer="t",
     )
     (value,) = item.measure(model, tokenizer, done.append)
     dense, plan = value["dense"], value["plan"]
@@ -184,7 +192,15 @@ def stored():
 
 @pytest.fixture(scope="module")
 def served():
-    more = {"kind": "F16", "tokens": torch.arange(8), "contexts": (4,), "steps": 4, "new_tokens": 5, "repeats": 3}
+    more = {
+        "kind": "F16",
+        "tokens": torch.arange(8),
+        "contexts": (4,),
+        "steps": 4,
+        "new_tokens": 5,
+        "repeats": 3,
+        "tokenizer": "t",
+    }
     return work_of(ServedWork, locate_model("tiny-llama"), **more)
 
 
@@ -244,6 +260,10 @@ def test_models_that_llama_cpp_cannot_run_are_not_run(tmp_path, monkeypatch):
     assert [model.name for model in found] == ["tiny-llama"]
     (reason,) = unavailable.values()
     assert "Llama-shaped" in reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(NotApplicable, match="torch takes the GPU here: hide it"):
+            servable(smoke)
     monkeypatch.setitem(__import__("sys").modules, "cyllama.llama.llama_cpp", None)
     with pytest.raises(NotApplicable, match="llama.cpp cannot be used"):
         servable(smoke)

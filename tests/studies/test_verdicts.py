@@ -249,7 +249,9 @@ def methods(*number, residual=False):
         difference["difference"][4], difference["difference_low"][4], difference["difference_high"][4] = -1.0, -1.1, -0.9
     measures = ["text", "text", "text", "text", "tasks" if residual else "text"]
     kinds = ["attention", "mlp" if residual else "attention", "attention", "attention", "attention"]
-    rows = frame(kind=kinds, method=told, n=8, measure=measures, **difference)
+    rows = frame(kind=kinds, method=told, n=8, measure=measures, outcome="", **difference)
+    rows.loc[len(rows)] = rows.iloc[0].to_dict() | {"outcome": "the same layers", "difference": 0, "difference_low": 0,
+                                                    "difference_high": 0}  # fmt: skip
     fewer = rows.assign(n=4, **dict.fromkeys(("difference", "difference_low", "difference_high"), -3.0 if residual else 3.0))
     return {"models": MODEL, "quality": pd.concat([rows, fewer[fewer["method"] == told[0]]], ignore_index=True)}
 

@@ -9,7 +9,7 @@ from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, 
 from ...report.tables import Tables
 from .rows import CONTINUATION, COSINE, TASKS, TEXT
 
-SHADES = ("#9ecae1", "#4292c6", "#08306b", "#000000")  # fewer and more layers dropped
+SHADES = ("#9ecae1", "#4292c6", "#08306b", "#E69F00", "#D55E00", "#000000")  # fewer and more layers dropped
 AXES = {
     TEXT: "Text: nats per token gained",
     TASKS: "Tasks: mean score gained",

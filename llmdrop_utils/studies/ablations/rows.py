@@ -1,11 +1,12 @@
 """Notebook 04, from values to rows. Arms share their samples, so differences are paired; more is better in every measure."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import t
 
 from ...base import stats
 from ...dropping.plan import DropPlan
@@ -16,9 +17,10 @@ from .work import ContinuationWork, OrderWork, order_of
 
 COSINE = "cosine"  # what tables call the paper's method
 TEXT, TASKS, CONTINUATION = "text", "tasks", "continuation"  # measures: minus nats per token, mean score, share of equal tokens
-READS = {"reverse order": "nothing", "random": "nothing", "weight norm": "weights", "Gate-Norm": "weights",
-         "Taylor": "text, and gradients", "output change": "text, a layer less at a time",
-         "greedy KL": "text, all layers at every step", "iterative": "text, after every layer"}  # fmt: skip
+SAME_SAMPLES = "cosine on the samples of the stepwise methods"  # what these are compared with
+READS = {"reverse order": "nothing", "random": "nothing", "Taylor": "text, and gradients",
+         "output change": "text, a layer less at a time", "greedy KL": "text, all layers at every step",
+         "iterative": "text, after every layer"}  # fmt: skip
 SHARED_OF = 8
 ALPHA = 0.05  # of all comparisons of one measure together (Holm)
 
@@ -36,7 +38,23 @@ class Arm(NamedTuple):
         return self.kind, self.method, self.n
 
 
-Interval = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval, and the degrees of freedom of Student's t in it."""
+
+    value: float
+    low: float
+    high: float
+    freedom: float
+
+    @property
+    def p(self) -> float:
+        """How likely a number this far from zero would be if the true one were zero; NaN without an interval."""
+        reach = self.value - self.low if self.value > 0 else self.high - self.value
+        if not np.isfinite(reach):
+            return math.nan
+        error = reach / t.isf(stats.TAIL, self.freedom)
+        return 2 * float(t.sf(abs(self.value) / error, self.freedom)) if error > 0 else float(self.value == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +64,29 @@ class Values:
     arms: Sequence[Arm]
     means: np.ndarray  # float64 (n_arms,)
     draws: np.ndarray  # (REPEATS, n_arms): bootstrap of the means
-    interval: Interval
+    n: float  # independent samples or documents
 
     def at(self, key: tuple[str, str, int]) -> list[int]:
         """Places of a method: one for each seed."""
         return [i for i, arm in enumerate(self.arms) if arm.all_seeds == key]
 
-    def estimate(self, key: tuple[str, str, int], minus: tuple[str, str, int] | None = None) -> tuple[float, float, float]:
-        """The mean over seeds, or its difference from another method's, with its 95 % interval.
+    def estimate(self, key: tuple[str, str, int], minus: tuple[str, str, int] | None = None) -> Estimate:
+        """The mean over seeds, or its difference from another method's.
 
-        Of several seeds it is the wider of two intervals: over samples, and over seeds (Student's t).
+        Of several seeds the interval covers both: the reaches over samples, and over seeds (Student's t), add as squares.
         """
         places = self.at(key)
         means, draws = self.means[places], self.draws[:, places].mean(1)
         if minus is not None:
             (other,) = self.at(minus)
             means, draws = means - self.means[other], draws - self.draws[:, other]
-        low, high = map(float, self.interval(draws))
+        value, freedom = float(means.mean()), self.n - 1
+        low, high = map(float, stats.interval(draws, self.n))
         if len(means) > 1:
-            of_seeds = stats.mean_interval(means)
-            low, high = min(low, of_seeds[0]), max(high, of_seeds[1])
-        return float(means.mean()), low, high
+            reach = stats.mean_interval(means)[1] - value
+            low, high = value - math.hypot(value - low, reach), value + math.hypot(high - value, reach)
+            freedom = min(freedom, len(means) - 1)
+        return Estimate(value, low, high, freedom)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------------
@@ -76,22 +96,24 @@ def _by_plan(item, values: list[dict]) -> dict:
     return dict(zip((plan.key for plan in item.plans), values, strict=True))
 
 
+def _of_text(arms: Sequence[Arm], rows: np.ndarray) -> Values:
+    """rows: (n_samples, n_arms); neighbours are drawn together."""
+    independent = len(rows) / stats.block_length(len(rows))
+    return Values(arms, rows.mean(0), stats.text_means(rows, np.ones(len(rows))), independent)
+
+
 def values_of(item: TextWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
     """Minus the negative log-probability of held-out text, in nats per token."""
     found = _by_plan(item, values)
     rows = -np.array([found[plan.key]["nll"] for plan in plans.values()]).T
-    return Values(
-        list(plans), rows.mean(0), stats.text_means(rows, np.ones(len(rows))), lambda d: stats.text_interval(d, len(rows))
-    )
+    return _of_text(list(plans), rows)
 
 
 def continuation_values(item: ContinuationWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
     """Share of the dense model's own next tokens that stay the most probable. Prompts are neighbours in a text."""
     found = _by_plan(item, values)
     rows = np.array([found[plan.key]["same"] for plan in plans.values()]).T
-    return Values(
-        list(plans), rows.mean(0), stats.text_means(rows, np.ones(len(rows))), lambda d: stats.text_interval(d, len(rows))
-    )
+    return _of_text(list(plans), rows)
 
 
 def task_values(
@@ -112,21 +134,22 @@ def mean_of_tasks(tasks: Sequence[TaskValues], arms: Sequence[Arm]) -> Values:
     """The mean score of tasks with choices."""
     chosen = in_mean(tasks)
     means, draws = mean_score(chosen)
-    fewest = min(len(task.scores) for task in chosen)
-    return Values(list(arms), means, draws, lambda d: stats.interval(d, fewest))
+    return Values(list(arms), means, draws, min(len(task.scores) for task in chosen))
 
 
 # ---- rows of one model, without the column `model` ------------------------------------------------------------------------
 
 
 def method_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]) -> list[dict]:
-    """What each method reads, and what it takes. Of several seeds the first."""
-    return [
-        {"kind": kind, "method": method, "reads": READS.get(method, "text"),
-         "tokens": 0 if READS.get(method) in ("nothing", "weights") else work.tokens.numel(),
-         "passes": value["passes"], "seconds": value["seconds"]}
-        for (kind, method, seed), (work, value) in orders.items() if seed == 0
-    ]  # fmt: skip
+    """What each method reads, and what it took, once. Of several seeds the first."""
+    rows = []
+    for (kind, method, seed), (work, value) in orders.items():
+        if seed == 0:
+            reads_text = value["passes"] > 0
+            reads = READS.get(method, "text" if reads_text else "weights")
+            rows.append({"kind": kind, "method": method, "reads": reads, "tokens": work.tokens.numel() if reads_text else 0,
+                         "passes": value["passes"], "seconds": value["seconds"]})  # fmt: skip
+    return rows
 
 
 def order_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]) -> list[dict]:
@@ -157,30 +180,34 @@ def agreement_rows(orders: Mapping[tuple[str, str, int], tuple[OrderWork, dict]]
     return rows
 
 
-def quality_rows(plans: Mapping[Arm, DropPlan], methods: Sequence[Arm], measures: Mapping[str, Values]) -> list[dict]:
-    """Each method in each measure, beside cosine at the same number dropped; which differ, by Holm's correction."""
+def quality_rows(
+    plans: Mapping[Arm, DropPlan], methods: Sequence[Arm], measures: Mapping[str, Values], few: Collection[str] = ()
+) -> list[dict]:
+    """Each method in each measure, beside cosine at the same number dropped; which differ, by Holm's correction.
+
+    few: methods that see fewer samples; they stand beside cosine on the same ones.
+    """
     rows = []
     for measure, values in measures.items():
         keys = dict.fromkeys(arm.all_seeds for arm in values.arms if arm in set(methods))
-        found = [_quality_row(plans, values, key, measure) for key in keys]
+        found = [_quality_row(plans, values, key, SAME_SAMPLES if key[1] in few else COSINE) for key in keys]
         _settle(found)
-        rows += found
+        rows += [row | {"measure": measure} for row in found]
     return rows
 
 
-def _quality_row(plans: Mapping[Arm, DropPlan], values: Values, key: tuple[str, str, int], measure: str) -> dict:
+def _quality_row(plans: Mapping[Arm, DropPlan], values: Values, key: tuple[str, str, int], against: str) -> dict:
     kind, method, n = key
-    value, low, high = values.estimate(key)
-    row = {"kind": kind, "method": method, "n": n, "measure": measure, "value": value, "low": low, "high": high}
-    base = (kind, COSINE, n)
-    if method == COSINE:
-        return row | {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0, "p": np.nan, "outcome": "itself"}
-    difference, low, high = values.estimate(key, base)
+    found, base = values.estimate(key), (kind, against, n)
+    row = {"kind": kind, "method": method, "n": n, "value": found.value, "low": found.low, "high": found.high}
+    if method == against:
+        ends = dict.fromkeys(("difference", "difference_low", "difference_high"), 0.0)
+        return row | {"against": against} | ends | {"p": np.nan, "outcome": "itself"}
+    difference = values.estimate(key, base)
     same = all(plans[arm].key == plans[Arm(*base)].key for arm in plans if arm.all_seeds == key)
-    reach = difference - low if difference > 0 else high - difference
-    p = 1.0 if same or difference == 0 else 2 * float(norm.sf(stats.Z * abs(difference) / reach)) if reach > 0 else 0.0
-    return row | {"difference": difference, "difference_low": low, "difference_high": high, "p": p,
-                  "outcome": "the same layers" if same else ""}  # fmt: skip
+    outcome = "the same layers" if same else "" if np.isfinite(difference.p) else "no interval"
+    return row | {"against": against, "difference": difference.value, "difference_low": difference.low,
+                  "difference_high": difference.high, "p": 1.0 if same else difference.p, "outcome": outcome}  # fmt: skip
 
 
 def _settle(rows: list[dict]) -> None:
@@ -198,10 +225,10 @@ def task_rows(tasks: Sequence[TaskValues], asked: Sequence[Arm]) -> list[dict]:
     for task in tasks:
         values = mean_of_tasks([task], asked)
         for kind, method, n in dict.fromkeys(arm.all_seeds for arm in asked):
-            value, low, high = values.estimate((kind, method, n))
+            found = values.estimate((kind, method, n))
             rows.append({"task": task.task, "kind": kind, "n": n, "method": method, "metric": task.metric,
-                         "num_fewshot": task.num_fewshot, "documents": len(task.scores), "value": value, "low": low,
-                         "high": high, "chance": task.chance})  # fmt: skip
+                         "num_fewshot": task.num_fewshot, "documents": len(task.scores), "value": found.value,
+                         "low": found.low, "high": found.high, "chance": task.chance})  # fmt: skip
     return rows
 
 
@@ -211,10 +238,10 @@ def calibration_rows(plans: Mapping[Arm, DropPlan], text: Values, varied: Mappin
     for what, setting in varied:
         for arm in (arm for arm in plans if arm.method == f"{what} {setting}"):
             base = Arm("attention", COSINE, arm.n)
-            difference, low, high = text.estimate(base.all_seeds, arm.all_seeds)
+            found = text.estimate(base.all_seeds, arm.all_seeds)
             shared = stats.overlap(plans[arm].attention, plans[base].attention, arm.n)
-            rows.append({"varied": what, "setting": setting, "n": arm.n, "shared": shared, "difference": difference,
-                         "difference_low": low, "difference_high": high})  # fmt: skip
+            rows.append({"varied": what, "setting": setting, "n": arm.n, "shared": shared, "difference": found.value,
+                         "difference_low": found.low, "difference_high": found.high})  # fmt: skip
     return rows
 
 
@@ -222,11 +249,9 @@ def block_rows(plans: Mapping[Arm, DropPlan], text: Values, parameters: Mapping[
     """What goes in place of n blocks with at least as many parameters; nats per token more than without the blocks."""
     rows = []
     for arm in (arm for arm in plans if arm.kind == "block"):
-        value, low, high = text.estimate(arm.all_seeds)
-        base = ("block", "blocks", arm.n)
-        difference, d_low, d_high = text.estimate(base, arm.all_seeds)
+        found, more = text.estimate(arm.all_seeds), text.estimate(("block", "blocks", arm.n), arm.all_seeds)
         count = sum(len(getattr(plans[arm], kind)) * each for kind, each in parameters.items())
         rows.append({"n": arm.n, "arm": arm.method, "sub_layers": plans[arm].n_drop, "parameters": count,
-                     "perplexity": np.exp(-value), "low": np.exp(-high), "high": np.exp(-low), "difference": difference,
-                     "difference_low": d_low, "difference_high": d_high})  # fmt: skip
+                     "perplexity": np.exp(-found.value), "low": np.exp(-found.high), "high": np.exp(-found.low),
+                     "difference": more.value, "difference_low": more.low, "difference_high": more.high})  # fmt: skip
     return rows

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from ...base.errors import NotApplicable
 from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
 from ...models.load import load_tokenizer, model_of_shape
@@ -22,6 +23,7 @@ from ..work import ImportanceWork, TaskWork, TextWork, Work
 from .rows import (
     CONTINUATION,
     COSINE,
+    SAME_SAMPLES,
     TASKS,
     TEXT,
     Arm,
@@ -40,7 +42,7 @@ from .rows import (
 from .work import Ablations, ContinuationWork, OrderWork, order_of, plan_of_order
 
 DROPPED = Key("n", "Dropped", "d")
-DIFFERENCE = Column("difference", "Minus cosine", "+.3f", "difference_low", "difference_high")
+DIFFERENCE = Column("difference", "Difference", "+.3f", "difference_low", "difference_high")
 TABLES = {
     "models": table("model", Column("n_layers", "Layers", "d")),
     "methods": table(
@@ -53,7 +55,8 @@ TABLES = {
     ),
     "quality": table(
         "model kind method", DROPPED, "measure", Column("value", "Value", ".3f", "low", "high"), "low high",
-        DIFFERENCE, "difference_low difference_high", Column("p", "p", ".2g"), Column("outcome", "Beside cosine"),
+        Column("against", "Compared with"), DIFFERENCE, "difference_low difference_high", Column("p", "p", ".2g"),
+        Column("outcome", "Beside it"),
     ),
     "tasks": table(
         "model task kind", DROPPED, "method metric", Column("num_fewshot", "Shots", "d"),
@@ -142,7 +145,9 @@ def _orders(run: Run, item: ImportanceWork) -> Orders:
     """What finds orders: each method on the same samples, and cosine on fewer, shorter and other ones."""
     settings, calibration, tokenizer = run.section(Ablations), run.section(Calibration), load_tokenizer(item.model)
     tokens, n_layers = item.tokens[: settings.n_samples], n_layers_of(item.model)
-    most = max(n for n in (*settings.n_drop, 1) if n < n_layers)
+    counts = [n for n in settings.n_drop if n < n_layers]
+    if not counts:
+        raise NotApplicable(f"{item.model.name} has {n_layers} layers, and the profile drops {min(settings.n_drop)} or more.")
 
     def order(method: str, n: int = n_layers, kind: str = "attention", samples: torch.Tensor = tokens, seed: int = 0):
         return OrderWork(
@@ -153,13 +158,16 @@ def _orders(run: Run, item: ImportanceWork) -> Orders:
     obstacles = {method: reason for method in settings.methods if (reason := obstacle_to(method, shape))}
     run.not_run |= {f"{item.model.name}, {method}": reason for method, reason in obstacles.items()}
     orders = {("attention", COSINE, 0): order("one-shot"), ("mlp", COSINE, 0): order("one-shot", kind="mlp")}
-    if "without residual" not in obstacles:
+    chosen = [method for method in settings.methods if method not in obstacles]
+    if "without residual" in chosen:
         orders["mlp", "without residual", 0] = order("without residual", kind="mlp")
-    for method in (method for method in settings.methods if method not in obstacles):
+    for method in chosen:
         for seed in range(settings.seeds if method == "random" else 1):
             orders["attention", method, seed] = order(method, seed=seed)
+    few = tokens[: settings.stepwise_samples]
+    orders["attention", SAME_SAMPLES, 0] = order("one-shot", samples=few)
     for method in settings.stepwise:
-        orders["attention", method, 0] = order(method, most, samples=tokens[: settings.stepwise_samples])
+        orders["attention", method, 0] = order(method, max(counts), samples=few)
     for n in (n for n in settings.blocks if n < n_layers):
         orders["block", f"{n} in a row", 0] = order("consecutive blocks", n, "block")
     varied = {("samples", str(k)): order("one-shot", samples=tokens[:k]) for k in settings.samples}
@@ -178,6 +186,10 @@ def _plans(run: Run, orders: Orders) -> dict[Arm, DropPlan]:
     settings = run.section(Ablations)
     counts = [n for n in settings.n_drop if n < orders.n_layers]
     found = {key: order_of(run.values(work)[0]) for key, work in orders.methods.items()}
+    run.not_run |= {
+        f"{orders.model.name}, {key[1]}": value["reason"]
+        for key, work in orders.methods.items() if "reason" in (value := run.values(work)[0])
+    }  # fmt: skip
     plans = {
         Arm(kind, method, n, seed): plan_of_order(order, kind, n)
         for (kind, method, seed), order in found.items()
@@ -245,22 +257,22 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
 def _rows(run: Run, tested: Tested) -> dict[str, list[dict]]:
     orders, plans, asked = tested.orders, tested.plans, tested.asked
     text = values_of(tested.text, run.values(tested.text), plans)
-    found = {key: (work, run.values(work)[0]) for key, work in orders.methods.items()}
-    tasks = task_values([(work, run.values(work)) for work in tested.tasks], plans, asked)
+    found = {key: (work, value) for key, work in orders.methods.items() if (value := run.values(work)[0])["layers"]}
+    tasks = task_values([(work, run.values(work)) for work in tested.tasks], plans, asked) if asked else []
     methods = [arm for arm in plans if orders.has(arm)]
     of_attention = {arm: plans[arm] for arm in methods if arm.kind == "attention"}
     measures = {
         TEXT: text,
         CONTINUATION: continuation_values(tested.continuation, run.values(tested.continuation), of_attention),
     }
-    if tasks and asked:
+    if tasks:
         measures[TASKS] = mean_of_tasks(tasks, asked)
     return {
         "models": [{"n_layers": orders.n_layers}],
         "methods": method_rows(found),
         "orders": order_rows(found),
         "agreement": agreement_rows(found),
-        "quality": quality_rows(plans, methods, measures),
+        "quality": quality_rows(plans, methods, measures, run.section(Ablations).stepwise),
         "tasks": task_rows(tasks, asked),
         "calibration": calibration_rows(plans, text, orders.varied),
         "blocks": block_rows(plans, text, parameters_of(orders.model)),

@@ -7,7 +7,7 @@ import pandas as pd
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
-from .rows import CONTINUATION, COSINE, TASKS, TEXT
+from .rows import TEXT
 
 BASELINES = ("relative magnitude", "reverse order", "random")  # of Table 7
 
@@ -25,25 +25,30 @@ def cosine_beats_baselines(tables: Tables) -> Iterator[Finding]:
         if rows.empty:
             yield Finding(model, "none of relative magnitude, reverse order and random was tried")
             continue
-        most = rows[rows["n"] == rows["n"].max()].to_dict("records")
-        compared = [Comparison(f"{r['method']} minus cosine", *_difference(r), below=0, form="+.3f") for r in most]
-        told = "; ".join(map(str, compared))
-        yield Finding(model, f"without {most[0]['n']} attention layers, minus nats per token of text: {told}", compared)
+        most = rows[rows["n"] == rows["n"].max()]
+        yield _beside_cosine(model, most, f"without {most['n'].iloc[0]} attention layers, minus nats per token of text")
 
 
 @check
 def residual_matters(tables: Tables) -> Iterator[Finding]:
     text = _text(tables).query("method == 'without residual'")
     for model in tables["models"]["model"]:
-        rows = text[text["model"] == model].to_dict("records")
-        compared = [
-            Comparison(f"{r['n']} of {r['kind']}: without residual minus with it", *_difference(r), below=0, form="+.3f")
-            for r in rows
-        ]
-        told = "; ".join(map(str, compared))
-        yield Finding(
-            model, f"minus nats per token of text: {told}" if rows else "nothing was ranked without residual", compared
-        )
+        rows = text[text["model"] == model]
+        if rows.empty:
+            yield Finding(model, "nothing was ranked without residual")
+            continue
+        yield _beside_cosine(model, rows, "minus nats per token of text")
+
+
+def _beside_cosine(model: str, rows: pd.DataFrame, of: str) -> Finding:
+    """Differences from cosine, which are to lie below zero. Where both choose the same layers there is nothing to compare."""
+    same = rows["outcome"] == "the same layers"
+    compared = [
+        Comparison(f"{r['method']}, {r['n']} of {r['kind']}, minus cosine", *_difference(r), below=0, form="+.3f")
+        for r in rows[~same].to_dict("records")
+    ]
+    told = [*map(str, compared), *(f"{r.method}, {r.n} of {r.kind}: the same layers" for r in rows[same].itertuples())]
+    return Finding(model, f"{of}: {'; '.join(told)}", compared)
 
 
 def _difference(row: dict) -> tuple[float, float, float]:
@@ -56,12 +61,18 @@ def what_to_do(tables: Tables) -> str:
     text = []
     for model in tables["models"]["model"]:
         quality = tables["quality"].query("model == @model and kind == 'attention'")
-        rows = quality[quality["method"] != COSINE]
-        better = {name: of.groupby("method")["outcome"].agg(set) for name, of in rows.groupby("measure")}
-        tested = [name for name in (TEXT, TASKS, CONTINUATION) if name in better]
-        everywhere = set.intersection(*({m for m, found in better[name].items() if "better" in found} for name in tested))
-        worse = sorted({m for found in better.values() for m, outcomes in found.items() if "worse" in outcomes})
-        found = f"better than cosine in {' and '.join(tested)} at once: {', '.join(sorted(everywhere)) or 'no method'}."
+        told = {outcome: quality[quality["outcome"] == outcome] for outcome in ("better", "worse")}
+        tested = quality.groupby("n")["measure"].agg(lambda of: tuple(dict.fromkeys(of)))
+        most = {n: measures for n, measures in tested.items() if len(measures) == tested.map(len).max()}
+        everywhere = {
+            f"{method} ({n} dropped)"
+            for n, measures in most.items()
+            for method, rows in told["better"][told["better"]["n"] == n].groupby("method")
+            if len(rows) == len(measures)
+        }
+        measures = " and ".join(next(iter(most.values())))
+        worse = sorted(set(told["worse"]["method"]))
+        found = f"better than cosine in {measures} at once: {', '.join(sorted(everywhere)) or 'no method'}."
         found += f" Worse in one of them at least: {', '.join(worse) or 'none'}."
         text.append(f"**{model}**: {found} {_samples(tables['calibration'].query('model == @model'))}")
     text.append(
@@ -72,10 +83,14 @@ def what_to_do(tables: Tables) -> str:
 
 
 def _samples(rows: pd.DataFrame) -> str:
-    """How few samples choose layers that are not shown to be worse."""
+    """From how few samples on layers are not seen to be worse, and which corpora choose worse ones."""
     few = rows[rows["varied"] == "samples"]
-    enough = [int(setting) for setting, of in few.groupby("setting") if (of["difference_low"] <= 0).all()]
-    others = rows[rows["varied"] == "corpus"]
-    costly = sorted({r.setting for r in others.itertuples() if r.difference_low > 0})
-    told = f"{min(enough)} samples choose layers that are not seen to be worse than all do." if enough else ""
-    return f"{told} Layers that these corpora choose cost more on text of the first: {', '.join(costly) or 'none'}.".strip()
+    worse = {int(setting) for setting, of in few.groupby("setting") if (of["difference_low"] > 0).any()}
+    enough = sorted(count for count in map(int, few["setting"].unique()) if count > max(worse, default=0))
+    told = []
+    if enough:
+        told.append(f"Layers chosen on {enough[0]} sample{'s' * (enough[0] > 1)} are not seen to be worse than on all.")
+    if len(others := rows[rows["varied"] == "corpus"]):
+        costly = sorted({r.setting for r in others.itertuples() if r.difference_low > 0})
+        told.append(f"Corpora whose choice costs more on text of the first: {', '.join(costly) or 'none'}.")
+    return " ".join(told)

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 
 import torch
 
+from ...base.errors import NotApplicable
+from ...base.provenance import code_provenance
 from ...base.settings import Counts, Names, Positive, Settings
 from ...dropping.plan import DropPlan
+from ...measure.alone import VERSION as ALONE_VERSION
 from ...measure.decoding import greedy
+from ...measure.importance import VERSION as IMPORTANCE_VERSION
+from ...measure.importance import measure_importance
 from ...measure.scoring import score
+from ...measure.taylor import VERSION as TAYLOR_VERSION
+from ...measure.text import VERSION as TEXT_VERSION
 from ...models.families import find_anatomy
 from ...selection.methods import Context, select_by
 from ...sources.texts import fingerprint
@@ -18,6 +25,8 @@ from ..profile import section
 from ..work import DENSE, PlansWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
+# What methods measure, each with its own version.
+MEASURES = {"importance": IMPORTANCE_VERSION, "text": TEXT_VERSION, "Taylor": TAYLOR_VERSION, "alone": ALONE_VERSION}
 
 
 @section("ablations")
@@ -52,8 +61,11 @@ class OrderWork(Work):
 
     @property
     def keys(self) -> list[dict]:
-        more = {"tokens": fingerprint(self.tokens), "kind": self.kind, "method": self.method, "n_drop": self.n_drop}
-        return [self._key("order", VERSION, **more, seed=self.seed)]
+        code = code_provenance()
+        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}  # seconds are among what is stored
+        more = {"tokens": fingerprint(self.tokens), "kind": self.kind, "method": self.method, "n_drop": self.n_drop,
+                "seed": self.seed, "batch_size": self.batch_size, "machine": machine, "measures": MEASURES}  # fmt: skip
+        return [self._key("order", VERSION, **more)]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -65,9 +77,13 @@ class OrderWork(Work):
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         context = Context(model, self.tokens, self.batch_size, self.seed)
+        measure_importance(model, self.tokens[:1])  # the first pass of a process is slower than any other
         started = time.perf_counter()
         with counted_passes(model, self.tokens.numel()) as passes:
-            plan = select_by(self.method, context, self.kind, self.n_drop)
+            try:
+                plan = select_by(self.method, context, self.kind, self.n_drop)
+            except NotApplicable as reason:  # the other methods go on
+                return [{"layers": [], "seconds": 0.0, "passes": 0.0, "reason": str(reason)}]
         seconds = time.perf_counter() - started
         update(self.tokens.numel())
         layers = plan.mlp if self.kind == "mlp" else plan.attention
@@ -102,7 +118,7 @@ class ContinuationWork(PlansWork):
 
     @property
     def keys(self) -> list[dict]:
-        return [key | {"new_tokens": self.new_tokens} for key in self._keys("continuation", VERSION)]
+        return [key | {"new_tokens": self.new_tokens, "text": TEXT_VERSION} for key in self._keys("continuation", VERSION)]
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         new = torch.cat([greedy(model, prompt[None], self.new_tokens) for prompt in self.tokens]).cpu()

@@ -1,5 +1,6 @@
 """Notebook 09: what a dropped model's files hold, and how fast another program runs them."""
 
+import hashlib
 import importlib.metadata
 import itertools
 
@@ -18,7 +19,7 @@ from ...models.load import load_config, load_tokenizer, model_of_shape
 from ...models.locate import LocatedModel, locate_available
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import select
-from ...sources.texts import load_tokens
+from ...sources.texts import fingerprint_tokenizer, load_tokens
 from ..profile import Calibration, Profile
 from ..run import Run, identity_of, importance_work, study
 from ..speedup.generation import Timed, read_timings
@@ -62,8 +63,13 @@ TABLES = {
 def servable(profile: Profile) -> tuple[list[LocatedModel], dict[str, str]]:
     """The profile's models that llama.cpp can run without layers, and why others are not run.
 
-    Raises NotApplicable for a single one that it cannot, and without llama.cpp.
+    Raises NotApplicable for a single one that it cannot, without llama.cpp, and where torch uses a GPU.
     """
+    if torch.cuda.is_available():
+        raise NotApplicable(
+            "This notebook times llama.cpp and torch on the CPU, side by side, and torch takes the GPU here: hide it with "
+            "CUDA_VISIBLE_DEVICES= to run it."
+        )
     try:
         library()
     except NotAvailable as reason:  # an optional extra: the rest of a run goes on
@@ -97,6 +103,9 @@ def take_away(run: Run) -> Tables:
     for model in located:
         with run.one_of(model):
             plans[model.name] = plans_of(run, model)
+            if not plans[model.name] and model.name not in run.not_run:
+                fewest = min(run.section(TakeAway).n_drop)
+                raise NotApplicable(f"{model.name} has {n_layers_of(model)} layers, and the profile drops {fewest} or more.")
     located = [model for model in located if plans.get(model.name)]
     checkpoints = [
         CheckpointWork(**_in_float32(model, run.profile), plans=tuple(plans[model.name].values())) for model in located
@@ -140,9 +149,11 @@ def contexts_of(profile: Profile) -> tuple[int, ...]:
 def served_work(model: LocatedModel, plans: dict[int, DropPlan], profile: Profile) -> list[ServedWork]:
     settings, contexts = profile.section(TakeAway), contexts_of(profile)
     (corpus, *_) = profile.section(Calibration).corpora
-    (tokens,) = load_tokens(corpus, load_tokenizer(model), 1, max(contexts) + settings.steps)
+    tokenizer = load_tokenizer(model)
+    (tokens,) = load_tokens(corpus, tokenizer, 1, max(contexts) + settings.steps)
+    form = hashlib.sha256(repr((fingerprint_tokenizer(tokenizer), tokenizer.chat_template)).encode()).hexdigest()
     more = {"tokens": tokens, "contexts": contexts, "steps": settings.steps, "new_tokens": settings.new_tokens,
-            "repeats": profile.section(Speed).repeats}  # fmt: skip
+            "repeats": profile.section(Speed).repeats, "tokenizer": form}  # fmt: skip
     shared = _in_float32(model, profile) | {"plans": tuple(plans.values())}
     return [ServedWork(**shared, kind=kind, **more) for kind in settings.kinds]
 

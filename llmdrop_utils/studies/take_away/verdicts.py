@@ -8,7 +8,8 @@ from ...base.stats import LEVEL
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
-from .study import TORCH
+
+OF_16_BITS = ("llama.cpp F16", "llama.cpp BF16")  # as many bytes for weights as for the cache, as in torch
 
 
 @check
@@ -36,7 +37,7 @@ def _exactly(what: str, ratio: float) -> Comparison:
 @check
 def faster_in_another_runtime(tables: Tables, share: float) -> Iterator[Finding]:
     speed = tables["speed"]
-    timed = speed[(speed["n"] > 0) & (speed["runtime"] != TORCH)]
+    timed = speed[(speed["n"] > 0) & speed["runtime"].isin(OF_16_BITS)]
     for model, rows in timed.groupby("model", sort=False):
         # A noisy timing has no say, whichever way it points.
         judged = rows[~rows["noisy"].astype(bool) & (rows["level"] >= LEVEL)]

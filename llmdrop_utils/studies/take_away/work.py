@@ -88,6 +88,7 @@ class ServedWork(FileWork):
     steps: int
     new_tokens: int
     repeats: int
+    tokenizer: str  # fingerprint of what makes tokens, and of the form of a conversation
 
     @property
     def keys(self) -> list[dict]:
@@ -95,7 +96,8 @@ class ServedWork(FileWork):
         machine = {"processor": code["processor"], "cpu_threads": code["cpu_threads"]}
         more = {"kind": self.kind, "tokens": fingerprint(self.tokens[None]), "contexts": list(self.contexts),
                 "steps": self.steps, "new_tokens": self.new_tokens, "repeats": self.repeats, "question": QUESTION,
-                "machine": machine, "llama.cpp": importlib.metadata.version("cyllama")}  # fmt: skip
+                "machine": machine, "tokenizer": self.tokenizer,
+                "llama.cpp": importlib.metadata.version("cyllama")}  # fmt: skip
         return [self._key("served", VERSION, plan=plan.key.to_json(), **more) for plan in self.plans]
 
     @property
