@@ -172,7 +172,8 @@ def _ablations(profile: dict, model: str, shape: Shape) -> list[Piece]:
     steps = sum(most * (1 + shape.layers / 2) if "greedy" in method else most for method in part["stepwise"])
     tokens = seq_len * (passes * part["n_samples"] + steps * part["stepwise_samples"])
     methods = 1 + len(part["methods"]) + len(part["stepwise"]) + (part["seeds"] - 1) * ("random" in part["methods"])
-    plans = len(part["n_drop"]) * (methods + len(part["samples"]) + len(part["lengths"]) + 3 + 2)
+    plans = len(part["n_drop"]) * (methods + 2) + len(part["samples"]) + len(part["lengths"]) + 3 + 4 * len(part["blocks"])
+    text = text | {"n_samples": min(text["n_samples"], part["text_samples"])}
     asked = (methods + 2) * sum(n < shape.layers for n in part["task_n"])  # and two ways to choose MLPs
     on_tasks = _tasks(profile["tasks"] | {"limit": part["task_limit"]}, model, shape, asked, "methods")
     rankings = (

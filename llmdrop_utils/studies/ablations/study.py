@@ -198,7 +198,7 @@ def _plans(run: Run, orders: Orders) -> dict[Arm, DropPlan]:
     }
     for (what, setting), work in orders.varied.items():
         order = order_of(run.values(work)[0])
-        plans |= {Arm("attention", f"{what} {setting}", n): plan_of_order(order, "attention", n) for n in counts}
+        plans[Arm("attention", f"{what} {setting}", max(counts))] = plan_of_order(order, "attention", max(counts))
     scores = run.importance(orders.item).first(settings.n_samples)
     parameters = parameters_of(orders.model)
     for n in (n for n in settings.blocks if n < orders.n_layers):
@@ -245,6 +245,7 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
     methods = [arm for arm in plans if orders.has(arm)]
     asked = [arm for arm in methods if arm.n in settings.task_n]
     text = text_work(run, item, plans.values())
+    text = dataclasses.replace(text, tokens=text.tokens[: settings.text_samples])
     of_attention = {plans[arm].key: plans[arm] for arm in methods if arm.kind == "attention"}
     return Tested(
         orders, plans, asked, text,

@@ -39,6 +39,7 @@ class Ablations(Settings):
     stepwise_samples: Positive
     seeds: Positive  # of the method "random"
     n_drop: Counts  # attention layers; MLPs too, with the residual connection and without it
+    text_samples: Positive  # of the held-out text of the section `text`, the first ones
     task_n: Counts  # of these, those at which tasks are asked
     task_limit: Positive | None  # documents of each task; null: all
     samples: Counts  # cosine from so few blocks,
