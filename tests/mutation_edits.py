@@ -286,8 +286,6 @@ LADDER = [
         ("output without its scale", "tensor_of(output)[0], scale,", "tensor_of(output)[0], 2 * scale,"),
         ("output against itself", "(aa / xx)[xx > 0].sqrt()", "(aa / xx)[xx > 0]"),
         ("stream by its norm", "squares[squares > 0] / stream.shape[-1]", "squares[squares > 0]"),
-        ("weights without the norm's gain", "value.weight.double() * gain", "value.weight.double()"),
-        ("heads share no values", "repeat_interleave(shared, dim=0)", "repeat(shared, 1, 1)"),
         ("distance from the first layer", "np.arange(len(anatomy))[::-1]", "np.arange(len(anatomy))"),
         ("attention stays eager", "model.set_attn_implementation(before)", "pass"),
         ("rank of the dense model", "with skipping(model, plan):", "with skipping(model, DropPlan()):"),
@@ -392,8 +390,37 @@ EXPORTS = [
         ("keys without kind", 'more = {"kind": self.kind, "tokens"', 'more = {"tokens"'),
     ),
     *edits("studies/take_away/verdicts.py", "tests/studies/test_take_away.py",
-           ("torch is another runtime", '(speed["n"] > 0) & (speed["runtime"] != TORCH)', 'speed["n"] > 0'),
+           ("torch is another runtime", ' & speed["runtime"].isin(OF_16_BITS)', ""),
            ("zeros are forgotten", "(r.saved_bytes + r.stand_in_bytes)", "r.saved_bytes")),
 ]  # fmt: skip
 
-EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS]
+ABLATION_TESTS, CRITERIA_TESTS = "tests/studies/test_ablations.py", "tests/selection/test_criteria.py"
+ABLATIONS = [
+    *edits(
+        "studies/ablations/rows.py", ABLATION_TESTS,
+        ("the normal tail", "float(t.sf(abs(self.value) / error, self.freedom))", "float(t.sf(abs(self.value) / error, 1e9))"),
+        ("one side", "return 2 * float(t.sf", "return float(t.sf"),
+        ("seeds alone", "value - math.hypot(value - low, reach), value +", "value - reach, value +"),
+        ("no correction", "row[\"p\"] <= ALPHA / (len(open_ones) - i)", "row[\"p\"] <= ALPHA"),
+        ("stepwise against all samples", "SAME_SAMPLES if key[1] in few else COSINE", "COSINE"),
+        ("worse is better", '"better" if row["difference"] > 0 else "worse"', '"better" if row["difference"] < 0 else "worse"'),
+        ("positions for ranks", "np.argsort(order), np.argsort(theirs)", "np.array(order), np.array(theirs)"),
+    ),
+    *edits("studies/ablations/study.py", ABLATION_TESTS,
+           ("fewer parameters will do", ">= wanted", ">= 0.9 * wanted")),
+    *edits("studies/ablations/verdicts.py", RULE_TESTS,
+           ("the same layers are compared", "for r in rows[~same]", "for r in rows")),
+    *edits("measure/taylor.py", CRITERIA_TESTS,
+           ("samples cancel", "np.abs(found).sum(-1)", "np.abs(found.sum(-1))"),
+           ("blocks as sums of sizes", "np.abs(found.sum(0)).sum(-1)", "np.abs(found).sum(0).sum(-1)")),
+    *edits("measure/weights.py", CRITERIA_TESTS,
+           ("values without the norm's gain", "value.weight.double() * _gain(block, config, value)", "value.weight.double()"),
+           ("heads share nothing", "shared.repeat_interleave(heads // len(shared), dim=0)",
+            "shared.repeat(heads // len(shared), 1, 1)"),
+           ("queries without the norm's gain", "queries = (query.weight.double() * gain)", "queries = (query.weight.double())"),
+           ("no norm but Llama's", "if name != family.attention][:1]", 'if name == "input_layernorm"][:1]')),
+    *edits("selection/criteria.py", CRITERIA_TESTS,
+           ("greedy takes the worst", "int(divergence.argmin())", "int(divergence.argmax())")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS]

@@ -124,10 +124,7 @@ def limits() -> list[str]:
         f"{sum('history' in rule for rule in rules)} of {len(rules)} were changed after numbers had been seen",
         f"In {only(inside['dtype_there'])} {100 * inside['inside'].mean():.0f} % of the {len(inside):,} numbers of notebooks "
         f"{inside['notebook'].min()[:2]} to {inside['notebook'].max()[:2]} stay inside theirs.",
-        f"Intervals of their medians, over {repeats()} repeats, cover {100 * median_interval(np.arange(repeats()))[2]:.1f} %.",
         f"Timed whole, once, they took {whole_ratio()} times as long",
-        f"The dense generation reaches {100 * generation('dense', 0)['share_of_limit']:.0f} % of what its bytes and operations "
-        "allow",
     ]
 
 
@@ -171,10 +168,6 @@ def whole_ratio() -> str:
     """The generation timed whole over the one composed of samples, for the plans that both were timed under: "0.99 to 1.02"."""
     ratio = 1 / table("05_speedup/protocol")["ratio"]
     return f"{ratio.min():.2f} to {ratio.max():.2f}"
-
-
-def repeats() -> int:
-    return only(record["repeats"] for record in speed_records() if record["what"] != "generation")
 
 
 def speed_records() -> list[dict]:

@@ -23,7 +23,7 @@ TOLD = {
     "abstract": (README.split("\n## ")[0], say.counts_of_claims, ("2406.15786",)),
     "found": (
         FOUND,
-        lambda: [*say.importance(), *say.dropping(), *say.speed(), *say.ladder()],
+        lambda: [*say.importance(), *say.dropping(), *say.speed(), *say.served(), *say.ladder()],
         ("SmolLM2-135M-Instruct", "4 bits (Q4_1)", "float32", "smollm2-135m", "95 %", "135M to 1.5B", "bfloat16"),
     ),
     "claims": (CLAIMS.split("| Claim")[0], say.longer_training, ()),

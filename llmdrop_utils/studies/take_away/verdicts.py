@@ -26,7 +26,11 @@ def smaller_by_what_is_dropped(tables: Tables) -> Iterator[Finding]:
             _exactly(f"{r.file} without {r.n}, cache counted of the formula,", r.counted_bytes / r.formula_bytes)
             for r in caches[caches["model"] == model].itertuples()
         ]
-        yield Finding(model, f"{len(rows)} files and {len(compared) - len(rows)} caches", compared)
+        ratios = [comparison.value for comparison in compared]
+        told = (
+            f"{len(rows)} files, bytes saved of bytes dropped, and {len(compared) - len(rows)} caches, bytes of the formula's"
+        )
+        yield Finding(model, f"{told}: {min(ratios):.6f} to {max(ratios):.6f}", compared)
 
 
 def _exactly(what: str, ratio: float) -> Comparison:
