@@ -18,7 +18,7 @@ from llmdrop_utils.measure import metrics
 from llmdrop_utils.models import families as known_families
 from llmdrop_utils.report import style, verdicts
 from llmdrop_utils.report.tables import read_tables
-from llmdrop_utils.selection import methods
+from llmdrop_utils.selection import criteria, methods
 from llmdrop_utils.sources import task_data
 from llmdrop_utils.studies import run
 from llmdrop_utils.studies.profile import SECTIONS, profile_names
@@ -176,7 +176,8 @@ def test_examples_run(name, tmp_path, monkeypatch):
 @pytest.fixture
 def registries():
     """What examples register is forgotten afterwards."""
-    kept = (known_families.FAMILIES, families.CASES, methods.METHODS, metrics.METRICS, style.FIGURES, run.STUDIES)
+    kept = (known_families.FAMILIES, families.CASES, methods.METHODS, criteria.CRITERIA, criteria.OBSTACLES, metrics.METRICS)
+    kept += (style.FIGURES, run.STUDIES)
     before = [dict(registry) for registry in (*kept, verdicts.CHECKS, verdicts.ADVICE)]
     yield
     for registry, content in zip((*kept, verdicts.CHECKS, verdicts.ADVICE), before, strict=True):
@@ -214,15 +215,19 @@ def test_add_a_task(monkeypatch):
 def test_add_a_method(registries, tiny_model):
     model, _ = tiny_model
     names = {"model": model, "tokens": torch.randint(0, 200, (2, 16))}
-    first, ends_kept, by_name, metric, by_metric = code_blocks(TEXTS["add-a-method.md"], "python")
+    first, ends_kept, of_weights, by_name, metric, by_metric = code_blocks(TEXTS["add-a-method.md"], "python")
     for code in (first, ends_kept):
         exec(code, dict(vars(methods)))
+    exec(of_weights, dict(vars(criteria)))
     exec(metric, dict(vars(metrics)))
     for code in (by_name, by_metric):
         exec(code, names)
     assert names["plan"].attention == (0, 1)
     inner = methods.select_by("one-shot, ends kept", methods.Context(model, names["tokens"]), "attention", 4)
     assert set(inner.attention) == {1, 2, 3, 4}
+    norms = [float(layer.self_attn.o_proj.weight.norm()) for layer in model.model.layers]
+    by_weights = methods.select_by("output projection", methods.Context(model, names["tokens"]), "attention", 2)
+    assert by_weights.attention == tuple(sorted(range(6), key=lambda i: norms[i])[:2])
     xx, xa, aa = torch.tensor([[4.0, 0.0], [1.0, 0.0], [1.0, 9.0]], dtype=torch.float64)  # |x| = 2, |a| = 1; x = 0
     assert metrics.METRICS["added over input"](xx, xa, aa).tolist() == [0.5, 1.0]
     assert (names["scores"].importance["attention"] > 0).all()
