@@ -80,8 +80,8 @@ def speed() -> list[str]:
     device = only(table("05_speedup/models")["device"])
     whole = [f"{row('05_speedup/protocol', kind='attention', n=n)['speedup_whole']:.2f}" for n in (8, 15)]
     return [
-        f"For {eight['context']:,} tokens in and {eight['new_tokens']:,} out on {device}, the model is {eight['speedup']:.2f} "
-        f"times as fast {span(eight, **ends)} without 8 attention layers and {fifteen['speedup']:.2f} times "
+        f"For {eight['context']:,} tokens in and {eight['new_tokens']:,} out in torch on {device}, the model is "
+        f"{eight['speedup']:.2f} times as fast {span(eight, **ends)} without 8 attention layers and {fifteen['speedup']:.2f} times "
         f"{span(fifteen, **ends)} without 15. Timed whole, once, it is {whole[0]} and {whole[1]} times as fast. Its key-value "
         f"cache shrinks by {smaller[0]} and {smaller[1]}."
     ]
@@ -97,9 +97,9 @@ def served() -> list[str]:
              for what in ("prefill", "decode")}  # fmt: skip
     told = {what: [f"{found['speedup']:.2f} {span(found, **ends)}" for found in of] for what, of in timed.items()}
     return [
-        f"As GGUF files in 16 bits they are smaller by {smaller[0]} and {smaller[1]}, to the byte what was dropped; llama.cpp "
-        f"reads 2,048 tokens {told['prefill'][0]} and {told['prefill'][1]} times as fast, and decodes behind them "
-        f"{told['decode'][0]} and {told['decode'][1]} times."
+        f"GGUF files in 16 bits are {smaller[0]} and {smaller[1]} smaller; their tensors shrink by exactly the bytes dropped.",
+        f"llama.cpp reads 2,048 tokens {told['prefill'][0]} and {told['prefill'][1]} times as fast, and generates after them "
+        f"{told['decode'][0]} and {told['decode'][1]} times as fast.",
     ]
 
 

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from ...report.style import COLORS, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
@@ -11,6 +12,7 @@ from ..speedup.figures import RING
 
 RUNTIMES = ("#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#CC79A7")  # Okabe-Ito, in the order of the tables
 MARKS = ("x", "o", "s", "^", "D")
+ASIDE = 1.07  # a factor between the contexts at which two runtimes are drawn
 SHADES = (1.0, 0.62, 0.34, 0.2)  # of a bar: dense, then fewer and fewer attention layers
 
 
@@ -66,7 +68,7 @@ def figS23_served(tables: Tables) -> Drawing:
     if not models:
         return nothing_to_show("Nothing was timed", data)
     loads = [(model, what) for model in models for what in ("prefill", "decode")]
-    shape = {"figsize": (WIDTH, 0.9 + 1.9 * len(loads)), "squeeze": False, "sharey": "row", "sharex": True}
+    shape = {"figsize": (WIDTH, 0.9 + 1.9 * len(loads)), "squeeze": False, "sharey": True, "sharex": True}
     fig, axes = plt.subplots(len(loads), len(counts), **shape)
     for row, (model, what) in zip(axes, loads, strict=True):
         for ax, n in zip(row, counts, strict=True):
@@ -76,7 +78,9 @@ def figS23_served(tables: Tables) -> Drawing:
         row[0].set_ylabel("Speed-up over dense")
     for ax in axes[-1]:
         ax.set_xlabel("Tokens in the prompt (prefill), in the cache (decode)")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runtimes) + 1)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = [*handles, Line2D([], [], **RING)], [*labels, "noisy"]
+    fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     where = tables["models"].iloc[0]
 
     def sentence(rows: pd.DataFrame) -> str:
@@ -92,15 +96,16 @@ def figS23_served(tables: Tables) -> Drawing:
 
 def panel(ax: Axes, rows: pd.DataFrame, runtimes: list[str]) -> None:
     """Speed-up over the context, a line for each runtime, and the prediction; noisy timings are ringed."""
-    for runtime, color, mark in zip(runtimes, RUNTIMES, MARKS, strict=False):
+    for i, (runtime, color, mark) in enumerate(zip(runtimes, RUNTIMES, MARKS, strict=False)):
         line = rows[rows["runtime"] == runtime].sort_values("context")
         error = [line["speedup"] - line["speedup_low"], line["speedup_high"] - line["speedup"]]
-        ax.errorbar(line["context"], line["speedup"], np.clip(error, 0, None), color=color, marker=mark, label=runtime,
+        x = line["context"] * ASIDE ** (i - (len(runtimes) - 1) / 2)  # so that bars do not hide each other
+        noisy = line["noisy"].astype(bool)
+        ax.plot(x[noisy], line["speedup"][noisy], **RING)
+        ax.errorbar(x, line["speedup"], np.clip(error, 0, None), color=color, marker=mark, label=runtime,
                     elinewidth=0.8, capsize=1.5)  # fmt: skip
-    noisy = rows[rows["noisy"].astype(bool)]
-    ax.plot(noisy["context"], noisy["speedup"], **RING)
     predicted = rows.drop_duplicates("context").sort_values("context")
-    label = "predicted from bytes and operations, in torch"
+    label = "predicted, in torch"
     ax.plot(predicted["context"], predicted["predicted"], color="0.4", linewidth=0.8, linestyle=":", label=label)
     ax.axhline(1, color="0.5", linewidth=0.8)
     ticks = sorted(rows["context"].unique())

@@ -64,27 +64,34 @@ def what_to_do(tables: Tables) -> str:
     """What a file without attention layers saves and gains, and what to check before it is served."""
     text = []
     for model, rows in tables["files"].groupby("model", sort=False):
-        most = rows[rows["n"] == rows["n"].max()].iloc[-1]
-        cache, gate = (_row(tables[name], most) for name in ("caches", "gate"))
+        gguf = rows[rows["file"].str.startswith("GGUF") & (rows["n"] > 0)]
+        least = gguf.sort_values("n", kind="stable").iloc[0]
+        cache, gate = (_row(tables[name], least) for name in ("caches", "gate"))
         speed = tables["speed"]
-        timed = speed[(speed["model"] == model) & (speed["runtime"] == f"llama.cpp {most['file'].split()[-1]}")]
-        longest = timed[(timed["n"] == most["n"]) & (timed["context"] == timed["context"].max())]
+        timed = speed[(speed["model"] == model) & (speed["runtime"] == f"llama.cpp {least['file'].split()[-1]}")]
+        longest = timed[(timed["n"] == least["n"]) & (timed["context"] == timed["context"].max())]
+        sizes = f"{least['file_bytes'] / 1e6:,.0f} MB instead of {least['dense_file_bytes'] / 1e6:,.0f}"
         text.append(
-            f"**{model}**: the {most['file']} file without {most['n']} attention layers takes {most['file_bytes'] / 1e6:,.0f} "
-            f"MB instead of {most['dense_file_bytes'] / 1e6:,.0f}, a token {cache['counted_bytes']:,} bytes of cache instead "
-            f"of {cache['dense_bytes']:,}, and at {longest['context'].iloc[0]:,} tokens {_gains(longest)}. It diverges by "
-            f"{gate['divergence']:.2g} nats from the dense model with these layers set to zero."
+            f"**{model}**: the {least['file']} file without {least['n']} attention layers takes {sizes}. A token takes "
+            f"{cache['counted_bytes']:,} bytes of cache instead of {cache['dense_bytes']:,}. At "
+            f"{longest['context'].iloc[0]:,} tokens {_gains(longest)}. It computes what the dense model does with these layers "
+            f"set to zero, {gate['divergence']:.2g} nats apart. That is no measure of quality: see notebook 02 before you "
+            "choose a number of layers."
         )
     text.append(
-        "How much faster a runtime gets depends on how it computes attention: measure in the one that you serve with. What a "
-        "dropped model answers is another question than how fast: notebook 02 has the quality at each number of layers."
+        "How much faster a runtime gets depends on how it computes attention: measure in the one that you serve with, at the "
+        "contexts that you serve."
     )
     return "\n\n".join(text)
 
 
 def _gains(rows: pd.DataFrame) -> str:
-    words = {"prefill": "reads a prompt", "decode": "decodes"}
-    return " and ".join(f"it {words[r.what]} {r.speedup:.2f} times as fast" for r in rows.itertuples())
+    words = {"prefill": "reads a prompt", "decode": "generates"}
+    told = []
+    for r in rows.itertuples():
+        between = f"{r.speedup_low:.2f} to {r.speedup_high:.2f}" + ", noisy" * bool(r.noisy)
+        told.append(f"it {words[r.what]} {r.speedup:.2f} times as fast ({between})")
+    return " and ".join(told)
 
 
 def _row(rows: pd.DataFrame, of: pd.Series) -> pd.Series:
