@@ -82,8 +82,8 @@ def speed() -> list[str]:
     return [
         f"For {eight['context']:,} tokens in and {eight['new_tokens']:,} out in torch on {device}, the model is "
         f"{eight['speedup']:.2f} times as fast {span(eight, **ends)} without 8 attention layers and "
-        f"{fifteen['speedup']:.2f} times {span(fifteen, **ends)} without 15. Timed whole, once, it is {whole[0]} and {whole[1]} times as fast. Its key-value "
-        f"cache shrinks by {smaller[0]} and {smaller[1]}."
+        f"{fifteen['speedup']:.2f} times {span(fifteen, **ends)} without 15. Timed whole, once, it is "
+        f"{whole[0]} and {whole[1]} times as fast. Its key-value cache shrinks by {smaller[0]} and {smaller[1]}."
     ]
 
 
