@@ -140,6 +140,8 @@ def test_any_model(my_model, smoke_run):
             for n in expected
             if n.startswith(("scorecard", "numbers")) or notebook_of(n) in ("01_similarity", "07_training_stages")
         }
+    else:  # llama.cpp cannot leave layers out of this family
+        expected = {n for n in expected if notebook_of(n) != "09_take_away"}
     assert {p.name for p in mine} == expected
     assert untimed(products()) == untimed(smoke_run), "the other run is untouched"
     everything = mine | products(run, [""])

@@ -18,7 +18,15 @@ TABLES = ALL["01_similarity"]
 SUFFIXES = (".svg", ".pdf", ".png", ".csv")
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+MEASURED = [name for name, spec in figures.FIGURES.items() if ALL[spec.notebook]]  # what is committed; others are drawn by hand
+
+
+def test_what_is_not_measured_is_known():
+    """Figures that the reference has no tables for yet; their notebooks' tests draw them from small tables."""
+    assert {figures.FIGURES[name].notebook for name in set(figures.FIGURES) - set(MEASURED)} <= {"04_ablations"}
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_same_bytes_twice(name, tmp_path):
     for folder in ("a", "b"):
         figures.draw(name, ALL[figures.FIGURES[name].notebook], tmp_path / folder)
@@ -29,14 +37,16 @@ def test_same_bytes_twice(name, tmp_path):
 
 
 def test_committed_figures_are_all_there():
-    for name, spec in figures.FIGURES.items():
+    for name, spec in ((name, figures.FIGURES[name]) for name in MEASURED):
         for suffix in SUFFIXES:
             assert (ROOT / "figures" / RUNS[spec.notebook] / f"{name}{suffix}").exists(), f"{name}{suffix}: run `make figures`"
 
 
 def test_many_models_share_a_figure():
     """One row of panels for each model."""
-    for name, spec in ((name, spec) for name, spec in figures.FIGURES.items() if spec.notebook != BESIDE):
+    for name, spec in ((name, figures.FIGURES[name]) for name in MEASURED):
+        if spec.notebook == BESIDE:
+            continue
         one = ALL[spec.notebook]
         if "runs" in one:  # the reference follows two models already
             first = one["runs"]["model"].iloc[0]
@@ -48,7 +58,7 @@ def test_many_models_share_a_figure():
         plt.close("all")
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", MEASURED)
 def test_every_figure_says_what_to_see(name):
     """A caption from its docstring, and a takeaway with numbers of the run: others if the numbers are others."""
     spec = figures.FIGURES[name]

@@ -18,9 +18,11 @@ from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.speed import Load
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.studies import work as work_module
+from llmdrop_utils.studies.ablations import work as ablations_module
 from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.sizes_and_causes import work as causes_module
 from llmdrop_utils.studies.speedup import loads
+from llmdrop_utils.studies.take_away import work as served_module
 from llmdrop_utils.studies.work import Work
 
 TOKENS = torch.arange(12).view(3, 4)
@@ -53,6 +55,7 @@ EXEMPT = {
     ("TaskWork", "members"): IN_FINGERPRINT,
     ("TaskWork", "num_fewshot"): IN_FINGERPRINT,
     ("TaskWork", "limit"): IN_FINGERPRINT,
+    ("ContinuationWork", "corpus"): TOLD_BY_TOKENS,
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
 }
 # Fields of which both is right: what they decide is in the key by itself (tokens, identity), and may be there a second time.
@@ -60,7 +63,7 @@ EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
 
 VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
     "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
-    "limit": 10,
+    "limit": 10, "contexts": (4, 8),
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
@@ -85,7 +88,8 @@ LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
 def machine(monkeypatch):
     """A machine and libraries that tests can change: returns them."""
     code = dict(MACHINE) | {"versions": dict(LIBRARIES)}
-    monkeypatch.setattr(loads, "code_provenance", lambda: code)
+    for module in (loads, ablations_module, served_module):
+        monkeypatch.setattr(module, "code_provenance", lambda: code)
     return code
 
 
@@ -187,7 +191,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 7
+    assert len(set(found)) == len(found) == 11
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,10 @@ def test_kinds_of_values_are_apart():
         ("SpeedWork", loads, "VERSION"),
         ("CausesWork", causes_module, "VERSION"),
         ("RankWork", causes_module, "VERSION"),
+        ("OrderWork", ablations_module, "VERSION"),
+        ("ContinuationWork", ablations_module, "TEXT_VERSION"),
+        ("CheckpointWork", served_module, "VERSION"),
+        ("ServedWork", served_module, "VERSION"),
     ],
 )
 def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant):
@@ -210,12 +218,14 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
+ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork"}
 
 
 @pytest.mark.parametrize(
     ("package", "old", "new", "changed"),
     [
         ("lm_eval", "0.4.9", "0.4.10", {"TaskWork"}),
+        ("cyllama", "0.2.18", "0.2.19", {"ServedWork"}),
         ("transformers", "5.17.0", "6.0.0", ALL),
         ("transformers", "5.17.0", "5.18.0", set()),  # the same code, rounding apart; times have the exact version (below)
     ],
@@ -247,7 +257,8 @@ def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
 def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
     before = {cls: addresses(build(cls)) for cls in classes()}
     machine |= change
-    assert [cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]] == ["SpeedWork"]
+    timed = {"SpeedWork", "OrderWork"} | (set() if "gpus" in change else {"ServedWork"})  # llama.cpp runs on the CPU
+    assert {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]} == timed
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
