@@ -40,6 +40,7 @@ KINDS = {  # what llmdrop writes itself; llama.cpp's quantiser makes the others 
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
 PAD = 256  # width of an MLP of zeros: rows of K-quants are multiples of it
+ROW = 32  # numbers that share a scale in Q4_0 and Q4_1; for other kinds llama.cpp's quantiser has something to fall back to
 LIMITS = {"F16": 0.001, "BF16": 0.005, "Q8_0": 0.05}  # nats of divergence
 ROUGH = 0.5  # nats, with fewer bits
 
@@ -95,6 +96,9 @@ def check_supported(model: nn.Module, plan: DropPlan, kind: str) -> None:
         no(f"its rotary positions are scaled ({config.rope_parameters['rope_type']}), which was not tried")
     if config.model_type != "qwen2" and getattr(config, "attention_bias", False):
         no("the output projection of its attention has a bias")
+    rows = {config.hidden_size, config.intermediate_size, config.num_attention_heads * head_size(config)}
+    if kind in ("Q4_0", "Q4_1") and (odd := sorted(n for n in rows if n % ROW)):
+        no(f"its rows of {odd[0]} numbers are no multiple of {ROW}, which {kind} wants")
     for place, layer, linear in plan.maps:
         if place == "mlp":
             no(f"a linear map stands for the MLP of layer {layer}, for which there is no place")

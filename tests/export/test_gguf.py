@@ -243,6 +243,8 @@ def test_models_that_cannot_be_compared(tmp_path):
     model = model.float()
     with dropped(model, DropPlan(mlp=(1,))), pytest.raises(LLMDropError, match="lacks sub-layers already"):
         export_gguf(model, tokenizer, DropPlan(mlp=(1,)), tmp_path / "out.gguf")
+    with pytest.raises(LLMDropError, match="its rows of 48 numbers are no multiple of 32, which Q4_1 wants"):
+        export_gguf(model, tokenizer, DropPlan(mlp=(1,)), tmp_path / "out.gguf", "Q4_1")
     with pytest.raises(LLMDropError, match=r"no GGUF kind 'Q3'. There are: F32, F16, BF16, Q8_0, Q4_0"):
         export_gguf(model, tokenizer, DropPlan(), tmp_path / "out.gguf", "Q3")
 

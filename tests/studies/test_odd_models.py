@@ -41,7 +41,7 @@ LESS = {
         "prompt": 8,
         "new_tokens": 4,
     },
-    "take_away": {"n_drop": [2], "steps": 2, "new_tokens": 4},
+    "take_away": {"kinds": ["F16"], "n_drop": [2], "steps": 2, "new_tokens": 4},
     "stages": {"seeds": 1, "corpus": "random-words", "n_samples": 2, "text_samples": 2, "seq_len": 32},
 }
 NOTEBOOKS = {path.stem: path for path in sorted(files.NOTEBOOKS.glob("*.ipynb"))}
