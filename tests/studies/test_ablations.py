@@ -32,7 +32,7 @@ SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
 
 
 def order(method="one-shot", kind="attention", n=6, seed=0, samples=2):
-    tokens = torch.arange(3, 3 + 16 * samples).view(samples, 16) % 90
+    tokens = torch.arange(3, 3 + 16 * samples).view(samples, 16) % 251  # no two samples begin alike
     return OrderWork(**SHARED, tokens=tokens, batch_size=2, kind=kind, method=method, n_drop=n, seed=seed)
 
 
@@ -49,7 +49,9 @@ def test_an_order_and_what_it_took():
     assert cosine["passes"] == pytest.approx(1.0)
     assert cosine["seconds"] > 0
     (change,) = order("output change", samples=64).measure(model, None, lambda _: None)
-    assert 4.2 < change["passes"] < 5.5, "1 + (6 + 5 + 4 + 3 + 2 + 1) / 6, and a few tokens to see what can be shared"
+    # The dense model, and layers from the dropped one on, without its attention: 1 + (5.5 + 4.5 + 3.5 + 2.5 + 1.5 + 0.5) / 6
+    # passes of the 15 tokens of each sample that predict one, and a few tokens to see what can be shared.
+    assert 4 * 15 / 16 < change["passes"] < 4.3
     (nothing,) = order("reverse order", "mlp", 3).measure(model, None, lambda _: None)
     assert (nothing["layers"], nothing["passes"]) == ([5, 4, 3], 0.0)
     with counted_passes(model, 8) as passes, torch.no_grad():

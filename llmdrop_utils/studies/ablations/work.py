@@ -18,7 +18,7 @@ from ...measure.importance import measure_importance
 from ...measure.scoring import score
 from ...measure.taylor import VERSION as TAYLOR_VERSION
 from ...measure.text import VERSION as TEXT_VERSION
-from ...models.families import find_anatomy
+from ...models.families import find_anatomy, stream_of
 from ...selection.methods import Context, select_by
 from ...sources.texts import fingerprint
 from ..profile import section
@@ -65,7 +65,8 @@ class OrderWork(Work):
         code = code_provenance()
         machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}  # seconds are among what is stored
         more = {"tokens": fingerprint(self.tokens), "kind": self.kind, "method": self.method, "n_drop": self.n_drop,
-                "seed": self.seed, "batch_size": self.batch_size, "machine": machine, "measures": MEASURES}  # fmt: skip
+                "seed": self.seed, "batch_size": self.batch_size, "machine": machine, "measures": MEASURES,
+                "passes": "of sub-layers"}  # fmt: skip
         return [self._key("order", VERSION, **more)]
 
     @property
@@ -93,14 +94,17 @@ class OrderWork(Work):
 
 @contextlib.contextmanager
 def counted_passes(model: torch.nn.Module, n_tokens: int) -> Iterator[list[float]]:
-    """Yields [how often `n_tokens` tokens went through all layers of the model]; through half of the layers counts as half."""
+    """Yields [how often `n_tokens` tokens went through the whole model]; attention and MLP of each layer count as much.
+
+    It is seen at these modules: what several plans share, and what is dropped, is not computed and does not count.
+    """
     anatomy, passes = find_anatomy(model), [0.0]
 
     def count(module, args, kwargs):
-        states = args[0] if args else kwargs["hidden_states"]
-        passes[0] += states.shape[:-1].numel() / n_tokens / len(anatomy)
+        passes[0] += stream_of(args, kwargs).shape[:-1].numel() / n_tokens / (2 * len(anatomy))
 
-    handles = [layer.block.register_forward_pre_hook(count, with_kwargs=True) for layer in anatomy.layers]
+    modules = [module for layer in anatomy.layers for module in (layer.attention, layer.mlp)]
+    handles = [module.register_forward_pre_hook(count, with_kwargs=True) for module in modules]
     try:
         yield passes
     finally:
