@@ -176,9 +176,7 @@ def _ablations(profile: dict, model: str, shape: Shape) -> list[Piece]:
     text = text | {"n_samples": min(text["n_samples"], part["text_samples"])}
     asked = (methods + 2) * sum(n < shape.layers for n in part["task_n"])  # and two ways to choose MLPs
     on_tasks = _tasks(profile["tasks"] | {"limit": part["task_limit"]}, model, shape, asked, "methods")
-    rankings = (
-        f"rankings: {methods} methods on {part['n_samples']:,} x {seq_len:,} tokens, as {tokens / 1e3:,.0f} thousand in a pass"
-    )
+    rankings = f"rankings: {methods} methods on {part['n_samples']:,} x {seq_len:,} tokens, {tokens / 1e6:.2g} M in all"
     continued = text | {"seq_len": part["prompt"] + part["new_tokens"]}
     return [
         Piece(("rankings", model), "text", shape, rankings, 0, tokens),
