@@ -29,7 +29,12 @@ def text_means(rows: np.ndarray, weights: np.ndarray, seed: int = 0) -> np.ndarr
 
 def text_interval(draws: np.ndarray, n_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of what was made from `text_means` of so many samples."""
-    return interval(draws, n_samples / block_length(n_samples))
+    return interval(draws, independent(n_samples))
+
+
+def independent(n_samples: int) -> float:
+    """How many independent draws so many samples of one text count as."""
+    return n_samples / block_length(n_samples)
 
 
 def bootstrap_means(rows: np.ndarray, weights: np.ndarray, seed: int = 0, block: int = 1) -> np.ndarray:

@@ -109,6 +109,11 @@ class Comparison:
         return f"{self.what} {number(self.value)}{ends}"
 
 
+def exactly(what: str, ratio: float, tolerance: float = 0.0) -> Comparison:
+    """A ratio of counts that is to be one. A count has no interval: it is one or it is not."""
+    return Comparison(what, ratio, ratio, ratio, at_least=1 - tolerance, at_most=1 + tolerance, form=".4f")
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a check has to say of one model."""

@@ -13,7 +13,7 @@ from ..measure.taylor import measure_taylor
 from ..measure.text import score_text
 from ..measure.weights import has_plain_queries, query_key_norm, weight_norm
 from ..models.families import Anatomy, family_of, find_anatomy
-from .methods import Context, available_layers, by_order, method
+from .methods import Context, as_plan, available_layers, by_order, method
 from .ranking import check_count, check_kind
 
 Criterion = Callable[[Context, str], np.ndarray]  # context, kind -> float64 (n_layers,)
@@ -109,7 +109,7 @@ def obstacle_to(name: str, model: nn.Module) -> str | None:
 
 @method("greedy KL")
 def select_greedily(context: Context, kind: str, n_drop: int) -> DropPlan:
-    """Drop the layer whose loss moves the next-token distribution least from the dense model's, then the next, and so on.
+    """Drop the layer without which the next-token distribution moves least from the dense model's, then the next, and so on.
 
     Looks at every layer that is left at every step: about n x (n_layers - n / 2) / 2 forward passes, since plans share the
     layers below the first one where they differ.
@@ -123,8 +123,3 @@ def select_greedily(context: Context, kind: str, n_drop: int) -> DropPlan:
         divergence = score_text(context.model, context.tokens, [DropPlan(), *tried]).kl[1:].mean(1)
         chosen.append(candidates.pop(int(divergence.argmin())))
     return by_order(context, kind, n_drop, chosen)
-
-
-def as_plan(kind: str, layers: tuple[int, ...]) -> DropPlan:
-    """The plan that drops this kind in these layers."""
-    return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else ())

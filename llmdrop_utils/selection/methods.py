@@ -205,5 +205,10 @@ def _shuffled(n_layers: int, seed: int) -> list[int]:
 def _by_layer(order: list[int], n_layers: int, kind: str, n_drop: int) -> DropPlan:
     check_kind(kind, KINDS)
     n_drop = check_count(n_drop, len(order), kind)
-    layers = tuple(order[:n_drop])
-    return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else (), n_layers)
+    return dataclasses.replace(as_plan(kind, order[:n_drop]), n_layers=n_layers)
+
+
+def as_plan(kind: str, layers: Iterable[int]) -> DropPlan:
+    """The plan that drops this kind in these layers; a block is both of its parts."""
+    layers = tuple(layers)
+    return DropPlan(layers if kind != "mlp" else (), layers if kind != "attention" else ())

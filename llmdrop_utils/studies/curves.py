@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .curve_rows import (
 )
 from .profile import Calibration, CountsByKind, section
 from .run import Run, fitting_length, identity_of, importance_work
-from .work import DENSE, DENSE_CELL, Cell, ImportanceWork, TaskWork, TextWork, Work
+from .work import DENSE, DENSE_CELL, Cell, ImportanceWork, PlansWork, TaskWork, TextWork, Work
 
 SINGLE = ("attention", "mlp", "block")
 
@@ -78,8 +78,7 @@ class Measured:
     @functools.cached_property
     def text(self) -> TextValues:
         """Values of held-out text, in all cells."""
-        values = self._values(self.text_work)
-        rows = [values[plan.key] for plan in self.plans.values()]
+        rows = under_plans(self.run, self.text_work, self.plans.values())
         column = lambda name: np.array([row[name] for row in rows]).T  # noqa: E731
         return TextValues(list(self.plans), column("nll"), column("hits"), column("kl"))
 
@@ -91,14 +90,7 @@ class Measured:
     @functools.cached_property
     def tasks(self) -> list[TaskValues]:
         """Values of each task, in `task_cells`."""
-        found = []
-        for seed, item in enumerate(self.task_work):
-            values = self._values(item)
-            rows = [values[self.plans[cell].key] for cell in self.task_cells]
-            metric = metric_of(item.task, rows[0]["metrics"])
-            scores = np.array([row["metrics"][metric] for row in rows]).T
-            found.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
-        return found
+        return task_values(self.run, self.task_work, [self.plans[cell] for cell in self.task_cells])
 
     def rows(self) -> dict[str, list[dict]]:
         """Rows of all tables that 02 and 03 share, without the column `model`."""
@@ -115,8 +107,22 @@ class Measured:
             "without": without_rows(cells, in_mean(tasks)),
         }
 
-    def _values(self, item: TextWork | TaskWork) -> dict[PlanKey, dict]:
-        return dict(zip((plan.key for plan in item.plans), self.run.values(item), strict=True))
+
+def under_plans(run: Run, item: PlansWork | TaskWork, plans: Iterable[DropPlan]) -> list[dict]:
+    """The stored values of an item under each of these plans; several may be the same."""
+    values: dict[PlanKey, dict] = dict(zip((plan.key for plan in item.plans), run.values(item), strict=True))
+    return [values[plan.key] for plan in plans]
+
+
+def task_values(run: Run, work: Iterable[TaskWork], plans: Sequence[DropPlan]) -> list[TaskValues]:
+    """The scores of each task under each of these plans, in the metric that counts."""
+    found = []
+    for seed, item in enumerate(work):
+        rows = under_plans(run, item, plans)
+        metric = _metric(item.task, rows[0]["metrics"])
+        scores = np.array([row["metrics"][metric] for row in rows]).T
+        found.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
+    return found
 
 
 def collect(
@@ -219,6 +225,6 @@ def task_work(
     ]  # fmt: skip
 
 
-def metric_of(task: str, metrics: dict) -> str:
+def _metric(task: str, metrics: dict) -> str:
     """The paper's metric; for a task that it does not have, the one that lm-eval lists first."""
     return known_tasks().get(task, {}).get("metric") or next(iter(metrics))

@@ -112,6 +112,14 @@ class Run:
         """What an item measured."""
         return Importance.from_json(self.values(item)[0], item.model.identity)
 
+    def scores(self, model: LocatedModel, corpus: str) -> Importance | None:
+        """Importance on the samples that the profile calibrates on, which notebook 01 measures; None if it could not be had."""
+        (item,) = importance_work(model, [corpus], self.profile)
+        self.measure([item], force=False)
+        if model.name in self.not_run:
+            return None
+        return self.importance(item).first(self.section(Calibration).n_samples)
+
     def write(self, tables: dict[str, list[dict] | pd.DataFrame], work: Iterable[Work], more: Sequence[dict] = ()) -> Tables:
         """Write the tables, as declared, and the provenance of all items (and of what else there is) to the run's folder."""
         declared = {**self.tables, **NOT_RUN}

@@ -75,9 +75,10 @@ class Work:
         """What the provenance of a value says beside model, machine and code."""
         raise NotImplementedError
 
-    def only(self, missing: list[int]) -> "Work":
-        """The same for some of the values."""
-        return self
+    def only(self, missing: list[int]) -> Self:
+        """The same for some of the values: under those of its plans, if it has plans."""
+        plans = getattr(self, "plans", None)
+        return self if plans is None else dataclasses.replace(self, plans=tuple(plans[i] for i in missing))  # type: ignore[call-arg]
 
     def measure(self, model: torch.nn.Module, tokenizer, update: Callable[[float], None]) -> list[dict]:
         """The values, in the order of `keys`; `update` is called with the number of tokens newly done."""
@@ -118,9 +119,6 @@ class PlansWork(CorpusWork):
     @property
     def tokens_to_pass(self) -> int:
         return self.tokens.numel() * len(self.plans)
-
-    def only(self, missing: list[int]) -> Self:
-        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
 
     def _keys(self, measurement: str, version: int) -> list[dict]:
         tokens = fingerprint(self.tokens)
@@ -190,9 +188,6 @@ class TaskWork(Work):
     @property
     def about(self) -> dict:
         return {"task": self.task, "num_fewshot": self.num_fewshot, "limit": self.limit}
-
-    def only(self, missing: list[int]) -> "TaskWork":
-        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         done = lambda share: update(share * self.tokens_to_pass)  # noqa: E731

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from llmdrop_utils import DropPlan
+from llmdrop_utils import DropPlan, load_model, load_profile, load_tokens, score_text, select_last
+from llmdrop_utils.base import files
 from llmdrop_utils.measure.importance import Importance
+from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.locate import locate_model
 from llmdrop_utils.report.rules import DEVIATES, INCONCLUSIVE, REPRODUCED
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.tables import frame
 from llmdrop_utils.report.verdicts import ADVICE, load_claims, verdict_of
+from llmdrop_utils.selection.methods import as_plan
 from llmdrop_utils.studies.ablations import rows
 from llmdrop_utils.studies.ablations.rows import (
     SAME_SAMPLES,
@@ -21,11 +24,13 @@ from llmdrop_utils.studies.ablations.rows import (
     block_rows,
     calibration_rows,
     method_rows,
+    n_parameters,
 )
-from llmdrop_utils.studies.ablations.study import TABLES, at_least, n_parameters, paper_rows, parameters_of
-from llmdrop_utils.studies.ablations.work import ContinuationWork, OrderWork, counted_passes, plan_of_order
-from llmdrop_utils.studies.run import NOT_RUN
-from llmdrop_utils.studies.work import TextWork
+from llmdrop_utils.studies.ablations.study import TABLES, at_least, paper_rows, parameters_of
+from llmdrop_utils.studies.ablations.work import ContinuationWork, OrderWork, counted_passes
+from llmdrop_utils.studies.curves import Text
+from llmdrop_utils.studies.profile import Calibration
+from llmdrop_utils.studies.run import NOT_RUN, STUDIES
 
 MODEL = locate_model("tiny-llama")
 SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
@@ -41,8 +46,6 @@ def order(method="one-shot", kind="attention", n=6, seed=0, samples=2):
 
 def test_an_order_and_what_it_took():
     """Cosine takes one pass; a layer less at a time about half of one for each of six layers, and one for the dense model."""
-    from llmdrop_utils import load_model
-
     model, _ = load_model("tiny-llama", torch.float32)
     (cosine,) = order().measure(model, None, lambda _: None)
     assert sorted(cosine["layers"]) == list(range(6))
@@ -67,8 +70,6 @@ def test_keys_of_orders():
 
 def test_continuations_are_the_dense_model_s_own():
     """Under the dense plan every token stays; without layers some change, and their divergence is above zero."""
-    from llmdrop_utils import load_model
-
     model, _ = load_model("tiny-llama", torch.float32)
     plans = (DropPlan(), DropPlan((0, 1, 2, 3, 4), (0, 1, 2)))
     work = ContinuationWork(**SHARED, corpus="c", tokens=torch.arange(3, 19).view(2, 8), plans=plans, new_tokens=5)
@@ -92,7 +93,7 @@ def scores():
 
 def test_equal_parameters():
     """Attention of tiny-llama has 3 x 1,024 weights and a norm of 32, its MLP 3 x 2,048 and a norm."""
-    parameters = parameters_of(MODEL)
+    parameters = parameters_of(model_of_shape(MODEL, torch.float32, "meta"), 6)
     assert parameters == {"attention": 32 * 96 + 32, "mlp": 3 * 32 * 64 + 32}
     one = DropPlan((0,), (0,))
     assert n_parameters(one, parameters) == 3104 + 6176
@@ -103,9 +104,9 @@ def test_equal_parameters():
 
 
 def test_plans_of_an_order():
-    assert plan_of_order((4, 2, 1), "attention", 2) == DropPlan((4, 2))
-    assert plan_of_order((4, 2, 1), "mlp", 1) == DropPlan((), (4,))
-    assert plan_of_order((4, 2, 1), "block", 1) == DropPlan((4,), (4,))
+    assert as_plan("attention", (4, 2)) == DropPlan((4, 2))
+    assert as_plan("mlp", [4]) == DropPlan((), (4,))
+    assert as_plan("block", [4]) == DropPlan((4,), (4,))
 
 
 # ---- estimates ------------------------------------------------------------------------------------------------------------
@@ -184,13 +185,13 @@ def test_holm_takes_all_comparisons_together():
     assert [row["outcome"] for row in two] == ["better", "better"]
 
 
-def test_text_counts_down():
-    """Nats per token of 2 and 4 are a value of -3."""
-    plan = DropPlan((1,))
-    work = TextWork(**SHARED, corpus="c", tokens=torch.ones(2, 4, dtype=torch.long), plans=(plan,))
-    found = rows.values_of(work, [{"nll": [2.0, 4.0]}], {COSINE_8: plan})
-    assert found.means.tolist() == [-3.0]
-    assert found.draws.min() >= -4
+def test_text_is_of_neighbouring_samples():
+    """Of 32 samples five neighbours are drawn together, so they count as 6.4; means are those of the columns."""
+    rows_of_text = np.column_stack([np.full(32, 3.0), np.arange(32)])
+    found = rows.of_text([COSINE_8, RANDOM[0]], rows_of_text)
+    assert found.means.tolist() == [3.0, 15.5]
+    assert found.n == pytest.approx(6.4)
+    assert np.ptp(found.draws[:, 0]) == pytest.approx(0)
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------------
@@ -243,6 +244,40 @@ def test_the_paper_s_rows():
     assert found["Mistral-7B", "attention", "random", 12] == 39.4
     assert found["Mistral-7B", "attention", "reverse order", 12] == 61.5
     assert len(found) == 20 + 12
+
+
+# ---- the whole study ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The profile smoke on its model of six layers, with a number for tasks that the model does not have."""
+    profile = load_profile("smoke").replacing(ablations={"task_n": [8], "methods": ["reverse order", "random"], "stepwise": []})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "RESULTS", tmp_path_factory.mktemp("results"))
+        return STUDIES["04_ablations"](profile)
+
+
+def test_what_the_study_writes_is_what_was_measured(measured):
+    """The value of text is minus the loss on the first samples after those of the calibration."""
+    model, tokenizer = load_model("tiny-llama", torch.float32)
+    smoke = load_profile("smoke")
+    calibration, text = smoke.section(Calibration), smoke.section(Text)
+    read = max(calibration.n_samples, *calibration.sample_counts) * calibration.seq_len
+    held_out = load_tokens("random-words", tokenizer, -(-read // text.seq_len) + 4, text.seq_len)[-4:]
+    found = measured["quality"].set_index(["kind", "method", "n", "measure"])["value"]
+    for n in (2, 3):
+        plan = select_last(6, "attention", n)
+        loss = score_text(model, held_out, [plan]).nll.mean()
+        assert found["attention", "reverse order", n, "text"] == pytest.approx(-loss, rel=1e-4)
+        assert 0 <= found["attention", "reverse order", n, "continuation"] <= 1
+
+
+def test_numbers_that_the_model_does_not_have_are_left_out(measured):
+    assert set(measured["quality"]["measure"]) == {"text", "continuation"}
+    assert measured["tasks"].empty
+    assert len(measured["not_run"]) == 0
+    assert "at once: " in ADVICE["04_ablations"](measured)
 
 
 # ---- rules, figures, advice -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from llmdrop_utils.models.locate import LocatedModel, locate_model
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.selection.ranking import select
+from llmdrop_utils.studies import run as run_module
 from llmdrop_utils.studies.profile import Profile
 from llmdrop_utils.studies.run import STUDIES, Run
 from llmdrop_utils.studies.speedup import loads
@@ -122,7 +123,7 @@ def test_random_weights_drop_the_last_layers(tiny):
 def test_models_with_scores_drop_what_notebook_02_drops(tiny, monkeypatch):
     generator = np.random.default_rng(0)
     scores = Importance({kind: generator.random((8, 6)) for kind in KINDS}, np.ones(8), {}, "sha256:0")
-    monkeypatch.setattr(loads, "importance_work", lambda model, corpora, calibration: [corpora])
+    monkeypatch.setattr(run_module, "importance_work", lambda model, corpora, calibration: [corpora])
     monkeypatch.setattr(Run, "measure", lambda run, work, force: None)
     monkeypatch.setattr(Run, "importance", lambda run, item: scores)
     run = a_run(calibration={"n_samples": 4}, speed={"n_drop": {"attention": [2], "joint": [4, 12]}, "sweep_n": 2})

@@ -17,7 +17,7 @@ AXES = {
 }
 
 
-def differences(ax: Axes, rows: pd.DataFrame, labels: list[str], column: str, counts: list[int], sign: float = 1.0) -> None:
+def differences(ax: Axes, rows: pd.DataFrame, labels: list[str], column: str, counts: list[int]) -> None:
     """A row for each label, a point with its interval for each number dropped; zero is cosine."""
     step = 0.7 / max(1, len(counts))
     for j, n in enumerate(counts):
@@ -25,9 +25,8 @@ def differences(ax: Axes, rows: pd.DataFrame, labels: list[str], column: str, co
         there = [label for label in labels if label in of_n.index]
         of_n = of_n.loc[there]
         y = np.array([labels.index(label) for label in there]) + (j - (len(counts) - 1) / 2) * step
-        x = sign * of_n["difference"]
-        ends = np.sort(sign * of_n[["difference_low", "difference_high"]].to_numpy(), axis=1)
-        error = np.clip([x - ends[:, 0], ends[:, 1] - x], 0, None)
+        x = of_n["difference"]
+        error = np.clip([x - of_n["difference_low"], of_n["difference_high"] - x], 0, None)
         ax.errorbar(x, y, xerr=error, linestyle="none", marker="o", color=SHADES[j % len(SHADES)], label=f"{n} dropped",
                     elinewidth=0.8, capsize=1.5)  # fmt: skip
     ax.axvline(0, color="0.5", linewidth=0.8)
@@ -45,7 +44,9 @@ def figS24_methods(tables: Tables) -> Drawing:
     models, measures = list(data["model"].unique()), [m for m in AXES if m in set(data["measure"])]
     if not models:
         return nothing_to_show("No method was compared", data)
-    fig, axes = _grid(data, models, measures, "method")
+    height = 0.9 + len(models) * (0.5 + 0.28 * data["method"].nunique())
+    shape = {"figsize": (WIDTH, height), "squeeze": False, "sharey": "row"}
+    fig, axes = plt.subplots(len(models), len(measures), **shape)
     for row, model in zip(axes, models, strict=True):
         of_model = data[data["model"] == model]
         text = of_model[of_model["measure"] == TEXT]
@@ -129,8 +130,3 @@ def figS26_residual(tables: Tables) -> Drawing:
         return f"Perplexity with {rows['n'].max()} layers dropped: {'; '.join(told)}."
 
     return Drawing(fig, data, for_each_model(data, sentence))
-
-
-def _grid(data: pd.DataFrame, models: list[str], measures: list[str], column: str):
-    height = 0.9 + len(models) * (0.5 + 0.28 * data[column].nunique())
-    return plt.subplots(len(models), len(measures), figsize=(WIDTH, height), squeeze=False, sharey="row")

@@ -11,9 +11,7 @@ from scipy.stats import t
 from ...base import stats
 from ...dropping.plan import DropPlan
 from ..curve_rows import TaskValues, in_mean, mean_score
-from ..curves import metric_of
-from ..work import TaskWork, TextWork
-from .work import ContinuationWork, OrderWork, order_of
+from .work import OrderWork, order_of
 
 COSINE = "cosine"  # what tables call the paper's method
 TEXT, TASKS, CONTINUATION = "text", "tasks", "continuation"  # measures: minus nats per token, mean score, share of equal tokens
@@ -92,42 +90,10 @@ class Values:
 # ---- values -------------------------------------------------------------------------------------------------------------
 
 
-def _by_plan(item, values: list[dict]) -> dict:
-    return dict(zip((plan.key for plan in item.plans), values, strict=True))
-
-
-def _of_text(arms: Sequence[Arm], rows: np.ndarray) -> Values:
-    """rows: (n_samples, n_arms); neighbours are drawn together."""
-    independent = len(rows) / stats.block_length(len(rows))
-    return Values(arms, rows.mean(0), stats.text_means(rows, np.ones(len(rows))), independent)
-
-
-def values_of(item: TextWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
-    """Minus the negative log-probability of held-out text, in nats per token."""
-    found = _by_plan(item, values)
-    rows = -np.array([found[plan.key]["nll"] for plan in plans.values()]).T
-    return _of_text(list(plans), rows)
-
-
-def continuation_values(item: ContinuationWork, values: list[dict], plans: Mapping[Arm, DropPlan]) -> Values:
-    """Share of the dense model's own next tokens that stay the most probable. Prompts are neighbours in a text."""
-    found = _by_plan(item, values)
-    rows = np.array([found[plan.key]["same"] for plan in plans.values()]).T
-    return _of_text(list(plans), rows)
-
-
-def task_values(
-    items: Sequence[tuple[TaskWork, list[dict]]], plans: Mapping[Arm, DropPlan], arms: Sequence[Arm]
-) -> list[TaskValues]:
-    """The scores of each task under each arm, in its first metric: the paper's, where it has the task."""
-    tasks = []
-    for seed, (item, values) in enumerate(items):
-        found = _by_plan(item, values)
-        rows = [found[plans[arm].key] for arm in arms]
-        metric = metric_of(item.task, rows[0]["metrics"])
-        scores = np.array([row["metrics"][metric] for row in rows]).T
-        tasks.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
-    return tasks
+def of_text(arms: Sequence[Arm], rows: np.ndarray) -> Values:
+    """A measure of samples of one text, of which neighbours are drawn together. rows: float64 (n_samples, n_arms)."""
+    draws = stats.text_means(rows, np.ones(len(rows)))
+    return Values(arms, rows.mean(0), draws, stats.independent(len(rows)))
 
 
 def mean_of_tasks(tasks: Sequence[TaskValues], arms: Sequence[Arm]) -> Values:
@@ -245,13 +211,18 @@ def calibration_rows(plans: Mapping[Arm, DropPlan], text: Values, varied: Mappin
     return rows
 
 
+def n_parameters(plan: DropPlan, parameters: Mapping[str, int]) -> int:
+    """How many a plan drops. parameters: of one attention and of one MLP."""
+    return sum(len(getattr(plan, kind)) * each for kind, each in parameters.items())
+
+
 def block_rows(plans: Mapping[Arm, DropPlan], text: Values, parameters: Mapping[str, int]) -> list[dict]:
     """What goes in place of n blocks with at least as many parameters; nats per token more than without the blocks."""
     rows = []
     for arm in (arm for arm in plans if arm.kind == "block"):
         found, more = text.estimate(arm.all_seeds), text.estimate(("block", "blocks", arm.n), arm.all_seeds)
-        count = sum(len(getattr(plans[arm], kind)) * each for kind, each in parameters.items())
-        rows.append({"n": arm.n, "arm": arm.method, "sub_layers": plans[arm].n_drop, "parameters": count,
+        rows.append({"n": arm.n, "arm": arm.method, "sub_layers": plans[arm].n_drop,
+                     "parameters": n_parameters(plans[arm], parameters),
                      "perplexity": np.exp(-found.value), "low": np.exp(-found.high), "high": np.exp(-found.low),
                      "difference": more.value, "difference_low": more.low, "difference_high": more.high})  # fmt: skip
     return rows

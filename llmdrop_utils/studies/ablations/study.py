@@ -1,7 +1,9 @@
 """Notebook 04: which method chooses layers, on how much text; whole blocks at equal parameters."""
 
 import dataclasses
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from ...base.errors import NotApplicable
@@ -11,15 +13,16 @@ from ...models.load import load_tokenizer, model_of_shape
 from ...models.locate import LocatedModel
 from ...report.tables import Column, Key, Tables, table
 from ...selection.criteria import obstacle_to
+from ...selection.methods import as_plan
 from ...selection.ranking import drop_sequence, select
 from ...sources.texts import load_tokens
 from .. import paper
 from ..curve_rows import SCORE
-from ..curves import Tasks, Text, rank_layers, task_work, text_work
+from ..curves import Tasks, Text, rank_layers, task_values, task_work, text_work, under_plans
 from ..profile import Calibration
 from ..run import Run, fitting_length, study
 from ..speedup.loads import n_layers_of
-from ..work import ImportanceWork, TaskWork, TextWork, Work
+from ..work import ImportanceWork, PlansWork, TaskWork, TextWork, Work
 from .rows import (
     CONTINUATION,
     COSINE,
@@ -30,16 +33,15 @@ from .rows import (
     agreement_rows,
     block_rows,
     calibration_rows,
-    continuation_values,
     mean_of_tasks,
     method_rows,
+    n_parameters,
+    of_text,
     order_rows,
     quality_rows,
     task_rows,
-    task_values,
-    values_of,
 )
-from .work import Ablations, ContinuationWork, OrderWork, order_of, plan_of_order
+from .work import Ablations, ContinuationWork, OrderWork, order_of
 
 DROPPED = Key("n", "Dropped", "d")
 DIFFERENCE = Column("difference", "Difference", "+.3f", "difference_low", "difference_high")
@@ -83,12 +85,19 @@ class Orders:
 
     item: ImportanceWork
     n_layers: int
+    counts: list[int]  # of layers dropped: those of the profile that the model has
+    parameters: dict[str, int]  # of one attention and of one MLP
     methods: dict[tuple[str, str, int], OrderWork]  # kind, method, seed
     varied: dict[tuple[str, str], OrderWork]  # what is varied, setting
 
     @property
     def model(self) -> LocatedModel:
         return self.item.model
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of whole blocks in a row."""
+        return [work.n_drop for (kind, _, _), work in self.methods.items() if kind == "block"]
 
     @property
     def work(self) -> list[OrderWork]:
@@ -105,10 +114,15 @@ class Tested:
 
     orders: Orders
     plans: dict[Arm, DropPlan]
-    asked: list[Arm]  # for tasks
+    methods: list[Arm]  # those that are compared
+    asked: list[Arm]  # and for tasks
     text: TextWork
     tasks: list[TaskWork]
     continuation: ContinuationWork
+
+    @property
+    def of_attention(self) -> list[Arm]:
+        return [arm for arm in self.methods if arm.kind == "attention"]
 
     @property
     def work(self) -> list[Work]:
@@ -178,52 +192,44 @@ def _orders(run: Run, item: ImportanceWork) -> Orders:
     for corpus in (name for name in run.corpora() if name != item.corpus):
         others = load_tokens(corpus, tokenizer, settings.n_samples, fitting_length(item.model, calibration.seq_len))
         varied["corpus", corpus] = order("one-shot", samples=others[:, :seq_len])
-    return Orders(item, n_layers, orders, varied)
+    return Orders(item, n_layers, counts, parameters_of(shape, n_layers), orders, varied)
 
 
 def _plans(run: Run, orders: Orders) -> dict[Arm, DropPlan]:
     """The plan of every arm."""
-    settings = run.section(Ablations)
-    counts = [n for n in settings.n_drop if n < orders.n_layers]
+    counts, parameters = orders.counts, orders.parameters
     found = {key: order_of(run.values(work)[0]) for key, work in orders.methods.items()}
     run.not_run |= {
         f"{orders.model.name}, {key[1]}": value["reason"]
         for key, work in orders.methods.items() if "reason" in (value := run.values(work)[0])
     }  # fmt: skip
     plans = {
-        Arm(kind, method, n, seed): plan_of_order(order, kind, n)
+        Arm(kind, method, n, seed): as_plan(kind, order[:n])
         for (kind, method, seed), order in found.items()
         for n in counts
         if kind != "block" and n <= len(order)
     }
     for (what, setting), work in orders.varied.items():
         order = order_of(run.values(work)[0])
-        plans[Arm("attention", f"{what} {setting}", max(counts))] = plan_of_order(order, "attention", max(counts))
-    scores = run.importance(orders.item).first(settings.n_samples)
-    parameters = parameters_of(orders.model)
-    for n in (n for n in settings.blocks if n < orders.n_layers):
+        plans[Arm("attention", f"{what} {setting}", max(counts))] = as_plan("attention", order[: max(counts)])
+    scores = run.importance(orders.item).first(run.section(Ablations).n_samples)
+    for n in orders.blocks:
         plans[Arm("block", "blocks", n)] = select(scores, "block", n)
-        plans[Arm("block", "blocks in a row", n)] = plan_of_order(found["block", f"{n} in a row", 0], "block", n)
+        plans[Arm("block", "blocks in a row", n)] = as_plan("block", found["block", f"{n} in a row", 0])
         for kind in ("joint", "attention"):
             if (plan := at_least(select(scores, "block", n), scores, kind, parameters)) is not None:
                 plans[Arm("block", {"joint": "attention and MLP", "attention": "attention alone"}[kind], n)] = plan
     return plans
 
 
-def parameters_of(model: LocatedModel) -> dict[str, int]:
-    """Parameters of one attention and of one MLP, with their norms; of the middle layer."""
-    shape = model_of_shape(model, torch.float32, "meta")
-    middle = n_layers_of(model) // 2
-    count = lambda: sum(p.numel() for p in shape.parameters())  # noqa: E731
+def parameters_of(model: torch.nn.Module, n_layers: int) -> dict[str, int]:
+    """Parameters of one attention and of one MLP of a model, with their norms; of the middle layer."""
+    count = lambda: sum(p.numel() for p in model.parameters())  # noqa: E731
     whole, found = count(), {}
     for kind in ("attention", "mlp"):
-        with skipping(shape, plan_of_order((middle,), kind, 1)):
+        with skipping(model, as_plan(kind, [n_layers // 2])):
             found[kind] = whole - count()
     return found
-
-
-def n_parameters(plan: DropPlan, parameters: dict[str, int]) -> int:
-    return sum(len(getattr(plan, kind)) * each for kind, each in parameters.items())
 
 
 def at_least(budget: DropPlan, scores, kind: str, parameters: dict[str, int]) -> DropPlan | None:
@@ -248,7 +254,7 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
     text = dataclasses.replace(text, tokens=text.tokens[: settings.text_samples])
     of_attention = {plans[arm].key: plans[arm] for arm in methods if arm.kind == "attention"}
     return Tested(
-        orders, plans, asked, text,
+        orders, plans, methods, asked, text,
         tasks=task_work(run, item.model, tasks, [plans[arm] for arm in asked], settings.task_limit),
         continuation=ContinuationWork(**item.identity, corpus=item.corpus, tokens=text.tokens[:, : settings.prompt],
                                       plans=tuple(of_attention.values()), new_tokens=settings.new_tokens),
@@ -257,27 +263,29 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
 
 def _rows(run: Run, tested: Tested) -> dict[str, list[dict]]:
     orders, plans, asked = tested.orders, tested.plans, tested.asked
-    text = values_of(tested.text, run.values(tested.text), plans)
-    found = {key: (work, value) for key, work in orders.methods.items() if (value := run.values(work)[0])["layers"]}
-    tasks = task_values([(work, run.values(work)) for work in tested.tasks], plans, asked) if asked else []
-    methods = [arm for arm in plans if orders.has(arm)]
-    of_attention = {arm: plans[arm] for arm in methods if arm.kind == "attention"}
-    measures = {
-        TEXT: text,
-        CONTINUATION: continuation_values(tested.continuation, run.values(tested.continuation), of_attention),
-    }
+    text = of_text(list(plans), -_samples(run, tested.text, plans.values(), "nll"))
+    of_attention = tested.of_attention
+    continuation = of_text(of_attention, _samples(run, tested.continuation, [plans[arm] for arm in of_attention], "same"))
+    measures = {TEXT: text, CONTINUATION: continuation}
+    tasks = task_values(run, tested.tasks, [plans[arm] for arm in asked]) if asked else []
     if tasks:
         measures[TASKS] = mean_of_tasks(tasks, asked)
+    found = {key: (work, value) for key, work in orders.methods.items() if (value := run.values(work)[0])["layers"]}
     return {
         "models": [{"n_layers": orders.n_layers}],
         "methods": method_rows(found),
         "orders": order_rows(found),
         "agreement": agreement_rows(found),
-        "quality": quality_rows(plans, methods, measures, run.section(Ablations).stepwise),
+        "quality": quality_rows(plans, tested.methods, measures, run.section(Ablations).stepwise),
         "tasks": task_rows(tasks, asked),
         "calibration": calibration_rows(plans, text, orders.varied),
-        "blocks": block_rows(plans, text, parameters_of(orders.model)),
+        "blocks": block_rows(plans, text, orders.parameters),
     }
+
+
+def _samples(run: Run, item: PlansWork, plans: Iterable[DropPlan], name: str) -> np.ndarray:
+    """One of the values of an item, of each sample under each plan: float64 (n_samples, n_plans)."""
+    return np.array([value[name] for value in under_plans(run, item, plans)]).T
 
 
 def paper_rows() -> list[dict]:

@@ -44,15 +44,16 @@ def _beside_cosine(model: str, rows: pd.DataFrame, of: str) -> Finding:
     """Differences from cosine, which are to lie below zero. Where both choose the same layers there is nothing to compare."""
     same = rows["outcome"] == "the same layers"
     compared = [
-        Comparison(f"{r['method']}, {r['n']} of {r['kind']}, minus cosine", *_difference(r), below=0, form="+.3f")
+        Comparison(
+            f"{r['method']}, {r['n']} of {r['kind']}, minus cosine",
+            *triple(r, "difference", "difference_"),
+            below=0,
+            form="+.3f",
+        )
         for r in rows[~same].to_dict("records")
     ]
     told = [*map(str, compared), *(f"{r.method}, {r.n} of {r.kind}: the same layers" for r in rows[same].itertuples())]
     return Finding(model, f"{of}: {'; '.join(told)}", compared)
-
-
-def _difference(row: dict) -> tuple[float, float, float]:
-    return triple(row, "difference", "difference_")
 
 
 @advice("04_ablations")

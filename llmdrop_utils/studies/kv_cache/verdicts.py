@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ...report.rules import Comparison, Finding
+from ...report.rules import Comparison, Finding, exactly
 from ...report.tables import Tables
 from ...report.verdicts import advice, check
 
@@ -11,7 +11,7 @@ from ...report.verdicts import advice, check
 def cache_shrinks_in_proportion(tables: Tables, tolerance: float) -> Iterator[Finding]:
     for row in tables["paper"].itertuples():
         left, dense = row.counted_bytes / 2**30, row.dense_bytes / 2**30
-        printed = _exactly(f"Attn-{row.n}, counted of the paper's number,", left / row.paper_gib, tolerance)
+        printed = exactly(f"Attn-{row.n}, counted of the paper's number,", left / row.paper_gib, tolerance)
         text = f"Attn-{row.n} leaves {left:g} of {dense:g} GiB (the paper prints {row.paper_gib:g})"
         yield Finding(row.model, text, [*_shares(row), printed])
     for model, rows in tables["caches"].groupby("model", sort=False):
@@ -27,14 +27,9 @@ def _shares(row) -> list[Comparison]:
     """A cache counted, against the formula and against the share of the layers that keep theirs."""
     of_layers = row.dense_bytes * (row.n_layers - row.n) / row.n_layers
     return [
-        _exactly(f"Attn-{row.n} of {row.n_layers}, counted of the formula,", row.counted_bytes / row.formula_bytes),
-        _exactly(f"Attn-{row.n} of {row.n_layers}, counted of its share,", row.counted_bytes / of_layers),
+        exactly(f"Attn-{row.n} of {row.n_layers}, counted of the formula,", row.counted_bytes / row.formula_bytes),
+        exactly(f"Attn-{row.n} of {row.n_layers}, counted of its share,", row.counted_bytes / of_layers),
     ]
-
-
-def _exactly(what: str, ratio: float, tolerance: float = 0.0) -> Comparison:
-    """A count has no interval: the ratio is one or it is not."""
-    return Comparison(what, ratio, ratio, ratio, at_least=1 - tolerance, at_most=1 + tolerance, form=".4f")
 
 
 @advice("06_kv_cache")

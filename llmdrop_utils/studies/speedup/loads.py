@@ -17,8 +17,8 @@ from ...models.locate import LocatedModel, locate_available, locate_model
 from ...selection.methods import select_last
 from ...selection.ranking import drop_sequence, select
 from ...sources.catalogue import catalogue
-from ..profile import Calibration, CountsByKind, Profile, section
-from ..run import Run, identity_of, importance_work
+from ..profile import CountsByKind, Profile, section
+from ..run import Run, identity_of
 from ..work import DENSE, Cell, Work
 
 
@@ -73,11 +73,8 @@ def plans_of(run: Run, model: LocatedModel, corpora: list[str]) -> dict[Cell, Dr
         n_layers = n_layers_of(model)
         cells = [cell for cell in cells if cell.kind in KINDS and cell.n < n_layers]  # a joint ranking needs scores
         return {cell: select_last(n_layers, cell.kind, cell.n) for cell in cells}
-    (item,) = importance_work(model, corpora[:1], run.profile)
-    run.measure([item], force=False)  # notebook 01 has measured it already
-    if model.name in run.not_run:
+    if (scores := run.scores(model, corpora[0])) is None:
         return {}
-    scores = run.importance(item).first(run.section(Calibration).n_samples)
     return {cell: select(scores, cell.kind, cell.n) for cell in cells if cell.n < len(drop_sequence(scores, cell.kind))}
 
 
@@ -168,9 +165,6 @@ class SpeedWork(Work):
     @property
     def about(self) -> dict:
         return dataclasses.asdict(self.load) | {"repeats": self.repeats}
-
-    def only(self, missing: list[int]) -> "SpeedWork":
-        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         load, plans = self.load, (DENSE, *self.plans)

@@ -1,11 +1,11 @@
 """Notebook 05: how much faster models get, what that costs, and what bytes and operations would give."""
 
 import pandas as pd
+import torch
 
 from ...base.errors import NotApplicable, NotAvailable
 from ...base.provenance import code_provenance
 from ...dropping.plan import DropPlan
-from ...models.load import default_dtype
 from ...models.locate import LocatedModel
 from ...report.tables import Column, Key, Tables, table
 from .. import paper
@@ -112,7 +112,7 @@ def speedup(run: Run) -> Tables:
         "crossover": crossover_rows(timings, settings.sweep_n),
         "limits": limit_rows(values),
         "paper": [{"model": m.name} | row for m in located for row in paper.rows_for(m) if "speedup" in row["what"].lower()],
-        "models": [{"model": m.name, "n_layers": n_layers_of(m)} | _where_timed() for m in located],
+        "models": [{"model": m.name, "n_layers": n_layers_of(m)} | where_timed(run.profile.dtype) for m in located],
     }
     return run.write(tables, work)
 
@@ -160,7 +160,8 @@ def limit_rows(values: dict[str, list[dict]]) -> list[dict]:
     ]
 
 
-def _where_timed() -> dict[str, str]:
-    code, dtype = code_provenance(), default_dtype()
+def where_timed(dtype: torch.dtype) -> dict[str, str]:
+    """The device, and the dtype that models are in."""
+    code = code_provenance()
     device = code["gpus"][0] if code["gpus"] else f"{code['processor']}, {code['cpu_threads']} threads"
     return {"device": device, "dtype": str(dtype).removeprefix("torch.")}

@@ -27,7 +27,7 @@ def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Find
             yield Finding(model, reason)
             continue
         # A noisy timing has no say, whichever way it points.
-        counts = _is_judged(half)
+        counts = is_judged(half)
         compared = [
             Comparison(row["backend"], *triple(row, "speedup", "speedup_"), at_least=speedup, unit="repeats")
             for row in half[counts].to_dict("records")
@@ -37,7 +37,7 @@ def half_of_attention_is_faster(tables: Tables, speedup: float) -> Iterator[Find
         yield Finding(model, text, compared, enough="one")
 
 
-def _is_judged(timings: pd.DataFrame) -> pd.Series:
+def is_judged(timings: pd.DataFrame) -> pd.Series:
     """Timings that a rule may rest on: not noisy, and of so many repeats that their interval covers 95 %."""
     return ~timings["noisy"].astype(bool) & (timings["level"] >= LEVEL)
 

@@ -21,9 +21,10 @@ from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import select
 from ...sources.texts import fingerprint_tokenizer, load_tokens
 from ..profile import Calibration, Profile
-from ..run import Run, identity_of, importance_work, study
+from ..run import Run, identity_of, study
 from ..speedup.generation import Timed, read_timings
 from ..speedup.loads import Speed, SpeedWork, n_layers_of
+from ..speedup.study import where_timed
 from ..work import DENSE, Cell
 from .work import CheckpointWork, ServedWork, TakeAway
 
@@ -116,13 +117,17 @@ def take_away(run: Run) -> Tables:
     run.measure(timed)
     checkpoints, served, timed = run.measured(checkpoints), run.measured(served), run.measured(timed)
     in_torch = [each for item in timed for each in read_timings(item, run.values(item), _cells(plans[item.model.name]))]
+    versions = {"torch": code_provenance()["versions"]["torch"], "llama_cpp": importlib.metadata.version("cyllama")}
     tables = {
         "files": [row for several in (checkpoints, served) for i in several for row in file_rows(i, run.values(i))],
         "caches": [row for item in served for row in cache_rows(item, run.values(item))],
         "gate": [row for item in served for row in gate_rows(item, run.values(item))],
         "speed": [*map(torch_row, in_torch)] + [row for i in served for row in served_rows(i, run.values(i), in_torch)],
         "answers": [row for item in served for row in answer_rows(item, run.values(item))],
-        "models": [{"model": model.name, "n_layers": n_layers_of(model)} | _where(run.profile) for model in located],
+        "models": [
+            {"model": model.name, "n_layers": n_layers_of(model)} | where_timed(run.profile.dtype) | versions
+            for model in located
+        ],
     }
     return run.write(tables, [*checkpoints, *served, *timed])
 
@@ -132,12 +137,9 @@ def take_away(run: Run) -> Tables:
 
 def plans_of(run: Run, model: LocatedModel) -> dict[int, DropPlan]:
     """The least important attention layers, by their number; without those counts that the model does not have."""
-    corpora = run.section(Calibration).corpora
-    (item,) = importance_work(model, corpora[:1], run.profile)
-    run.measure([item], force=False)  # notebook 01 has measured it already
-    if model.name in run.not_run:
+    scores = run.scores(model, run.section(Calibration).corpora[0])
+    if scores is None:
         return {}
-    scores = run.importance(item).first(run.section(Calibration).n_samples)
     return {n: select(scores, "attention", n) for n in run.section(TakeAway).n_drop if n < n_layers_of(model)}
 
 
@@ -252,10 +254,3 @@ def served_rows(item: ServedWork, values: list[dict], in_torch: list[Timed]) -> 
 def _rate(row: dict) -> dict:
     """With tokens per second: of a prompt all, of a decode step one."""
     return row | {"tokens_per_second": (row["context"] if row["what"] == "prefill" else 1) / row["seconds"]}
-
-
-def _where(profile: Profile) -> dict[str, str]:
-    code = code_provenance()
-    device = code["gpus"][0] if code["gpus"] else f"{code['processor']}, {code['cpu_threads']} threads"
-    return {"device": device, "dtype": str(profile.dtype).removeprefix("torch."), "torch": code["versions"]["torch"],
-            "llama_cpp": importlib.metadata.version("cyllama")}  # fmt: skip

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from ...base.stats import LEVEL
-from ...report.rules import Comparison, Finding
+from ...report.rules import Comparison, Finding, exactly
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
+from ..speedup.verdicts import is_judged
 
 OF_16_BITS = ("llama.cpp F16", "llama.cpp BF16")  # as many bytes for weights as for the cache, as in torch
 
@@ -17,13 +17,13 @@ def smaller_by_what_is_dropped(tables: Tables) -> Iterator[Finding]:
     files, caches = (tables[name].query("n > 0") for name in ("files", "caches"))
     for model, rows in files.groupby("model", sort=False):
         compared = [
-            _exactly(
+            exactly(
                 f"{r.file} without {r.n}, bytes saved of bytes dropped,", (r.saved_bytes + r.stand_in_bytes) / r.dropped_bytes
             )
             for r in rows.itertuples()
         ]
         compared += [
-            _exactly(f"{r.file} without {r.n}, cache counted of the formula,", r.counted_bytes / r.formula_bytes)
+            exactly(f"{r.file} without {r.n}, cache counted of the formula,", r.counted_bytes / r.formula_bytes)
             for r in caches[caches["model"] == model].itertuples()
         ]
         ratios = [comparison.value for comparison in compared]
@@ -33,18 +33,12 @@ def smaller_by_what_is_dropped(tables: Tables) -> Iterator[Finding]:
         yield Finding(model, f"{told}: {min(ratios):.6f} to {max(ratios):.6f}", compared)
 
 
-def _exactly(what: str, ratio: float) -> Comparison:
-    """A count has no interval: the ratio is one or it is not."""
-    return Comparison(what, ratio, ratio, ratio, at_least=1, at_most=1, form=".6f")
-
-
 @check
 def faster_in_another_runtime(tables: Tables, share: float) -> Iterator[Finding]:
     speed = tables["speed"]
     timed = speed[(speed["n"] > 0) & speed["runtime"].isin(OF_16_BITS)]
     for model, rows in timed.groupby("model", sort=False):
-        # A noisy timing has no say, whichever way it points.
-        judged = rows[~rows["noisy"].astype(bool) & (rows["level"] >= LEVEL)]
+        judged = rows[is_judged(rows)]
         compared = [_of_predicted(row, share) for row in judged.to_dict("records")]
         left = len(rows) - len(judged)
         told = f"; {left} not judged (noisy, or too few repeats)" if left else ""

@@ -45,9 +45,6 @@ class FileWork(Work):
 
     plans: tuple[DropPlan, ...]
 
-    def only(self, missing: list[int]) -> "FileWork":
-        return dataclasses.replace(self, plans=tuple(self.plans[i] for i in missing))
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointWork(FileWork):
