@@ -100,6 +100,8 @@ def test_equal_parameters():
     assert at_least(one, scores(), "attention", parameters).attention == (0, 1, 2)  # 3 x 3,104 are 9,312 of 9,280
     joint = at_least(one, scores(), "joint", parameters)
     assert (joint.attention, joint.mlp) == ((0, 1), (0,))  # 2 x 3,104 + 6,176 are 12,384; without the MLP too few
+    four = at_least(DropPlan((0, 1, 2, 3)), scores(), "joint", parameters)  # 12,384 are too few for 4 x 3,104
+    assert (four.attention, four.mlp) == ((0, 1, 2), (0,))
     assert at_least(DropPlan(tuple(range(3)), tuple(range(3))), scores(), "attention", parameters) is None
 
 
@@ -199,6 +201,7 @@ def test_text_is_of_neighbouring_samples():
 
 def orders():
     found = {"cosine": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), "Taylor": (9, 8, 7, 6, 5, 4, 3, 2, 1, 0), "greedy KL": (0, 1, 9)}
+    found |= {"angles": (1, 2, 0, 3, 4, 5, 6, 7, 8, 9), "norms": (0, 2, 1, 3, 4, 5, 6, 7, 8, 9)}
     return {
         ("attention", method, 0): (order(method), {"layers": list(layers), "passes": 1.5, "seconds": 2.0})
         for method, layers in found.items()
@@ -210,7 +213,9 @@ def test_agreement_by_hand():
     assert (found["Taylor", "cosine"]["shared"], found["Taylor", "cosine"]["correlation"]) == (6, pytest.approx(-1.0))
     assert found["greedy KL", "cosine"]["shared"] == 2
     assert np.isnan(found["greedy KL", "cosine"]["correlation"])
-    assert len(found) == 6
+    # Layers 0, 1, 2 stand at 2, 0, 1 and at 0, 2, 1: squares of the differences 4 + 4 + 0 = 8, 1 - 6 x 8 / (10 x 99).
+    assert found["angles", "norms"]["correlation"] == pytest.approx(1 - 48 / 990)
+    assert len(found) == 20
 
 
 def test_costs_by_hand():
