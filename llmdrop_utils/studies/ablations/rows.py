@@ -15,7 +15,7 @@ from .work import OrderWork, order_of
 
 COSINE = "cosine"  # what tables call the paper's method
 TEXT, TASKS, CONTINUATION = "text", "tasks", "continuation"  # measures: minus nats per token, mean score, share of equal tokens
-SAME_SAMPLES = "cosine on the samples of the stepwise methods"  # what these are compared with
+SAME_SAMPLES = "cosine, few samples"  # as few as the stepwise methods see, which are compared with it
 READS = {"reverse order": "nothing", "random": "nothing", "Taylor": "text, and gradients",
          "output change": "text, a layer less at a time", "greedy KL": "text, all layers at every step",
          "iterative": "text, after every layer"}  # fmt: skip
