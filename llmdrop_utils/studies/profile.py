@@ -4,7 +4,7 @@ A study declares the section that it needs with `@section`; a profile without th
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from ..models.names import label, local_path, plain_name
 from ..selection.ranking import SELECTIONS
 
 S = TypeVar("S", bound=Settings)
+G = TypeVar("G", bound=Iterable[str])
 SECTIONS: dict[str, type[Settings]] = {}  # key of a profile -> its settings
 
 
@@ -33,14 +34,20 @@ def section(key: str) -> Callable[[type[S]], type[S]]:
     return register
 
 
-def _known_kinds(counts: dict[str, list[int]]) -> dict[str, list[int]]:
-    for kind in counts:
-        if kind not in SELECTIONS:
-            raise ValueError(f"Unknown kind {kind!r} in {{where}}. Known kinds: {', '.join(SELECTIONS)}.")
-    return counts
+def known(what: str, names: Iterable[str]) -> AfterValidator:
+    """That a list of names, or the keys of a mapping, are among these: each unknown one is an error that lists them."""
+    names = list(names)
+
+    def check(given: G) -> G:
+        for name in given:
+            if name not in names:
+                raise ValueError(f"Unknown {what} {name!r} in {{where}}. Known {what}s: {', '.join(names)}.")
+        return given
+
+    return AfterValidator(check)
 
 
-CountsByKind = Annotated[CountsByName, AfterValidator(_known_kinds)]  # "attention" -> how many are dropped
+CountsByKind = Annotated[CountsByName, known("kind", SELECTIONS)]  # "attention" -> how many are dropped
 
 
 Own = Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]  # model -> section -> keys that are others for it

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmdrop_utils import DropPlan, load_model, load_profile, load_tokens, score_text, select_last
+from llmdrop_utils import DropPlan, LLMDropError, load_model, load_profile, load_tokens, score_text, select_last
 from llmdrop_utils.base import files
+from llmdrop_utils.base.settings import build
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.locate import locate_model
@@ -27,10 +28,11 @@ from llmdrop_utils.studies.ablations.rows import (
     n_parameters,
 )
 from llmdrop_utils.studies.ablations.study import TABLES, at_least, paper_rows, parameters_of
-from llmdrop_utils.studies.ablations.work import ContinuationWork, OrderWork, counted_passes
+from llmdrop_utils.studies.ablations.work import Ablations, ContinuationWork, OrderWork, counted_passes
 from llmdrop_utils.studies.curves import Text
 from llmdrop_utils.studies.profile import Calibration
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
+from llmdrop_utils.studies.take_away.work import TakeAway
 
 MODEL = locate_model("tiny-llama")
 SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
@@ -283,6 +285,27 @@ def test_numbers_that_the_model_does_not_have_are_left_out(measured):
     assert measured["tasks"].empty
     assert len(measured["not_run"]) == 0
     assert "at once: " in ADVICE["04_ablations"](measured)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (Ablations, {"methods": ["best"]}, "Unknown method 'best' in here. Known methods: one-shot, "),
+        (Ablations, {"stepwise": ["slow"]}, "Unknown method 'slow' in here"),
+        (TakeAway, {"kinds": ["F16", "Q3"]}, "Unknown GGUF kind 'Q3' in here. Known GGUF kinds: F32, F16, "),
+    ],
+)
+def test_a_mistake_in_a_profile_is_seen_when_it_is_read(section, changes, message):
+    content = load_profile("smoke").section(section).model_dump() | changes
+    with pytest.raises(LLMDropError, match=message):
+        build(section, content, "here")
+
+
+def test_a_prompt_is_no_longer_than_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    with pytest.raises(LLMDropError, match="prompts of 900 tokens are longer than its samples of text, 64 tokens"):
+        STUDIES["04_ablations"](load_profile("smoke").replacing(ablations={"prompt": 900}))
+    assert not list(tmp_path.rglob("*.json")), "nothing was measured"
 
 
 # ---- rules, figures, advice -------------------------------------------------------------------------------------------------

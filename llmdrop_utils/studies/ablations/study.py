@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from ...base.errors import NotApplicable
+from ...base.errors import LLMDropError, NotApplicable
 from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
 from ...models.load import load_tokenizer, model_of_shape
@@ -132,6 +132,9 @@ class Tested:
 @study("04_ablations", needs=[Calibration, Text, Tasks, Ablations], tables=TABLES)
 def ablations(run: Run) -> Tables:
     """Notebook 04: methods that choose attention layers, their cost and agreement, and quality at equal numbers dropped."""
+    prompt, seq_len = run.section(Ablations).prompt, run.section(Text).seq_len
+    if prompt > seq_len:
+        raise LLMDropError(f"The profile's prompts of {prompt} tokens are longer than its samples of text, {seq_len} tokens.")
     scoring, tasks = rank_layers(run)
     ordered: list[Orders] = []
     for item in scoring:

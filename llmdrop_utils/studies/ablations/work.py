@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 
@@ -18,9 +19,9 @@ from ...measure.scoring import score
 from ...measure.taylor import VERSION as TAYLOR_VERSION
 from ...measure.text import VERSION as TEXT_VERSION
 from ...models.families import find_anatomy, stream_of
-from ...selection.methods import Context, select_by
+from ...selection.methods import METHODS, Context, select_by
 from ...sources.texts import fingerprint
-from ..profile import section
+from ..profile import known, section
 from ..work import DENSE, PlansWork, Work
 
 VERSION = 2  # raise when a change to the measurement changes what is measured
@@ -28,12 +29,15 @@ VERSION = 2  # raise when a change to the measurement changes what is measured
 MEASURES = {"importance": IMPORTANCE_VERSION, "text": TEXT_VERSION, "Taylor": TAYLOR_VERSION, "alone": ALONE_VERSION}
 
 
+Methods = Annotated[Names, known("method", METHODS)]
+
+
 @section("ablations")
 class Ablations(Settings):
     """Which methods choose attention layers, on how much text, and how what they choose is tested."""
 
-    methods: Names  # that rank all layers at once, beside cosine ("one-shot")
-    stepwise: Names  # that look again after each layer, on fewer samples
+    methods: Methods  # that rank all layers at once, beside cosine ("one-shot")
+    stepwise: Methods  # that look again after each layer, on fewer samples
     n_samples: Positive  # the first blocks of the first corpus, for all methods
     stepwise_samples: Positive
     seeds: Positive  # of the method "random"

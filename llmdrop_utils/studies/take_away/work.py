@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import gguf
 import torch
@@ -19,10 +20,10 @@ from ...base.settings import Counts, Names, Positive, Settings
 from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
 from ...export.checkpoint import save_dropped
-from ...export.gguf import export_gguf
-from ...export.llamacpp import LlamaCpp
+from ...export.gguf import KINDS, export_gguf
+from ...export.llamacpp import FTYPES, LlamaCpp
 from ...sources.texts import fingerprint
-from ..profile import section
+from ..profile import known, section
 from ..work import DENSE, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
@@ -33,7 +34,7 @@ QUESTION = "Why is the sky blue? Answer in two sentences."
 class TakeAway(Settings):
     """Which files are written, and how long llama.cpp is timed at each context of the section `speed` up to its prompt."""
 
-    kinds: Names  # of GGUF files: "F16", "Q8_0", "Q4_0", ...
+    kinds: Annotated[Names, known("GGUF kind", (*KINDS, *FTYPES))]  # of GGUF files: "F16", "Q8_0", "Q4_0", ...
     n_drop: Counts  # attention layers
     steps: Positive  # decode steps that are timed together
     new_tokens: Positive  # at most, of the answer to a question
