@@ -99,6 +99,12 @@ class FastLM(HFLM):
         return (tokens[:1], tokens[1:]) if prefix is None or tokens[:1] == [prefix] else ([prefix], tokens)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        longest = max((request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests), default=0)
+        if longest >= self.max_length:
+            raise LLMDropError(
+                f"The task asks for answers of up to {longest} tokens, which leaves no room for a question: the model reads "
+                f"{self.max_length} tokens."
+            )
         with measuring(self.model), skipping(self.model, self.plans[0]), finite_generation(self.model):
             return super().generate_until(requests, disable_tqdm)
 

@@ -122,6 +122,15 @@ def build_requests(members: list, limit: int | None) -> None:
             task.build_all_requests(samples=drawn(len(task.eval_docs), limit), rank=0, world_size=1)
 
 
+def first_prompt(members: list) -> str:
+    """What a task puts before the model for the first document of its set, examples included."""
+    task = members[0]
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    with silent():
+        task.build_all_requests(samples=[0], rank=0, world_size=1)
+    return task.instances[0].arguments[0]
+
+
 def drawn(n_documents: int, limit: int | None) -> list[int] | None:
     """Positions of the documents that a limited run takes, in order; None: all.
 

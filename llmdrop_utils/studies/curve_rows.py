@@ -160,7 +160,7 @@ def reach_rows(text: TextValues) -> list[dict]:
 
 def reach_of(text: TextValues, kind: str) -> np.ndarray:
     """The number of `reach_rows`, followed by its bootstrap: (1 + REPEATS,)."""
-    return _reach(share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")])), text.cells, kind, KEEP)
+    return furthest(share_of_dense(np.vstack([text.hits.mean(0), text.draws("hits")])), text.cells, kind, KEEP)
 
 
 def task_reach_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
@@ -176,7 +176,7 @@ def task_reach_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[
     retained = share_of_dense(np.vstack([mean, draws]), float(np.mean([task.chance for task in above])))
     rows = []
     for kind in dict.fromkeys(cell.kind for cell in cells[1:]):
-        reach = _reach(retained, cells, kind, KEEP_TASKS)
+        reach = furthest(retained, cells, kind, KEEP_TASKS)
         low, high = stats.interval(reach[1:], _fewest(above))
         rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(cells, kind)[-1],
                      "tasks": " ".join(task.task for task in above)})  # fmt: skip
@@ -188,7 +188,7 @@ def tried_of(cells: Sequence[Cell], kind: str) -> list[int]:
     return sorted(cell.n for cell in cells if cell.kind == kind and cell.on_curve)
 
 
-def _reach(retained: np.ndarray, cells: Sequence[Cell], kind: str, keep: float) -> np.ndarray:
+def furthest(retained: np.ndarray, cells: Sequence[Cell], kind: str, keep: float) -> np.ndarray:
     """The largest number dropped up to which so much is retained, for each row of (..., n_cells).
 
     Counts are tried in order, and the last before the first that fails is given: 0.95, 0.85, 0.92 at n = 1, 2, 3 reach 1.

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
 
 from ..base.errors import NotAvailable
 from ..base.settings import Counts, Names, NotNegative, Positive, Settings
@@ -119,7 +120,7 @@ def task_values(run: Run, work: Iterable[TaskWork], plans: Sequence[DropPlan]) -
     found = []
     for seed, item in enumerate(work):
         rows = under_plans(run, item, plans)
-        metric = _metric(item.task, rows[0]["metrics"])
+        metric = metric_of(item.task, rows[0]["metrics"])
         scores = np.array([row["metrics"][metric] for row in rows]).T
         found.append(TaskValues(item.task, metric, item.num_fewshot, scores, rows[0]["chance"], seed))
     return found
@@ -202,13 +203,18 @@ def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:
 
 def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> TextWork:
     """Blocks of the item's corpus that no importance was measured on, under each plan."""
-    text, tokenizer = run.section(Text), load_tokenizer(item.model)
-    seq_len = fitting_length(item.model, text.seq_len)
+    text = run.section(Text)
+    tokens = held_out(item, load_tokenizer(item.model), text.n_samples, fitting_length(item.model, text.seq_len))
+    return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
+
+
+def held_out(item: ImportanceWork, tokenizer, n_samples: int, seq_len: int) -> torch.LongTensor:
+    """Blocks (n_samples, seq_len) of the item's corpus after those that importance was measured on."""
     n_begin = len(text_beginning(tokenizer))  # of each block; the rest is the corpus, cut without a gap
     skip = -(-item.tokens[:, n_begin:].numel() // (seq_len - n_begin))
-    tokens = load_tokens(item.corpus, tokenizer, skip + text.n_samples, seq_len)[skip:]
+    tokens = load_tokens(item.corpus, tokenizer, skip + n_samples, seq_len)[skip:]
     check_held_out(tokens, item.tokens, n_begin)
-    return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
+    return tokens
 
 
 def task_work(
@@ -225,6 +231,6 @@ def task_work(
     ]  # fmt: skip
 
 
-def _metric(task: str, metrics: dict) -> str:
+def metric_of(task: str, metrics: dict) -> str:
     """The paper's metric; for a task that it does not have, the one that lm-eval lists first."""
     return known_tasks().get(task, {}).get("metric") or next(iter(metrics))

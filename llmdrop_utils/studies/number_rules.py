@@ -1,7 +1,7 @@
 """Where a run has each of the paper's numbers: `RULES`, by groups of identifiers in data/paper_claims.json.
 
-Tables that no notebook writes yet are declared all the same: their numbers are compared as soon as a study has a table of that
-name, with the columns of the tables of notebooks 02 and 05, and `method` where these have none.
+A rule names a table that a notebook writes, and the values of its key columns. A number of a model, task or count that a run
+does not have is not compared, and the reason says what would run it.
 """
 
 import json
@@ -60,7 +60,7 @@ class RunTables:
             raise NotRun("table", f"notebook {notebook} is not written yet")
         if not {*where} <= {column.name for column in STUDIES[notebook].tables.get(table, ())}:
             raise NotRun("table", f"notebook {notebook} has no table {table!r} with {', '.join(where)} yet")
-        needs = NotRun("model", f"needs {of}: make reproduce PROFILE=gpu")
+        needs = NotRun("model", f"needs {of}: make reproduce PROFILE=gpu{_only(of, notebook)}")
         if of and of not in self.names:
             raise needs
         if table not in self.tables.get(notebook, {}):
@@ -91,6 +91,12 @@ class RunTables:
         if np.isnan(value):
             raise NotRun("row", f"{place} could not say: its {column} is empty")
         return Ours(value, low, high, place)
+
+
+def _only(model: str | None, notebook: str) -> str:
+    """What to add to the command for a model that no profile has."""
+    hub = paper.OF_ONE_TABLE.get(model or "")
+    return f" MODEL={hub} NOTEBOOKS={notebook[:2]}" if hub else ""
 
 
 # ---- rules: (run, claim) -> ours ----------------------------------------------------------------------------------------
@@ -138,6 +144,11 @@ def speedup(run: RunTables, claim: dict, place: str = "05_speedup/speed", **more
     return run.read(place, "speedup", **{**PAPERS_GENERATION, **where_of(claim), **more})
 
 
+def pruned_speedup(run: RunTables, claim: dict) -> Ours:
+    """Of decoding alone: weights that are zero are multiplied like others, whatever else is timed."""
+    return run.read("08_what_breaks/speed", "speedup", method="Wanda", **where_of(claim))
+
+
 def cache(run: RunTables, claim: dict) -> Ours:
     """GiB of keys and values at the batch and length of Table 4, which prints them as GB."""
     return run.read("06_kv_cache/paper", "counted_bytes", 2**-30, model=claim["model"], n=claim["n_drop"])
@@ -153,13 +164,13 @@ def shots(run: RunTables, claim: dict) -> Ours:
 
 def long_context(run: RunTables, claim: dict) -> Ours:
     """Percent correct at one length of context ("2k"), or the mean over all ("mean")."""
-    context = claim["id"].rpartition(".")[2]
-    return run.read("08_beyond/long_context", "accuracy", 100, **where_of(claim), context=context)
+    asked = {"probe": "banking77", "context": claim["id"].rpartition(".")[2]}
+    return run.read("08_what_breaks/long_context", "accuracy", 100, **where_of(claim), **asked)
 
 
 def answer(run: RunTables, claim: dict) -> Ours:
     """The number that a model gives as its answer."""
-    return run.read("08_beyond/answers", "answer", **where_of(claim))
+    return run.read("08_what_breaks/answers", "answer", **where_of(claim))
 
 
 # ---- numbers of the text, which follow from those of a row: "T1.Llama-2-13B.Attn-8" ----------------------------------------
@@ -269,14 +280,14 @@ RULES: list[tuple[str, Callable[[RunTables, dict], Ours] | NotRun]] = [  # the f
     (r"T9\.Attn.*\.speedup", speedup),
     (r"T9\.Attn.*\.mean_of_4_tasks", mean),
     (r"T9\.Attn.*", score),
-    (r"T9\.Wanda.*\.speedup", partial(speedup, place="08_beyond/speed", method="wanda")),
-    (r"T9\.Wanda.*\.mean_of_4_tasks", partial(mean, place="08_beyond/tasks", method="wanda")),
-    (r"T9\.Wanda.*", partial(score, place="08_beyond/tasks", method="wanda")),
+    (r"T9\.Wanda.*\.speedup", pruned_speedup),
+    (r"T9\.Wanda.*\.mean_of_4_tasks", partial(mean, place="08_what_breaks/tasks", method="Wanda")),
+    (r"T9\.Wanda.*", partial(score, place="08_what_breaks/tasks", method="Wanda")),
     (r"T10\..*", answer),
     (r"T11\..*\.fp\.mean_of_4_tasks", mean),
     (r"T11\..*\.fp\..*", score),
-    (r"T11\..*\.q\.mean_of_4_tasks", partial(mean, place="08_beyond/tasks", method="awq")),
-    (r"T11\..*\.q\..*", partial(score, place="08_beyond/tasks", method="awq")),
+    (r"T11\..*\.q\.mean_of_4_tasks", partial(mean, place="08_what_breaks/tasks", method="4 bits")),
+    (r"T11\..*\.q\..*", partial(score, place="08_what_breaks/tasks", method="4 bits")),
     (r"T12\..*", long_context),
     (r"F9\.One-shot\..*\.mean_of_4_tasks", mean),
     (r"F9\.One-shot\..*", score),

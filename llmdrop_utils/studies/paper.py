@@ -17,6 +17,10 @@ def _content() -> dict:
     return json.loads((files.DATA / "paper_claims.json").read_text(encoding="utf-8"))
 
 
+# Models of a single table each, which no profile has: name in this file -> repository on the hub.
+OF_ONE_TABLE = {"metamath-mistral-7b": "meta-math/MetaMath-Mistral-7B", "llama-2-7b-32k": "togethercomputer/LLaMA-2-7B-32K"}
+
+
 def numbers(*tables: str) -> list[dict]:
     """The numbers of some tables ("T1"), of all of them if none is named: id, where, model, method, n_drop, what, value."""
     return [c for c in _content()["claims"] if not tables or c["id"].split(".")[0] in tables]
@@ -35,11 +39,11 @@ def name_in_tables(model: LocatedModel) -> str | None:
 
 
 def name_in_catalogue(name: str, identity: str) -> str | None:
-    """Which model of data/sources.yaml a model with weights from the hub is ("hub:<repository>@<commit>"), or a shape of."""
+    """Which of the paper's models one with weights from the hub is ("hub:<repository>@<commit>"), or a shape of."""
     for known, source in catalogue()["models"].items():
         if ("hub" in source and identity.startswith(f"hub:{source['hub']}@")) or name == f"random:{known}":
             return known
-    return None
+    return next((known for known, hub in OF_ONE_TABLE.items() if identity.startswith(f"hub:{hub}@")), None)
 
 
 def model_of(claim: dict) -> str:

@@ -9,7 +9,7 @@ from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
 
-ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "09", "11")  # notebooks that this file has an estimate for
+ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "11")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each
@@ -28,6 +28,8 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
         return found + (_joint(profile, model, shape) if notebook == "03" else [])
     if notebook == "04":
         return [_importance(profile, 0, model, shape), *_ablations(profile, model, shape)]
+    if notebook == "08":
+        return [_importance(profile, 0, model, shape), *_abilities(profile, model, shape), *_changes(profile, model, shape)]
     if notebook == "05":
         found = [_importance(profile, 0, model, shape)] if has_scores else []
         return (
@@ -183,6 +185,45 @@ def _ablations(profile: dict, model: str, shape: Shape) -> list[Piece]:
         _text(text, ("methods text", model), shape, plans),
         dataclasses.replace(_text(continued, ("continuations", model), shape, methods * len(part["n_drop"])), basis=""),
         *on_tasks,
+    ]
+
+
+def _abilities(profile: dict, model: str, shape: Shape) -> list[Piece]:
+    """Text of all corpora, questions about the context, choices, answers, and what the model writes, under each plan."""
+    part, text, corpora = profile["what_breaks"], profile["text"], len(profile["calibration"]["corpora"])
+    plans = 1 + 2 * sum(n < shape.layers for n in part["n_drop"])
+    answers = 1 + sum(n < shape.layers for n in part["answers_n"])
+    some = text | {"n_samples": min(text["n_samples"], part["text_samples"])}
+    asked = 2 * part["probes"] * sum(part["contexts"])  # two questions
+    steps = part["new_tokens"] * (plans + 1) + part["answer_tokens"] * answers
+    basis = f"questions about the context: {asked / 1e3:,.0f} thousand tokens x {plans} plans, and texts of the model's own"
+    of_choices = [name for name in profile["tasks"]["names"] if name != "gsm8k"]
+    choices = profile["tasks"] | {"names": of_choices, "limit": part["task_limit"]}
+    mathematics = profile["tasks"] | {"names": ["gsm8k"], "limit": part["answers_limit"], "num_fewshot": None}
+    return [
+        _across(some, model, shape, plans, corpora),
+        Piece(("questions", model), "text", shape, basis, 0, asked * plans, part["probes"] * plans, steps),
+        *_tasks(choices, model, shape, plans, "choices"),
+        *_tasks(mathematics, model, shape, answers, "answers"),
+    ]
+
+
+def _changes(profile: dict, model: str, shape: Shape) -> list[Piece]:
+    """Changed weights: text and tasks of each version, pruning (two passes), tuning (three), and decoding."""
+    if (part := profile.get("changes")) is None:
+        return []
+    dropped = sum(n < shape.layers for n in part["n_drop"])
+    tuned = sum(n < shape.layers for several in part["tuned"].values() for n in several)
+    versions = (1 + dropped) * (1 + len(part["bits"])) + dropped + 2 * tuned + 1
+    read = profile["calibration"]["seq_len"]
+    tokens = read * (2 * dropped * part["n_samples"] + 3 * (1 + tuned) * part["tuning_samples"] * part["tuning_epochs"])
+    basis = f"changed weights: {versions} versions, {tokens / 1e3:,.0f} thousand tokens for pruning and tuning"
+    some = profile["text"] | {"n_samples": min(profile["text"]["n_samples"], part["text_samples"])}
+    steps = part["repeats"] * part["steps"] * ((1 + dropped) * (1 + len(part["bits"])) + dropped)
+    return [
+        Piece(("changed", model), "text", shape, basis, 0, tokens, steps=steps),
+        dataclasses.replace(_text(some, ("changed text", model), shape, versions), basis=""),
+        *_tasks(profile["tasks"] | {"limit": part["task_limit"]}, model, shape, versions, "changed"),
     ]
 
 

@@ -182,8 +182,9 @@ class TaskWork(Work):
 
     @property
     def tokens_to_pass(self) -> int:
-        texts = {text for task in self.members for instance in task.instances for text in instance.arguments[:2]}
-        return sum(len(text) for text in texts if isinstance(text, str)) // 4 * len(self.plans)
+        given = [part for task in self.members for instance in task.instances for part in instance.arguments[:2]]
+        texts = {part for part in given if isinstance(part, str)}  # what is generated comes with settings
+        return sum(map(len, texts)) // 4 * len(self.plans)
 
     @property
     def about(self) -> dict:

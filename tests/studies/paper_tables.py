@@ -40,6 +40,8 @@ def paper_tables() -> dict[str, Tables]:
     - 05_speedup: `speed` (generations of 2,048 tokens in and out, back end "eager", not noisy; of half the attention of the 70B
       models with the digits of the text, 48.4 and 43.4 %), `trade` (the printed SDR), `trade_pairs` (of printed means and
       speed-ups), `models`, `paper`.
+    - 08_what_breaks: `changes` (Table 11), `pruned` and `speed` (Table 9), `context_gaps` (the means of Table 12), `recovered`
+      (the figure on tuning); of means, by the measure "tasks".
     - 11_sizes_and_causes: `models`, `half` and `sizes`, from the means of 02.
     - 06_kv_cache: `paper` (Table 4; bytes are the printed GB as GiB, with the slip of 52 and 26, and the formula is the count),
       `fits` (weights of Llama-2-70B: the printed 128 GB).
@@ -86,10 +88,38 @@ def paper_tables() -> dict[str, Tables]:
             "models": models,
             "paper": [row for row in curves["paper"] if "speedup" in row["what"].lower()],
         },
+        "08_what_breaks": _what_breaks(),
         "06_kv_cache": {"paper": _cache_rows(), "fits": [{"model": "llama-2-70b", "n": 0, "weights_bytes": 128 * GIB}]},
     }  # fmt: skip
     declared = {notebook: _as_declared(notebook, rows) for notebook, rows in tables.items()}
     return declared | {"11_sizes_and_causes": _as_declared("11_sizes_and_causes", _size_tables(declared, layers))}
+
+
+def _what_breaks() -> dict[str, list[dict]]:
+    """Means in hundredths; the figure on tuning does not say how many layers are dropped: 0 stands for it."""
+    value = {c["id"]: c["value"] for c in PAPER["claims"]}
+    counts = {"Llama-2-13B": (0, 4, 8), "Mistral-7B": (0, 4, 8)}
+    changes = [
+        {"model": MODELS[model], "change": "4 bits", "kind": "attention" if n else "dense", "n": n, "measure": "tasks"}
+        | _exact("cost", (value[f"T11.{model}.{n}.q.mean_of_4_tasks"] - value[f"T11.{model}.{n}.fp.mean_of_4_tasks"]) / 100)
+        for model, several in counts.items() for n in several
+    ]  # fmt: skip
+    of_table_9 = {"model": "llama-2-13b", "kind": "attention"}
+    pruned = [of_table_9 | {"n": n, "measure": "tasks"} | _exact("difference", (value[f"T9.Attn-{n}.mean_of_4_tasks"]
+              - value[f"T9.Wanda-{n}.mean_of_4_tasks"]) / 100, "low", "high") for n in (4, 8, 12)]  # fmt: skip
+    speed = [of_table_9 | {"n": n, "method": method} | _exact("speedup", value[f"T9.{name}-{n}.speedup"], "low", "high")
+             for n in (4, 8, 12) for method, name in (("none", "Attn"), ("Wanda", "Wanda"))]  # fmt: skip
+    gaps = [{"model": "llama-2-7b-32k", "probe": "banking77", "n": n, "told": True}
+            | _exact("difference", (value[f"T12.Attn-{n}.mean"] - value[f"T12.MLP-{n}.mean"]) / 100, "low", "high")
+            for n in (2, 4, 6, 8)]  # fmt: skip
+    recovered = []
+    for kind, name in (("attention", "Attn_Drop"), ("mlp", "MLP_Drop")):
+        dense, plain, tuned = (
+            value[f"PT.{row}"] for row in ("no_finetune.Baseline", f"no_finetune.{name}", f"LoRA_finetune.{name}")
+        )
+        share = _exact("recovered", (tuned - plain) / (dense - plain), "low", "high")
+        recovered.append({"model": "not named", "kind": kind, "n": 0, "measure": "tasks"} | share)
+    return {"changes": changes, "pruned": pruned, "speed": speed, "context_gaps": gaps, "recovered": recovered}
 
 
 def _size_tables(declared: dict[str, Tables], layers: dict[str, int]) -> dict[str, list[dict]]:

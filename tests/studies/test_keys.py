@@ -23,12 +23,16 @@ from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.sizes_and_causes import work as causes_module
 from llmdrop_utils.studies.speedup import loads
 from llmdrop_utils.studies.take_away import work as served_module
+from llmdrop_utils.studies.what_breaks import changes as changes_module
+from llmdrop_utils.studies.what_breaks import work as asked_module
 from llmdrop_utils.studies.work import Work
 
 TOKENS = torch.arange(12).view(3, 4)
 MAP, OTHER_MAP = LinearMap(torch.eye(2)), LinearMap(2 * torch.eye(2))
 MODEL = LocatedModel("hand", Path("here"), "sha256:hand")
 PLAN = DropPlan(attention=(3, 1), mlp=(2,), n_layers=6, model="sha256:hand", scores="s", maps={("attention", 3): MAP})
+OTHER_PLAN = DropPlan(attention=(3,))
+TEXT = work_module.TextWork(MODEL, torch.float32, "sdpa", "web", TOKENS, (PLAN,))
 LOAD = Load("decode", 64, 4, 3, "eager", 100)
 
 # Fields that may change without another address, by the class that has them, and why.
@@ -56,6 +60,15 @@ EXEMPT = {
     ("TaskWork", "num_fewshot"): IN_FINGERPRINT,
     ("TaskWork", "limit"): IN_FINGERPRINT,
     ("ContinuationWork", "corpus"): TOLD_BY_TOKENS,
+    ("ConfidenceWork", "task"): IN_FINGERPRINT,
+    ("ConfidenceWork", "members"): IN_FINGERPRINT,
+    ("ConfidenceWork", "num_fewshot"): IN_FINGERPRINT,
+    ("ConfidenceWork", "limit"): IN_FINGERPRINT,
+    ("GenerationWork", "corpus"): TOLD_BY_TOKENS,
+    ("ProbeWork", "corpus"): "what is asked is in the requests",
+    ("ProbeWork", "tokens"): "what is asked is in the requests",
+    ("ProbeWork", "probe"): "what is asked is in the requests",
+    ("ChangedSpeedWork", "tokens"): "which weights are zero does not matter to times",
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
 }
 # Fields of which both is right: what they decide is in the key by itself (tokens, identity), and may be there a second time.
@@ -63,7 +76,8 @@ EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
 
 VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
     "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
-    "limit": 10, "contexts": (4, 8),
+    "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
+    "requests": (([1], [2]),),
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
@@ -76,6 +90,7 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "on_hub": [("org/name", "commit")],
     "bases": [("sha256:base",)],
     "maps": [{}, {("attention", 3): OTHER_MAP}, {("attention", 1): MAP}, {("mlp", 2): MAP}],
+    "versions": [(("none", OTHER_PLAN),), (("8 bits", PLAN),)],
     "backend": ["compiled"],
     "what": ["generation"],
     "room": [120, None],
@@ -88,7 +103,7 @@ LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
 def machine(monkeypatch):
     """A machine and libraries that tests can change: returns them."""
     code = dict(MACHINE) | {"versions": dict(LIBRARIES)}
-    for module in (loads, ablations_module, served_module):
+    for module in (loads, ablations_module, served_module, changes_module):
         monkeypatch.setattr(module, "code_provenance", lambda: code)
     return code
 
@@ -163,12 +178,13 @@ def test_every_field_changes_the_address_or_is_exempt(cls):
         if (name, field) not in EITHER:
             assert same == ((name, field) in EXEMPT), f"{name}.{field}: {EXEMPT.get((name, field), 'it is not in the key')}"
     own = {field.name for field in dataclasses.fields(cls)}
-    made_of = {"model": "LocatedModel", "plans": "DropPlan", "load": "Load"}
+    made_of = {"model": "LocatedModel", "plans": "DropPlan", "plan": "DropPlan", "load": "Load", "items": "TextWork"}
+    parts = {made_of.get(name) for name in own}
     assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
         (part.__name__, field.name)
-        for part in (LocatedModel, DropPlan, Load)
+        for part in (LocatedModel, DropPlan, Load, work_module.TextWork)
         for field in dataclasses.fields(part)
-        if part.__name__ in {made_of.get(name) for name in own}
+        if part.__name__ in parts and not (issubclass(part, Work) and field.name in made_of)
     }
 
 
@@ -191,7 +207,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 11
+    assert len(set(found)) == len(found) == 16
 
 
 @pytest.mark.parametrize(
@@ -206,6 +222,11 @@ def test_kinds_of_values_are_apart():
         ("RankWork", causes_module, "VERSION"),
         ("OrderWork", ablations_module, "VERSION"),
         ("ContinuationWork", ablations_module, "TEXT_VERSION"),
+        ("ProbeWork", asked_module, "VERSION"),
+        ("GenerationWork", asked_module, "VERSION"),
+        ("ConfidenceWork", asked_module, "CONFIDENCE_VERSION"),
+        ("ChangedWork", changes_module, "VERSION"),
+        ("ChangedSpeedWork", changes_module, "VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -219,12 +240,13 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork"}
+ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork"}
 
 
 @pytest.mark.parametrize(
     ("package", "old", "new", "changed"),
     [
-        ("lm_eval", "0.4.9", "0.4.10", {"TaskWork"}),
+        ("lm_eval", "0.4.9", "0.4.10", {"TaskWork", "ConfidenceWork"}),
         ("cyllama", "0.2.18", "0.2.19", {"ServedWork"}),
         ("transformers", "5.17.0", "6.0.0", ALL),
         ("transformers", "5.17.0", "5.18.0", set()),  # the same code, rounding apart; times have the exact version (below)
@@ -257,7 +279,9 @@ def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
 def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
     before = {cls: addresses(build(cls)) for cls in classes()}
     machine |= change
-    timed = {"SpeedWork", "OrderWork"} | (set() if "gpus" in change else {"ServedWork"})  # llama.cpp runs on the CPU
+    timed = {"SpeedWork", "OrderWork", "ChangedSpeedWork"} | (
+        set() if "gpus" in change else {"ServedWork"}
+    )  # llama.cpp runs on the CPU
     assert {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]} == timed
 
 

@@ -41,6 +41,30 @@ LESS = {
         "prompt": 8,
         "new_tokens": 4,
     },
+    "what_breaks": {
+        "n_drop": [2, 4],
+        "text_samples": 2,
+        "task_limit": 3,
+        "answers_limit": 1,
+        "answers_n": [2],
+        "answer_tokens": 4,
+        "prompts": 2,
+        "prompt": 8,
+        "new_tokens": 4,
+        "contexts": [64],
+        "probes": 2,
+    },
+    "changes": {
+        "n_drop": [2],
+        "n_samples": 2,
+        "tuned": {"attention": [2]},
+        "tuning_samples": 2,
+        "text_samples": 2,
+        "task_limit": 3,
+        "context": 16,
+        "steps": 2,
+        "repeats": 2,
+    },
     "take_away": {"kinds": ["F16"], "n_drop": [2], "steps": 2, "new_tokens": 4},
     "stages": {"seeds": 1, "corpus": "random-words", "n_samples": 2, "text_samples": 2, "seq_len": 32},
 }
@@ -82,7 +106,7 @@ def test_shallow_models(open_notebook, tmp_path, n_layers):
         if name == "05_speedup":  # under `cpu` 4 layers or more are dropped, of more than there are
             with pytest.raises(NotApplicable, match=rf"times more dropped layers than there are: .* has {n_layers}\."):
                 open_notebook(name, folder)
-        elif name[:2] in ("04", "09") and n_layers <= 2:
+        elif name[:2] in ("04", "08", "09") and n_layers <= 2:
             with pytest.raises(NotApplicable, match=rf"has {n_layers} layers, and the profile drops 2 or more\."):
                 open_notebook(name, folder)
         else:
@@ -104,7 +128,7 @@ def test_models_that_know_few_positions(open_notebook, tmp_path, monkeypatch, fa
             continue
         page = open_notebook(name, folder)
         told = {row.what: row.reason for row in page.tables["not_run"].itertuples()}
-        if name[:2] in ("01", "02", "03", "04"):
+        if name[:2] in ("01", "02", "03", "04", "08"):
             (reason,) = [reason for what, reason in told.items() if what.endswith("samples of 160 tokens")]
             assert reason == "The model knows 128 positions, so that its samples are no longer than that."
         if name[:2] == "05":

@@ -272,6 +272,40 @@ def served(*number, noisy=False):
     return {"speed": frame(runtime=runtimes, **load, **quiet, **times)}
 
 
+def quantised(*number):
+    """What 4 bits cost without layers; the dense model is clear. Other bits, and text, are beside the point."""
+    cost = ends("cost", "cost_low", "cost_high", [(-0.002, -0.004, 0), number, (-0.5, -0.6, -0.4), (-0.5, -0.6, -0.4)])
+    told = {"change": ["4 bits", "4 bits", "8 bits", "4 bits"], "measure": ["tasks", "tasks", "tasks", "text"]}
+    return {"changes": frame(n=[0, 8, 8, 8], **told, **cost)}
+
+
+def pruned(*number, faster=(1.2, 1.15, 1.25)):
+    """Without 8 layers; the dense model's own speed and the gap on text are beside the point."""
+    gaps = ends("difference", "low", "high", [number, (-5.0, -5.1, -4.9)])
+    speeds = ends("speedup", "low", "high", [(1, 1, 1), faster, (1, 0.98, 1.02)])
+    return {"pruned": frame(n=8, measure=["tasks", "text"], **gaps),
+            "speed": frame(method=["none", "none", "Wanda"], n=[0, 8, 8], **speeds)}  # fmt: skip
+
+
+def mathematics(*number):
+    """Without 4 layers; 8 are too many, and MLPs and other abilities beside the point."""
+    retained = ends("retained", "retained_low", "retained_high", [(1, 1, 1), number, (0.1, 0, 0.2), (0, 0, 0), (0, 0, 0)])
+    asked = {"ability": ["mathematics"] * 4 + ["choices"], "kind": ["dense", "attention", "attention", "mlp", "attention"]}
+    return {"abilities": frame(n=[0, 4, 8, 4, 4], **asked, samples=50, value=0.5, low=0.4, high=0.6, **retained)}
+
+
+def contexts(*number, told=True):
+    """Copying is clear; the number is that of retrieval."""
+    gaps = ends("difference", "low", "high", [(0.5, 0.4, 0.6), number])
+    return {"context_gaps": frame(probe=["copy", "retrieval"], n=4, told=[True, told], **gaps)}
+
+
+def tuned(*number):
+    """Of text it is clear; the number is that of tasks. MLPs are beside the point."""
+    shares = ends("recovered", "low", "high", [(0.9, 0.8, 1), number, (0, 0, 0)])
+    return {"recovered": frame(kind=["attention", "attention", "mlp"], n=8, measure=["text", "tasks", "text"], **shares)}
+
+
 CASES = [  # rule, and tables by which it is reproduced, deviates, and is inconclusive
     ("attention_most_redundant", contrast(-0.1, -0.2, -0.01), contrast(0.1, 0.05, 0.2), contrast(-0.1, -0.3, 0.01)),
     ("near_zero_attention", importance((0.01, 0, 0.049)), importance((0.2, 0.15, 0.25)), importance((0.04, 0.02, 0.06))),
@@ -330,6 +364,19 @@ CASES = [  # rule, and tables by which it is reproduced, deviates, and is inconc
     ("smaller_by_what_is_dropped", saved_files(), saved_files(saved=100), None),
     ("smaller_by_what_is_dropped", saved_files(), saved_files(counted=384), None),
     ("faster_in_another_runtime", served(1.3, 1.2, 1.4), served(1.0, 0.9, 1.1), served(1.15, 1.1, 1.2)),
+    ("quantising_costs_little", quantised(-0.005, -0.009, -0.001), quantised(-0.03, -0.04, -0.02), quantised(-0.005, -0.02, 0)),
+    ("dropping_beats_pruning", pruned(0, -0.009, 0.009), pruned(-0.03, -0.04, -0.02), pruned(0, -0.03, 0.03)),
+    (
+        "dropping_beats_pruning",
+        pruned(0, -0.009, 0.009),
+        pruned(0, -0.009, 0.009, faster=(0.9, 0.88, 0.92)),
+        pruned(0, -0.009, 0.009, faster=(1.01, 0.96, 1.06)),
+    ),
+    ("mathematics_holds", mathematics(1, 0.9, 1.1), mathematics(0.5, 0.4, 0.6), mathematics(0.95, 0.8, 1.1)),
+    ("mathematics_holds", mathematics(1, 0.9, 1.1), mathematics(0.5, 0.4, 0.6), mathematics(np.nan, np.nan, np.nan)),
+    ("attention_drop_keeps_context", contexts(0.2, 0.1, 0.3), contexts(-0.2, -0.3, -0.1), contexts(0.2, -0.1, 0.4)),
+    ("attention_drop_keeps_context", contexts(0.2, 0.1, 0.3), contexts(-0.2, -0.3, -0.1), contexts(0.2, 0.1, 0.3, told=False)),
+    ("tuning_recovers", tuned(0.7, 0.5, 0.9), tuned(0.2, 0.1, 0.3), tuned(0.6, 0.4, 0.8)),
     ("redundant_at_random", random_weights(0.03, 0.01, 0.05), random_weights(0.2, 0.15, 0.25), random_weights(0.04, 0, 0.08)),
 ]  # fmt: skip
 
@@ -744,13 +791,15 @@ PICTURES = {
     "mlp-keeps-tokens-apart": "a sentence of an abstract, without a number",
     "cosine-is-the-better-metric": "Table 7 has task scores, of which the rule says nothing: it is about held-out text",
     "residual-matters": "Table 6 likewise",
+    "mathematics-holds": "Fig. 12 is a curve, and Table 10 a single question",
     "redundant-at-random": "a sentence of an abstract, without a number",
 }
 OURS = {"larger-models-lose-less-across", "files-shrink", "faster-in-another-runtime"}  # no claims of the paper
 FED = {
     "published-lists", "attention-drop-keeps-quality", "attention-beats-mlp-and-block", "half-the-attention",
     "larger-models-lose-less", "joint-goes-furthest", "attention-goes-first",
-    "attention-drop-is-fast", "best-trade-off", "cache-shrinks-in-proportion",
+    "attention-drop-is-fast", "best-trade-off", "cache-shrinks-in-proportion", "goes-with-quantisation",
+    "beats-unstructured-pruning", "long-context-prefers-attention-drop", "fine-tuning-recovers",
 }  # fmt: skip
 
 
