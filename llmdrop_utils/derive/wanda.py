@@ -81,7 +81,7 @@ def prune_by_wanda(
                 for batch, stream in enumerate(streams):  # one by one, so that no more than one is held twice
                     streams[batch] = _pass(layer.block, stream, calls[len(stream)][index])
     weights = [module.weight for layer_maps in maps for module in layer_maps.values()]
-    n_weights, n_zeros = (sum(counts) for counts in zip(*((w.numel(), int((w != 0).sum())) for w in weights), strict=True))
+    n_weights, n_zeros = (sum(counts) for counts in zip(*((w.numel(), int((w == 0).sum())) for w in weights), strict=True))
     return {"weights": n_weights, "zeros": n_zeros, "sparsity": n_zeros / n_weights}
 
 
@@ -147,9 +147,9 @@ def _linear_maps(anatomy: Anatomy) -> list[Maps]:
                 for key, weight in module.named_parameters(recurse=False):
                     if weight.ndim > 1:
                         raise LLMDropError(
-                            f"This {anatomy.family} model cannot be pruned by Wanda: {name}.{key} of layer {index}, "
-                            f"{tuple(weight.shape)}, is no linear map with one input and one output, as in a mixture of "
-                            "experts. Take a model whose layers are dense."
+                            f"This {anatomy.family} model cannot be pruned by Wanda: in layer {index}, the weight {name}.{key} "
+                            f"{tuple(weight.shape)} is in no linear module, as in a mixture of experts. "
+                            "Take a model whose layers are dense."
                         )
     if not any(found):
         raise LLMDropError("All attention and MLP layers of this model are dropped, so there is nothing to prune.")

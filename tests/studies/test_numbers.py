@@ -20,6 +20,7 @@ from llmdrop_utils.studies.curve_rows import TABLES as CURVES
 from llmdrop_utils.studies.number_rules import RULES
 from llmdrop_utils.studies.numbers import WHY, compare, write_numbers
 from llmdrop_utils.studies.run import STUDIES
+from llmdrop_utils.studies.what_breaks.abilities import CONTEXTS
 
 TASK_NAMES = ["boolq", "rte", "openbookqa", "piqa", "mmlu", "winogrande", "gsm8k", "hellaswag", "arc_challenge"]
 KINDS = ["dense", "attention", "mlp", "block", "joint"]
@@ -380,31 +381,30 @@ def test_future_tables_are_compared_with_no_further_code(tmp_path, monkeypatch):
     scores = {"tasks": (*CURVES["tasks"], *table("method"))}
     joint = STUDIES["03_joint_drop"]
     beyond = {"speed": (*STUDIES["05_speedup"].tables["speed"], *table("method")), "answers": table("model kind n answer"),
-              "long_context": table("model kind n context accuracy")}  # fmt: skip
+              "long_context": table("model probe kind n context accuracy")}  # fmt: skip
     for name, declared in (
         ("04_ablations", scores),
-        ("08_beyond", scores | beyond),
+        ("08_what_breaks", scores | beyond),
         ("03_joint_drop", joint.tables | {"iterative_tasks": CURVES["tasks"]}),
     ):
         monkeypatch.setitem(STUDIES, name, dataclasses.replace(joint, notebook=name, tables=declared))
-    others = {"metamath-mistral-7b": "meta-math/MetaMath-Mistral-7B", "llama-2-7b-32k": "togethercomputer/LLaMA-2-7B-32K"}
-    for name, hub in others.items():
-        monkeypatch.setitem(catalogue()["models"], name, {"hub": hub})
     kinds = [("attention", 4), ("attention", 8), ("mlp", 8)]
-    contexts = [{"model": "llama-2-7b-32k", "kind": kind, "n": n, "context": context, "accuracy": (100 * k + 10 * n + c) / 1e3}
+    contexts = [{"model": "llama-2-7b-32k", "probe": "banking77", "kind": kind, "n": n, "context": context, "accuracy": (100 * k + 10 * n + c) / 1e3}
                 for k, (kind, n) in enumerate(kinds) for c, context in enumerate(["2k", "7k"])]  # fmt: skip
     contexts[3]["accuracy"], contexts[5]["accuracy"] = 0.9, 0.2807
-    contexts.append({"model": "llama-2-7b-32k", "kind": "attention", "n": 4, "context": "mean", "accuracy": 0.1499})
+    contexts.append(
+        {"model": "llama-2-7b-32k", "probe": "banking77", "kind": "attention", "n": 4, "context": "mean", "accuracy": 0.1499}
+    )
     answers = [{"model": "metamath-mistral-7b", "kind": "attention", "n": n, "answer": 32 + n} for n in (2, 12)]
     ablations = {"without residual": 1, "random": 2, "reverse order": 3, "relative magnitude": 4}
     tables = {
         "02_drop_curves": {"tasks": score_rows()},
         "03_joint_drop": {"iterative_tasks": [row | {"value": row["value"] + 0.05} for row in score_rows()]},
         "04_ablations": {"tasks": by_method(ablations)},
-        "08_beyond": {"tasks": by_method({"wanda": 6, "awq": 7}), "answers": answers, "long_context": contexts,
-                      "speed": speed_rows(method="wanda")},
+        "08_what_breaks": {"tasks": by_method({"Wanda": 6, "4 bits": 7}), "answers": answers, "long_context": contexts,
+                      "speed": speed_rows(method="Wanda")},
     }  # fmt: skip
-    models = {name: identity(name) for name in [*NAMES, *others]}
+    models = {name: identity(name) for name in NAMES} | {n: f"hub:{hub}@{1:040d}" for n, hub in paper.OF_ONE_TABLE.items()}
     rows = by_id(write_run(tmp_path, tables, models))
     for identifier, expected in FUTURE.items():
         assert rows.loc[identifier, "status"] == "compared", rows.loc[identifier, "reason"]
@@ -418,7 +418,7 @@ def test_the_paper_against_itself(tmp_path):
     """What the paper prints twice agrees within rounding, but for what is known; Tables 1 to 4 agree exactly."""
     rows = by_id(write_run(tmp_path, paper_tables()))
     compared = rows[rows["status"] == "compared"]
-    assert len(compared) == 539
+    assert len(compared) == 542
     means = compared.index.str.contains(r"\.Avg|mean_of|^X|^TMLR|^T[67]|SDR")
     assert compared[~means & ~compared.index.str.contains("Attn-40.SpeedUp")]["difference"].abs().max() < 1e-3
     assert compared["difference"].abs()[lambda d: d > 0.06].round(3).to_dict() == {
@@ -446,12 +446,33 @@ def test_the_profile_gpu_measures_what_reasons_promise(tmp_path):
         "04_ablations": {"tasks": [row | {"method": method} for row in asked for method in part["methods"]]},
         "05_speedup": {"speed": [row for row in speed_rows() if (row["kind"], row["n"]) in timed]},
         "06_kv_cache": paper_tables()["06_kv_cache"],
+        "08_what_breaks": _what_breaks(profile),
     }
     promised = by_id(write_run(tmp_path / "nothing", {})).query("why in ('model', 'notebook')")
-    rows = by_id(write_run(tmp_path / "gpu", tables)).loc[promised.index]
+    models = {name: identity(name) for name in NAMES} | {n: f"hub:{hub}@{1:040d}" for n, hub in paper.OF_ONE_TABLE.items()}
+    rows = by_id(write_run(tmp_path / "gpu", tables, models)).loc[promised.index]
     assert rows[rows["status"] != "compared"]["reason"].to_dict() == {}
     assert profile["tasks"]["num_fewshot"] is None
     assert (profile["speed"]["prompt"], profile["speed"]["new_tokens"]) == (2048, 2048)
+
+
+def _what_breaks(profile):
+    """What notebook 08 has under the profile: changed weights of all models, and two models of a single table each."""
+    asked, part = profile["what_breaks"], profile["changes"]
+    assert part["task_limit"] is asked["answers_limit"] is None
+    methods = {"4 bits": (0, *part["n_drop"]), "Wanda": part["n_drop"]} if 4 in part["bits"] else {}
+    kinds = {n: "attention" if n else "dense" for n in (0, *part["n_drop"])}
+    tasks = [row | {"method": method} for row in score_rows() for method, counts in methods.items()
+             if row["n"] in counts and row["kind"] == kinds[row["n"]] and row["task"] in profile["tasks"]["names"]]  # fmt: skip
+    speed = [{"model": name, "method": "Wanda", "kind": "attention", "n": n, "speedup": 1, "low": 1, "high": 1}
+             for name in NAMES for n in part["n_drop"]]  # fmt: skip
+    answers = [{"model": "metamath-mistral-7b", "kind": "attention" if n else "dense", "n": n, "answer": 18}
+               for n in (0, *asked["answers_n"])]  # fmt: skip
+    of_context = {"model": "llama-2-7b-32k", "probe": "banking77", "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    cells = [("dense", 0), *((kind, n) for kind in ("attention", "mlp") for n in asked["n_drop"])]
+    contexts = [of_context | {"kind": kind, "n": n, "context": context} for kind, n in cells
+                for context in (*(CONTEXTS[shots] for shots in asked["shots"]), "mean")]  # fmt: skip
+    return {"tasks": tasks, "speed": speed, "answers": answers, "long_context": contexts}
 
 
 @pytest.mark.slow
