@@ -30,10 +30,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def quantise(model: nn.Module, bits: int) -> nn.Module:
     """Turn every linear map of the decoder layers into a quantised tensor of torchao, in place; returns the model.
 
-    It computes with the numbers of `round_weights`, and is dropped and measured like any other model; what reads weights
-    themselves (weight norms, exports) takes the model of `round_weights`. torchao holds 4 bits in a byte of their own, which
-    runs on CPUs and GPUs alike; `quantised_bytes` tells what they take when packed. `save_pretrained` stores it for
-    transformers, which loads it in the dtype that it has (but cannot run Falcon then).
+    It computes with the numbers of `round_weights`, and is dropped and measured like any other model; what reads the weights
+    themselves (weight norms, exports) needs the model of `round_weights`. torchao holds 4 bits in a byte of their own, on CPUs
+    and GPUs alike; `quantised_bytes` tells what they take when packed. Inside `dropped`, only what is there is quantised.
+    `save_pretrained` stores it for transformers, which loads it in the dtype that it has (but cannot run Falcon then).
 
     Raises, before anything is changed, LLMDropError for other bits than 8 and 4, for a model with a matrix that cannot be
     quantised, and for weights that are not plain tensors in memory; NotAvailable without torchao.
@@ -85,8 +85,8 @@ def _nearest(torchao: Any, weight: torch.Tensor, bits: int) -> Any:
     wide, group = weight.float().contiguous(), (1, _group(weight, bits))
     make, integers = torchao.IntxUnpackedToInt8Tensor.from_hp, getattr(torch, f"int{bits}")
     first = make(wide, group, integers, mapping_type=torchao.MappingType.ASYMMETRIC)
-    least = torch.finfo(weight.dtype).smallest_normal  # what a group of zeros has; rounded to zero, it would divide by zero
-    stored = first.scale.to(weight.dtype).clamp(min=least)
+    stored = first.scale.to(weight.dtype)
+    stored[stored == 0] = 1  # in float16, of a group of zeros: nothing is divided by zero
     given = {"custom_scale": stored.float(), "custom_zero_point": first.zero_point, "intx_choose_qparams_algorithm": None}
     return make(wide, group, integers, **given).to(weight.dtype)
 
@@ -152,7 +152,7 @@ def _linears(model: nn.Module, bits: int) -> dict[str, nn.Linear]:
                 found[where] = module
             elif parameter.ndim > 1:
                 others.append(f"{where} of a {type(module).__name__}")
-    if False:
+    if others:
         raise LLMDropError(
             f"This {anatomy.family} model cannot be quantised as a whole: torchao takes weights of nn.Linear, but "
             f"{len(others)} matrices are others, such as {others[0]}. Mixtures of experts and GPT-2 are built so: take a model "

@@ -4,20 +4,15 @@ A short training of what is left regains a part of what dropping lost. The figur
 means over tasks without and with it: 58.7 and 59.4 for the dense model, 52.8 and 57.0 after Attn Drop, 44.3 and 47.0 after MLP
 Drop.
 
-An adapter adds the product of two thin matrices to a linear map (Hu et al. 2021, arXiv:2106.09685, eq. 3):
-
-    W' = W + (alpha / rank) B A,  A (rank, inputs) random and B (outputs, rank) zero at first
-
-Every linear map of the attention and the MLPs that the plan keeps gets one. Embeddings, norms, biases and LM head stay as they
-are, and so do the maps that stand in dropped places. In a mixture of experts, routers stay too, and experts whose weights are
-one tensor for all of them: attention and shared experts are what is trained there.
+The loop is transformers' Trainer. A killed run resumes from its last checkpoint, with the same losses as one that was never
+killed. adapters.py says what an adapter is, and which weights get one.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
+import logging
 import math
 import random
 import shutil
@@ -28,21 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..base.checks import whole
-from ..base.errors import LLMDropError, NotAvailable
+from ..base.errors import LLMDropError
 from ..base.files import locked, write_text
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import dropped
 from ..measure.guard import tokens_for
-from ..models.families import Anatomy, family_of, find_anatomy, input_device
+from ..models.families import find_anatomy, input_device
 from ..sources.texts import fingerprint
+from .adapters import adapted, library, merge
 
 VERSION = 1  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 20  # how often in a run the adapters and the optimizer's state are stored, to resume from after a kill
-ROUTERS = {"gate", "router", "shared_expert_gate"}  # what families call the maps that choose or weigh experts
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are not quantised
+
+# Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
+logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
 def _positive(value: object, what: str) -> float:
@@ -117,7 +113,7 @@ def tune(
     Parameters
     ----------
     model: the whole model, on one device, not quantised. Adapters are trained in float32 whatever its dtype, or in float64 if
-        that is its dtype. The merged weights are rounded to its dtype once; in bfloat16 that hides changes below 1/256.
+        that is its dtype. Merged weights are rounded to its dtype once: in bfloat16, changes below 1/512 of a weight are lost.
     tokens: LongTensor (n_samples, seq_len), seq_len >= 2. The loss is the mean over all tokens but the first of each sample, in
         nats.
     plan: what is dropped; `DropPlan()` tunes the dense model.
@@ -125,31 +121,25 @@ def tune(
         the same result as without an interruption; otherwise checkpoints in it are deleted. Delete it once the model is stored.
     on_step: called after each step with the number of steps done and the step's loss.
 
-    Returns the loss of each step, before it, those before a resumption included. Raises LLMDropError for wrong input and for a
-    loss that is not finite, NotAvailable without peft. After any error or interruption the model is bit for bit as it was.
+    Returns the losses of all steps, those before a resumption included; the first is that of the base. Raises LLMDropError for
+    wrong input and for a loss that is not finite, NotAvailable without peft. After any error or interruption the model is bit
+    for bit as it was.
     """
     if not isinstance(settings, Tuning):
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Tuning(rank=8, learning_rate=2e-4).")
-    peft, folder = _library(), Path(folder)
+    peft, folder = library(), Path(folder)
     recipe, tokens = describe_tuning(model, tokens, plan, settings), _samples(model, tokens)
     with locked(folder), dropped(model, plan), _frozen(model), _random_numbers_of_its_own(settings.seed):
         _check_place(model)
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
         checkpoint = _prepare(folder, {"recipe": recipe, "base": _hash_of_weights(model)})
-        with _adapted(peft, find_anatomy(model), settings) as layers:
+        with adapted(peft, find_anatomy(model), settings.rank, settings.alpha) as layers:
             # 2. The loop.
             losses = _train(model, layers, tokens, settings, folder, checkpoint, on_step)
             # 3. All merged weights are made before the first takes its place: an error changes none.
-            for weight, merged in _merge(layers):
+            for weight, merged in merge(layers):
                 weight.data = merged
     return losses
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("peft")  # takes seconds: only when something is tuned
-    except ImportError as error:
-        raise NotAvailable(f"peft cannot be used ({error}). Install it beside this package: pip install peft.") from error
 
 
 # ---- what comes in ------------------------------------------------------------------------------------------------------
@@ -199,75 +189,6 @@ def _prepare(folder: Path, about: dict) -> str | None:
         shutil.rmtree(path)
     write_text(note, text)
     return None
-
-
-# ---- adapters -----------------------------------------------------------------------------------------------------------
-
-
-def _kept_maps(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """The linear maps of all attention and MLPs that are there, by layer and name: "3.self_attn.q_proj"."""
-    family = family_of(anatomy.decoder.config)
-    units = (family.attention_unit[0], *family.mlp_unit[: 1 if family.mlp_is_one_module else 2])
-    return {
-        ".".join(filter(None, (str(index), unit, name))): module
-        for index, layer in enumerate(anatomy.layers)
-        for unit in units
-        for name, module in layer.block.get_submodule(unit).named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not ROUTERS & {*name.split(".")}
-    }
-
-
-@contextlib.contextmanager
-def _adapted(peft: Any, anatomy: Anatomy, settings: Tuning) -> Iterator[dict[str, Any]]:
-    """Inside, each kept map is peft's layer around it, which is yielded by the map's name; afterwards all is as it was."""
-    maps = _kept_maps(anatomy)
-    if not maps:
-        raise LLMDropError(
-            "Nothing is left to tune: no attention is kept, and no MLP but of experts whose weights are one tensor. Use a plan "
-            "that drops less."
-        )
-    for name, module in maps.items():
-        if "base_layer" in name.split("."):
-            raise LLMDropError("The model has adapters of peft already. Merge them first, with merge_and_unload().")
-        if type(module.weight) is not nn.Parameter or module.weight.dtype not in DTYPES:
-            raise LLMDropError(
-                f"The weight of {name} is quantised ({module.weight.dtype}), so nothing can be merged into it. Tune the model "
-                "before it is quantised."
-            )
-    # The blocks alone: peft would take the whole model for one of an older transformers, and move targets among its experts.
-    blocks = nn.ModuleList(layer.block for layer in anatomy.layers)
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=list(maps),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps.values()),  # stored as (inputs, outputs)
-    )
-    try:
-        peft.inject_adapter_in_model(config, blocks)
-        layers = {name: blocks.get_submodule(name) for name in maps}
-        for layer, module in zip(layers.values(), maps.values(), strict=True):
-            wide = torch.promote_types(module.weight.dtype, torch.float32)
-            layer.lora_A.to(wide)
-            layer.lora_B.to(wide)
-        yield layers
-    finally:
-        for name, module in maps.items():
-            parent, _, child = name.rpartition(".")
-            setattr(blocks.get_submodule(parent), child, module)
-
-
-@torch.no_grad()
-def _merge(layers: dict[str, Any]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The weight of each adapted map, and what it becomes."""
-    pairs = []
-    for name, layer in layers.items():
-        weight, change = layer.get_base_layer().weight, layer.get_delta_weight("default")
-        merged = (weight.to(change.dtype) + change).to(weight.dtype)
-        if not bool(merged.isfinite().all()):
-            raise LLMDropError(f"The tuned weight of {name} is not finite in {weight.dtype}. Use a lower learning rate.")
-        pairs.append((weight, merged))
-    return pairs
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
@@ -338,7 +259,7 @@ def _train(
         _NextTokenLoss(model, layers),
         arguments,
         data_collator=lambda rows: {"input_ids": torch.stack(rows)},
-        train_dataset=tokens,
+        train_dataset=tokens.cpu(),
         callbacks=[Steps()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -375,7 +296,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _random_numbers_of_its_own(seed: int) -> Iterator[None]:
     """Inside, torch's random numbers begin with the seed. Those of the caller go on afterwards; the Trainer seeds them all."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what the Trainer sets)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         try:
             yield

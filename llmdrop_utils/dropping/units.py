@@ -74,7 +74,7 @@ def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
 @contextlib.contextmanager
 def _on_cpu(modules: list[nn.Module]) -> Iterator[None]:
     """Inside, what these modules hold on a GPU is in the CPU's memory. The parameters remain the same objects."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    tensors = [part for module in modules for tensor in (*module.parameters(), *module.buffers()) for part in _parts(tensor)]
     homes = [(tensor, tensor.device) for tensor in tensors if _on_gpu(tensor)]
     try:
         for tensor, _ in homes:
@@ -83,6 +83,15 @@ def _on_cpu(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for tensor, device in homes:
             _move(tensor, device)
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor itself, or those that hold the numbers of a quantised one, whose own `data` cannot be set."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:

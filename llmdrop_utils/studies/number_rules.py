@@ -170,7 +170,8 @@ def long_context(run: RunTables, claim: dict) -> Ours:
 
 def answer(run: RunTables, claim: dict) -> Ours:
     """The number that a model gives as its answer."""
-    return run.read("08_what_breaks/answers", "answer", **where_of(claim))
+    where = where_of(claim) | ({} if claim["n_drop"] else {"kind": "dense"})
+    return run.read("08_what_breaks/answers", "answer", **where)
 
 
 # ---- numbers of the text, which follow from those of a row: "T1.Llama-2-13B.Attn-8" ----------------------------------------
