@@ -423,4 +423,39 @@ ABLATIONS = [
            ("greedy takes the worst", "int(divergence.argmin())", "int(divergence.argmax())")),
 ]  # fmt: skip
 
-EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS]
+BREAKS_TESTS, PROBE_TESTS = "tests/studies/test_what_breaks.py", "tests/sources/test_probes.py"
+BREAKS = [
+    *edits(
+        "studies/what_breaks/rows.py", BREAKS_TESTS,
+        ("guessing is retained", "share_of_dense(values, ability.chance)", "share_of_dense(values)"),
+        ("the number alone is above guessing", "bool(low > ability.chance)",
+         "bool(ability.scores[:, 0].mean() > ability.chance)"),
+        ("tokens that come back count", "(written == written[:1]).cumprod(-1)", "(written == written[:1])"),
+        ("blocks are compared", 'other = Cell("mlp", cell.n)', 'other = Cell("attention", cell.n)'),
+        ("the first number is the answer", "numbers[-1] if numbers", "numbers[0] if numbers"),
+        ("runs of three", "GRAM = 4", "GRAM = 3"),
+    ),
+    *edits(
+        "studies/what_breaks/change_rows.py", BREAKS_TESTS,
+        ("pruned beside dropped", "DENSE if arm.method == WANDA else", "DENSE if arm.method == LORA else"),
+        ("nothing lost, all regained", "nothing = 0.0 if low > 0 else np.nan", "nothing = 0.0"),
+        ("slower is faster", "np.array(dense) / np.array(taken)", "np.array(taken) / np.array(dense)"),
+        ("the share that is left", "gained = points[:, dense] - points[:, plain], points[:, tuned] - points[:, plain]",
+         "gained = points[:, dense] - points[:, plain], points[:, dense] - points[:, tuned]"),
+    ),
+    *edits("studies/what_breaks/changes.py", BREAKS_TESTS,
+           ("a change stays", "_layers(model).load_state_dict(kept)", "pass"),
+           ("always four bits", "round_weights(model, int(self.change.split()[0]))", "round_weights(model, 8)")),
+    *edits("measure/confidence.py", "tests/measure/test_confidence.py",
+           ("an edge belongs above", "np.ceil(confidence * bins).astype(int) - 1", "np.floor(confidence * bins).astype(int)"),
+           ("the least likely choice", "logprobs.max(1, keepdims=True)", "logprobs.min(1, keepdims=True)")),
+    *edits("sources/probes.py", PROBE_TESTS,
+           ("the cue comes alone", "text[start : start + len(passage)] = passage",
+            "text[start : start + CUE] = passage[:CUE]"),
+           ("always the first name", "asked = i % len(NAMES)", "asked = 0"),
+           ("one label after the other",
+            "for i in range(shots):\n        for label in rng.permutation(sorted(by_label)).tolist():",
+            "for label in sorted(by_label):\n        for i in range(shots):")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS]

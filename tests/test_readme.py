@@ -98,7 +98,8 @@ def test_figures_belong_to_the_notebook_of_the_claim():
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) < 130
+    of_tables = [line for line in README.splitlines() if line.startswith("|")]  # the claims, one line each
+    assert len(README.splitlines()) - len(of_tables) < 112
     assert len(re.findall(r"!\[", README)) == 1
 
 

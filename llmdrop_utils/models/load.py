@@ -253,5 +253,6 @@ def _speed_up_bfloat16(model: nn.Module) -> None:
     if _multiplies_bfloat16():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+        is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter  # quantised weights multiply by themselves
+        if is_plain and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
             module.__class__ = _Float32Products

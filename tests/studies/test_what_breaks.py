@@ -1,7 +1,9 @@
 """Notebook 08 on small numbers worked out by hand, and on a tiny model from end to end."""
 
 import dataclasses
+import importlib.util
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from llmdrop_utils.dropping.units import skipping
 from llmdrop_utils.measure.decoding import greedy
 from llmdrop_utils.measure.scoring import score
 from llmdrop_utils.measure.text import score_text
+from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.locate import locate_model
 from llmdrop_utils.studies.ablations.rows import Arm, of_text
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
@@ -36,6 +39,7 @@ from llmdrop_utils.studies.what_breaks.rows import (
     generation_rows,
     repetition,
 )
+from llmdrop_utils.studies.what_breaks.shrinking import obstacles_to_changes
 from llmdrop_utils.studies.what_breaks.study import TABLES, paper_rows
 from llmdrop_utils.studies.what_breaks.work import GenerationWork, ProbeWork
 from llmdrop_utils.studies.work import DENSE, DENSE_CELL, Cell, TextWork
@@ -321,6 +325,28 @@ def test_a_profile_without_changes_measures_abilities(tmp_path, monkeypatch):
     tables = STUDIES["08_what_breaks"](profile)
     assert tables["changes"].empty
     assert len(tables["abilities"])
+
+
+@pytest.mark.slow
+def test_a_model_whose_experts_are_one_tensor(tmp_path, monkeypatch):
+    """Neither rounded nor pruned, with the reason; tuned all the same."""
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
+    families.tiny("mixtral", vocab_size=257, num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    tables = STUDIES["08_what_breaks"](load_profile("smoke", str(tmp_path / "model")))
+    told = {what.split(", ", 1)[1]: reason for what, reason in tables["not_run"].itertuples(index=False) if ", " in what}
+    assert "cannot be quantised as a whole" in told["4 bits"]
+    assert "experts" in told["Wanda"]
+    assert set(tables["changes"]["change"]) == {"none", "LoRA"}
+    assert tables["pruned"].empty
+    assert set(tables["speed"]["method"]) == {"none"}
+
+
+def test_libraries_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reasons = obstacles_to_changes(load_profile("smoke").section(Changes), MODEL)
+    assert reasons == {"8 bits": (torchao := "It takes the library torchao: pip install torchao."), "4 bits": torchao,
+                       "LoRA": "It takes the library peft: pip install peft."}  # fmt: skip
 
 
 def test_too_long_a_prompt(tmp_path, monkeypatch):

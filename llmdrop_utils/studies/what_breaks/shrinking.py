@@ -5,7 +5,9 @@ number say what has as many weights.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,21 +48,30 @@ class Shrunk:
         return [*(work for _, several in self.groups for work in several), *self.rankings.values(), self.speed]
 
 
-def obstacle_to_changes(run: Run, model: LocatedModel) -> str | None:
-    """Why the weights of a model cannot be changed in all these ways; None if they can. Asked of a model without memory."""
-    settings, shape = run.section(Changes), model_of_shape(model, torch.bfloat16, "meta")
-    try:
-        for bits in settings.bits:
-            quantised_bytes(shape, bits)
-        sparsity_for(shape, DENSE)
-    except LLMDropError as error:
-        return str(error)
-    return None
+def obstacles_to_changes(settings: Changes, model: LocatedModel) -> dict[str, str]:
+    """Which changes cannot be made of a model here, and why. Asked of a model without memory."""
+    shape = model_of_shape(model, torch.bfloat16, "meta")
+    asked: dict[str, tuple[str | None, Callable[[], object]]] = {
+        bits_name(bits): ("torchao", functools.partial(quantised_bytes, shape, bits)) for bits in settings.bits
+    }
+    asked |= {WANDA: (None, lambda: sparsity_for(shape, DENSE)), LORA: ("peft", lambda: None)}
+    found = {}
+    for change, (library, attempt) in asked.items():
+        if library and importlib.util.find_spec(library) is None:
+            found[change] = f"It takes the library {library}: pip install {library}."
+            continue
+        try:
+            attempt()
+        except LLMDropError as error:
+            found[change] = str(error)
+    return found
 
 
 def shrink(run: Run, item: ImportanceWork, scores: Importance, tasks: dict[str, list]) -> Shrunk:
     """The items of one model. item: importance on the first corpus. tasks: name -> what `load_task` gives."""
     settings = run.section(Changes)
+    obstacles = obstacles_to_changes(settings, item.model)
+    run.not_run |= {f"{item.model.name}, {change}": reason for change, reason in obstacles.items()}
     tokens = item.tokens[: settings.n_samples]
     tuned = item.tokens[: settings.tuning_samples]
     dense = {Arm(DENSE_KIND, NONE, 0): DENSE}
@@ -79,17 +90,17 @@ def shrink(run: Run, item: ImportanceWork, scores: Importance, tasks: dict[str, 
     plans = dense | dropped | before
     groups: list[tuple[list[Arm], list[Part | ChangedWork]]] = [(list(plans), [*items(list(plans.values()))])]
     nothing, rankings = tokens[:0], {}
-    for name in map(bits_name, settings.bits):
+    for name in (name for name in map(bits_name, settings.bits) if name not in obstacles):
         arms = {arm._replace(method=name): plan for arm, plan in (dense | dropped).items()}
         groups.append((list(arms), [changed(name, nothing, items(list(arms.values())))]))
         ranking = dataclasses.replace(item, tokens=tokens)
         rankings[name] = changed(name, nothing, [ranking])
         plans |= arms
-    for arm, plan in dropped.items():
+    for arm, plan in dropped.items() if WANDA not in obstacles else ():
         pruned = arm._replace(method=WANDA)
         groups.append(([pruned], [changed(WANDA, tokens, items([DENSE]), plan)]))
         plans[pruned] = DENSE
-    for arm, plan in (dense | before).items():
+    for arm, plan in (dense | before).items() if LORA not in obstacles else ():
         groups.append(([arm._replace(method=LORA)], [changed(LORA, tuned, items([plan]), plan)]))
         plans[arm._replace(method=LORA)] = plan
     timed = [arm for arm in plans if arm.method != LORA and arm.kind != "mlp"]
@@ -159,6 +170,8 @@ def bytes_of(shrunk: Shrunk, bits: Sequence[int]) -> dict[Arm, int]:
 
 def sparsities_of(shrunk: Shrunk) -> dict[int, float]:
     """Share of the weights of linear maps that as many attention layers have."""
+    if not any(arm.method == WANDA for arm in shrunk.plans):
+        return {}
     shape = model_of_shape(shrunk.item.model, torch.bfloat16, "meta")
     plain = {arm.n: plan for arm, plan in shrunk.plans.items() if (arm.kind, arm.method) == ("attention", NONE)}
     return {n: sparsity_for(shape, plan) for n, plan in plain.items()}

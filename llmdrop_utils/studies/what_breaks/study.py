@@ -26,7 +26,7 @@ from .rows import (
     context_rows,
     generation_rows,
 )
-from .shrinking import Shrunk, bytes_of, measures_of, obstacle_to_changes, shrink, sparsities_of
+from .shrinking import Shrunk, bytes_of, measures_of, shrink, sparsities_of
 
 DROPPED = Key("n", "Dropped", "d")
 TABLES = {
@@ -110,12 +110,9 @@ def what_breaks(run: Run) -> Tables:
         if Changes not in run.profile.sections:
             continue
         with run.one_of(item.model):
-            if obstacle := obstacle_to_changes(run, item.model):
-                run.not_run[f"{item.model.name}, changed weights"] = obstacle
-            else:
-                shrunk.append(shrink(run, item, scores, choices))
+            shrunk.append(shrink(run, item, scores, choices))
     run.measure([work for each in asked for work in each.work])
-    run.measure([work for each in shrunk for work in each.work], what="{}, changed weights")
+    run.measure([work for each in shrunk for work in each.work], several=True, what="{}, changed weights")
     tables: dict[str, list[dict]] = {name: [] for name in TABLES}
     of_abilities = [each for each in asked if each.item.model.name not in run.not_run]
     of_changes = [each for each in shrunk if f"{each.item.model.name}, changed weights" not in run.not_run]

@@ -9,10 +9,11 @@ from ...base.stats import difference_interval
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
-from ..ablations.rows import TASKS
+from ..ablations.rows import TASKS, TEXT
 from .abilities import ANSWERS
-from .changes import NONE, WANDA
+from .changes import NONE, WANDA, bits_name
 
+FEW_BITS = bits_name(4)  # as in Table 11
 UNKNOWN = (math.nan, math.nan, math.nan)  # where the dense model is at chance: inconclusive
 
 
@@ -57,7 +58,7 @@ def attention_drop_keeps_context(tables: Tables) -> Iterator[Finding]:
 @check
 def quantising_costs_little(tables: Tables, points: float) -> Iterator[Finding]:
     rows = tables["changes"]
-    rows = rows[(rows["change"] == "4 bits") & (rows["measure"] == TASKS)]
+    rows = rows[(rows["change"] == FEW_BITS) & (rows["measure"] == TASKS)]
     for model, of_model in rows.groupby("model", sort=False):
         compared = [
             Comparison(f"{r['n']} dropped" if r["n"] else "dense", *points_lost(r), below=points, form=".1f")
@@ -119,7 +120,8 @@ def what_to_do(tables: Tables) -> str:
         lost = rows[rows["n"].isna()]["ability"].unique()
         if len(lost):
             told.append(f"The dense model is at chance in {', '.join(lost)}, so nothing is said of these.")
-        text.append(f"**{model}**: {' '.join(told)} {_sure(tables['confidence'], model)}")
+        told += [_sure(tables["confidence"], model), _rounded(tables, model)]
+        text.append(f"**{model}**: {' '.join(part for part in told if part)}")
     text.append("Test a dropped model on the ability that you need, and not on choices alone: what it writes may break before.")
     return "\n\n".join(text)
 
@@ -133,3 +135,17 @@ def _sure(confidence: pd.DataFrame, model) -> str:
     last = rows.loc[rows["n"].idxmax()]
     change = f"{dense['error'].iloc[0]:.1%} to {last['error']:.1%}".replace("%", " %")
     return f"The calibration error of choices goes from {change} without {last['n']} attention layers."
+
+
+def _rounded(tables: Tables, model) -> str:
+    """What 4 bits cost with and without layers dropped, and whether to choose layers before or after."""
+    rows, rankings = (tables[name][tables[name]["model"] == model] for name in ("changes", "rankings"))
+    rows = rows[(rows["change"] == FEW_BITS) & (rows["measure"] == TEXT)].sort_values("n")
+    same = rankings[rankings["change"] == FEW_BITS].sort_values("n")
+    if rows.empty or same.empty:
+        return ""
+    of = lambda n: f"without {n} layers" if n else "of the dense model"  # noqa: E731
+    costs = ", ".join(f"{-r.cost:+z.3f} {of(r.n)}" for r in rows.itertuples())
+    shared, n = same["shared"].iloc[-1], same["n"].iloc[-1]
+    order = "so quantise before or after" if shared == n else "so choose the layers before you quantise"
+    return f"{FEW_BITS} cost, in nats per token, {costs}; they choose {shared} of the {n} layers alike, {order}."
