@@ -29,8 +29,9 @@ from ..base.errors import LLMDropError
 from ..base.files import locked, write_text
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import dropped
-from ..measure.guard import tokens_for
+from ..measure.guard import frozen, tokens_for
 from ..models.families import find_anatomy, input_device
+from ..models.training import last_checkpoint
 from ..sources.texts import fingerprint
 from .adapters import adapted, library, merge
 
@@ -129,7 +130,7 @@ def tune(
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Tuning(rank=8, learning_rate=2e-4).")
     peft, folder = library(), Path(folder)
     recipe, tokens = describe_tuning(model, tokens, plan, settings), _samples(model, tokens)
-    with locked(folder), dropped(model, plan), _frozen(model), _random_numbers_of_its_own(settings.seed):
+    with locked(folder), dropped(model, plan), frozen(model), _random_numbers_of_its_own(settings.seed):
         _check_place(model)
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
         checkpoint = _prepare(folder, {"recipe": recipe, "base": _hash_of_weights(model)})
@@ -179,13 +180,9 @@ def _prepare(folder: Path, about: dict) -> str | None:
     note, text = folder / "tuning.json", json.dumps(about, indent=1, sort_keys=True) + "\n"
     if folder.is_dir() and not note.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise LLMDropError(f"{folder} holds files that are not of a tuning. Give the checkpoints a folder of their own.")
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    same = note.exists() and note.read_bytes() == text.encode()
-    for path in found:
-        if same:
-            with contextlib.suppress(OSError, ValueError):  # a kill left it half-written: the Trainer writes its state last
-                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-                return str(path)
+    if note.exists() and note.read_bytes() == text.encode():
+        return last_checkpoint(folder)
+    for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     write_text(note, text)
     return None
@@ -272,24 +269,6 @@ def _train(
 
 
 # ---- all else is left as it was -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode (no dropout), and gradients are recorded of none of the weights that it has now."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

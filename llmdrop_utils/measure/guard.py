@@ -63,6 +63,24 @@ def measuring(model: nn.Module) -> Iterator[None]:
             )
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode (no dropout), and gradients are recorded of none of the weights that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+
+
 Held = tuple[torch.Tensor, tuple]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..models.families import Anatomy, find_anatomy, input_device, tensor_of
-from .guard import tokens_for
+from .guard import frozen, tokens_for
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
@@ -37,7 +37,7 @@ def measure_taylor(
     sums = np.zeros((2, len(anatomy)))
     both = np.zeros(len(anatomy))
     start = 0
-    with _frozen(model):
+    with frozen(model):
         while start < len(tokens):
             batch = tokens[start : start + batch_size]
             try:
@@ -68,24 +68,6 @@ def _slopes(model: nn.Module, anatomy: Anatomy, batch: torch.Tensor) -> np.ndarr
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:].to(logits.device), reduction="none").mean(1)
     (gradient,) = torch.autograd.grad(losses.sum(), gates)  # of each sample, since samples share no gate
     return gradient.double().cpu().numpy()
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, and gradients are recorded of nothing but gates."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def train_series(name: str, seed: int) -> Path:
         )
         trainer.remove_callback(PrinterCallback)
         with _full_disk_is_one_error(folder):
-            trainer.train(resume_from_checkpoint=_last_checkpoint(resume))
+            trainer.train(resume_from_checkpoint=last_checkpoint(resume))
         # 3. What is known of the run. run.json comes last: with it the series is complete.
         log = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
         losses = pd.DataFrame(log, columns=["step", "loss"])
@@ -186,7 +186,7 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
     return arguments
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end (the Trainer writes its state last); half-written ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for path in found:

@@ -14,6 +14,7 @@ import torch
 
 from llmdrop_utils import DropPlan
 from llmdrop_utils.base.store import Store
+from llmdrop_utils.derive.tuning import Tuning
 from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.speed import Load
 from llmdrop_utils.models.locate import LocatedModel
@@ -77,7 +78,7 @@ EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
 VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
     "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
     "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
-    "requests": (([1], [2]),),
+    "requests": (([1], [2]),), "settings": Tuning(),
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
@@ -92,6 +93,8 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "maps": [{}, {("attention", 3): OTHER_MAP}, {("attention", 1): MAP}, {("mlp", 2): MAP}],
     "versions": [(("none", OTHER_PLAN),), (("8 bits", PLAN),)],
     "backend": ["compiled"],
+    "alpha": [8.0],
+    "learning_rate": [1e-3],
     "what": ["generation"],
     "room": [120, None],
 }
@@ -178,11 +181,18 @@ def test_every_field_changes_the_address_or_is_exempt(cls):
         if (name, field) not in EITHER:
             assert same == ((name, field) in EXEMPT), f"{name}.{field}: {EXEMPT.get((name, field), 'it is not in the key')}"
     own = {field.name for field in dataclasses.fields(cls)}
-    made_of = {"model": "LocatedModel", "plans": "DropPlan", "plan": "DropPlan", "load": "Load", "items": "TextWork"}
+    made_of = {
+        "model": "LocatedModel",
+        "plans": "DropPlan",
+        "plan": "DropPlan",
+        "load": "Load",
+        "items": "TextWork",
+        "settings": "Tuning",
+    }
     parts = {made_of.get(name) for name in own}
     assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
         (part.__name__, field.name)
-        for part in (LocatedModel, DropPlan, Load, work_module.TextWork)
+        for part in (LocatedModel, DropPlan, Load, work_module.TextWork, Tuning)
         for field in dataclasses.fields(part)
         if part.__name__ in parts and not (issubclass(part, Work) and field.name in made_of)
     }

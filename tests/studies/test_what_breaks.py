@@ -11,6 +11,7 @@ import torch
 from llmdrop_utils import DropPlan, LLMDropError, load_model, load_profile
 from llmdrop_utils.base import files
 from llmdrop_utils.derive.quantise import round_weights
+from llmdrop_utils.derive.tuning import Tuning
 from llmdrop_utils.derive.wanda import prune_by_wanda, sparsity_for
 from llmdrop_utils.dropping.units import skipping
 from llmdrop_utils.measure.decoding import greedy
@@ -235,7 +236,7 @@ def test_a_model_writes_under_each_plan(model):
 
 def changed(change: str, plan: DropPlan, **more) -> ChangedWork:
     text = TextWork(**SHARED, corpus="web", tokens=TOKENS, plans=PLANS[:2])
-    return ChangedWork(**SHARED, change=change, plan=plan, tokens=TOKENS, epochs=1, items=(text,), **more)
+    return ChangedWork(**SHARED, change=change, plan=plan, tokens=TOKENS, settings=Tuning(batch_size=2), items=(text,), **more)
 
 
 def test_a_change_is_measured_and_taken_back(model, cache):

@@ -15,7 +15,7 @@ from torch import nn
 from ...base import files
 from ...base.errors import LLMDropError
 from ...base.provenance import code_provenance
-from ...base.settings import Counts, Positive, Settings
+from ...base.settings import Counts, Positive, PositiveNumber, Settings
 from ...derive.quantise import quantise, round_weights
 from ...derive.tuning import VERSION as TUNING_VERSION
 from ...derive.tuning import Tuning, tune
@@ -40,7 +40,9 @@ class Changes(Settings):
     n_samples: Positive  # of the first corpus that pruning reads
     tuned: CountsByKind  # what is dropped before tuning; the dense model is tuned too
     tuning_samples: Positive  # samples of the calibration corpus that tuning reads,
-    tuning_epochs: Positive  # so often
+    tuning_epochs: Positive  # so often,
+    tuning_batch: Positive  # so many in a step,
+    tuning_rate: PositiveNumber  # at this learning rate, the highest
     text_samples: Positive  # of held-out text
     task_limit: Positive | None  # documents of each task; null: all
     context: Positive  # tokens in the cache when decoding is timed
@@ -59,13 +61,14 @@ class ChangedWork(Work):
     change: str  # WANDA, LORA or a number of bits
     plan: DropPlan  # that tuning is done under, or whose number of weights is pruned
     tokens: torch.LongTensor  # that a change reads
-    epochs: int
+    settings: Tuning
     items: tuple[TextWork | TaskWork, ...] | tuple[ImportanceWork]
 
     @property
     def keys(self) -> list[dict]:
         how: dict = {"change": self.change, "tokens": fingerprint(self.tokens), "plan": self.plan.key.to_json()}
-        how |= {"epochs": self.epochs, "tuning": TUNING_VERSION} if self.change == LORA else {}
+        if self.change == LORA:
+            how |= {"tuning": TUNING_VERSION, "settings": dataclasses.asdict(self.settings)}
         return [self._key("changed weights", VERSION, **how, of=key) for item in self.items for key in item.keys]
 
     @property
@@ -75,7 +78,7 @@ class ChangedWork(Work):
     @property
     def _read(self) -> int:
         """Tokens that the change itself takes; a backward pass counts as two."""
-        return {WANDA: 2, LORA: 3 * self.epochs}.get(self.change, 0) * self.tokens.numel()
+        return {WANDA: 2, LORA: 3 * self.settings.epochs}.get(self.change, 0) * self.tokens.numel()
 
     @property
     def about(self) -> dict:
@@ -88,7 +91,7 @@ class ChangedWork(Work):
             if self.change == WANDA:
                 prune_by_wanda(model, self.tokens, sparsity_for(model, self.plan))
             elif self.change == LORA:
-                tune(model, self.tokens, self.plan, checkpoints, Tuning(epochs=self.epochs))
+                tune(model, self.tokens, self.plan, checkpoints, self.settings)
             else:
                 round_weights(model, int(self.change.split()[0]))
             update(self._read)

@@ -14,6 +14,7 @@ import torch
 
 from ...base.errors import LLMDropError
 from ...derive.quantise import quantised_bytes
+from ...derive.tuning import Tuning
 from ...derive.wanda import sparsity_for
 from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
@@ -78,13 +79,15 @@ def shrink(run: Run, item: ImportanceWork, scores: Importance, tasks: dict[str, 
     dropped = _plans(scores, {"attention": settings.n_drop})
     before = _plans(scores, settings.tuned)
 
+    training = Tuning(epochs=settings.tuning_epochs, batch_size=settings.tuning_batch, learning_rate=settings.tuning_rate)
+
     def items(plans: Sequence[DropPlan]) -> list[Part]:
         text = text_work(run, item, plans)
         text = dataclasses.replace(text, tokens=text.tokens[: settings.text_samples])
         return [text, *task_work(run, item.model, tasks, plans, settings.task_limit)]
 
     def changed(change: str, read: torch.LongTensor, what: Sequence, plan: DropPlan = DENSE) -> ChangedWork:
-        shared = item.identity | {"plan": plan, "tokens": read, "epochs": settings.tuning_epochs}
+        shared = item.identity | {"plan": plan, "tokens": read, "settings": training}
         return ChangedWork(**shared, change=change, items=tuple(what))
 
     plans = dense | dropped | before
