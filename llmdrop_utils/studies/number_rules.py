@@ -1,7 +1,6 @@
 """Where a run has each of the paper's numbers: `RULES`, by groups of identifiers in data/paper_claims.json.
 
-A rule names a table that a notebook writes, and the values of its key columns. A number of a model, task or count that a run
-does not have is not compared, and the reason says what would run it.
+A rule names a table and values of its keys. What a run does not have is not compared; the reason says what would run it.
 """
 
 import json
@@ -95,8 +94,7 @@ class RunTables:
 
 def _only(model: str | None, notebook: str) -> str:
     """What to add to the command for a model that no profile has."""
-    hub = paper.OF_ONE_TABLE.get(model or "")
-    return f" MODEL={hub} NOTEBOOKS={notebook[:2]}" if hub else ""
+    return f" MODEL={hub} NOTEBOOKS={notebook[:2]}" if (hub := paper.OF_ONE_TABLE.get(model or "")) else ""
 
 
 # ---- rules: (run, claim) -> ours ----------------------------------------------------------------------------------------
@@ -145,7 +143,7 @@ def speedup(run: RunTables, claim: dict, place: str = "05_speedup/speed", **more
 
 
 def pruned_speedup(run: RunTables, claim: dict) -> Ours:
-    """Of decoding alone: weights that are zero are multiplied like others, whatever else is timed."""
+    """Of decoding alone: zeros are multiplied like other weights, whatever is timed."""
     return run.read("08_what_breaks/speed", "speedup", method="Wanda", **where_of(claim))
 
 
@@ -164,14 +162,13 @@ def shots(run: RunTables, claim: dict) -> Ours:
 
 def long_context(run: RunTables, claim: dict) -> Ours:
     """Percent correct at one length of context ("2k"), or the mean over all ("mean")."""
-    asked = {"probe": "banking77", "context": claim["id"].rpartition(".")[2]}
-    return run.read("08_what_breaks/long_context", "accuracy", 100, **where_of(claim), **asked)
+    asked = where_of(claim) | {"probe": "banking77", "context": claim["id"].rpartition(".")[2]}
+    return run.read("08_what_breaks/long_context", "accuracy", 100, **asked)
 
 
 def answer(run: RunTables, claim: dict) -> Ours:
     """The number that a model gives as its answer."""
-    where = where_of(claim) | ({} if claim["n_drop"] else {"kind": "dense"})
-    return run.read("08_what_breaks/answers", "answer", **where)
+    return run.read("08_what_breaks/answers", "answer", **where_of(claim) | ({} if claim["n_drop"] else {"kind": "dense"}))
 
 
 # ---- numbers of the text, which follow from those of a row: "T1.Llama-2-13B.Attn-8" ----------------------------------------
