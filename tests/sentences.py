@@ -27,7 +27,7 @@ def counts_of_claims() -> list[str]:
     size = only(table("07_training_stages/runs").query("model == 'small-llama'")["parameters"])
     return [
         f"So far {sum('check' in claim for claim in listed)} of {len(listed)} claims can be tested. On one small model "
-        f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviates and {verdicts['inconclusive']} are "
+        f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviate and {verdicts['inconclusive']} are "
         f"inconclusive; {len(of_training)} about training deviate on a Llama of {size / 1e6:.1f}M parameters trained here; "
         f"{verdicts['not run']} are not run."
     ]
@@ -100,6 +100,45 @@ def served() -> list[str]:
         f"GGUF files in 16 bits are {smaller[0]} and {smaller[1]} smaller; their tensors shrink by exactly the bytes dropped.",
         f"llama.cpp reads 2,048 tokens {told['prefill'][0]} and {told['prefill'][1]} times as fast, and generates after them "
         f"{told['decode'][0]} and {told['decode'][1]} times as fast.",
+    ]
+
+
+def methods() -> list[str]:
+    """The best of the methods beside cosine on the same samples, at eight layers; and whether one is better in all measures."""
+    few = "cosine, few samples"
+    found = row("04_ablations/quality", measure="text", kind="attention", method="greedy KL", n=8, against=few)
+    greedy, once = (row("04_ablations/methods", kind="attention", method=m)["passes"] for m in ("greedy KL", few))
+    quality = table("04_ablations/quality").query("kind == 'attention' and n == 8")
+    better = quality[quality["outcome"] == "better"].groupby("method").size()
+    assert (better < quality["measure"].nunique()).all()
+    compared = {*quality["method"]} - {"cosine", few}
+    gain = f"{found['difference']:.3f} nats per token of text"
+    ends = span(found, low="difference_low", high="difference_high", form=".3f")
+    return [
+        f"Of {len(compared)} other ways to choose 8 layers none is better on text, tasks and continuations at once; greedy "
+        f"search gains {gain} {ends}, for {greedy / once:.0f} times the passes.",
+    ]
+
+
+def breaks() -> list[str]:
+    """What is left of abilities without 8 layers, and what other changes cost on held-out text."""
+    percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
+    copied = {kind: percent(row("08_what_breaks/long_context", probe="copy", context="mean", kind=kind, n=n)["accuracy"])
+              for kind, n in (("dense", 0), ("attention", 8), ("mlp", 8))}  # fmt: skip
+    same = row("08_what_breaks/abilities", ability="dense continuation", kind="attention", n=8)
+    kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
+    changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
+    dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
+    four_bits = [f"{-changes.loc[('4 bits', *version), 'cost']:.2f}" for version in (("dense", 0), ("attention", 8))]
+    regained = row("08_what_breaks/recovered", kind="attention", n=8, measure="text")["recovered"]
+    return [
+        f"Without 8 attention layers {copied['attention']} of a passage is still copied from the context, as the mean of two "
+        f"lengths, and without 8 MLPs {copied['mlp']}; the dense model copies {copied['dense']}.",
+        f"Of the dense model's own continuations {kept} of the tokens stay the most probable.",
+        f"These 8 layers cost {dropped:.2f} nats per token of text; as many single weights, pruned after Wanda, {pruned:.3f}, "
+        "without any gain in speed.",
+        f"Rounding to 4 bits costs {four_bits[0]} of the dense model and {four_bits[1]} beside dropping.",
+        f"A tuning by LoRA on 8,192 tokens regains {percent(regained)} of what these layers cost.",
     ]
 
 

@@ -114,10 +114,10 @@ def _what_breaks() -> dict[str, list[dict]]:
             for n in (2, 4, 6, 8)]  # fmt: skip
     recovered = []
     for kind, name in (("attention", "Attn_Drop"), ("mlp", "MLP_Drop")):
-        dense, plain, tuned = (
-            value[f"PT.{row}"] for row in ("no_finetune.Baseline", f"no_finetune.{name}", f"LoRA_finetune.{name}")
+        (dense, plain), (tuned_dense, tuned) = (
+            [value[f"PT.{how}.{row}"] for row in ("Baseline", name)] for how in ("no_finetune", "LoRA_finetune")
         )
-        share = _exact("recovered", (tuned - plain) / (dense - plain), "low", "high")
+        share = _exact("recovered", 1 - (tuned_dense - tuned) / (dense - plain), "low", "high")
         recovered.append({"model": "not named", "kind": kind, "n": 0, "measure": "tasks"} | share)
     return {"changes": changes, "pruned": pruned, "speed": speed, "context_gaps": gaps, "recovered": recovered}
 

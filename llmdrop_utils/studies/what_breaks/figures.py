@@ -10,7 +10,9 @@ from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, 
 from ...report.tables import Tables
 from ..ablations.rows import TEXT
 from .abilities import ANSWERS
-from .changes import LORA, NONE
+from .changes import LORA, NONE, WANDA
+
+LABELS = {NONE: "weights as they are", WANDA: f"{WANDA}, as many weights"}
 
 
 def with_dense(data: pd.DataFrame) -> pd.DataFrame:
@@ -185,8 +187,8 @@ def figS31_shrinking(tables: Tables) -> Drawing:
                 [rows["from_dense_high"] - rows["from_dense"], rows["from_dense"] - rows["from_dense_low"]], 0, None
             )
             ax.errorbar(x, y, error, marker="osD^v"[i % 5], linestyle=":", color=sns.color_palette("colorblind")[i],
-                        label="weights as they are" if change == NONE else change, elinewidth=0.8, capsize=1.5)  # fmt: skip
-            for size, lost, n in zip(x, y, rows["n"], strict=True):
+                        label=LABELS.get(change, change), elinewidth=0.8, capsize=1.5)  # fmt: skip
+            for size, lost, n in zip(x, y, rows["n"], strict=True) if change != WANDA else ():  # all in one place
                 ax.annotate(f"{n}", (size, lost), xytext=(4, 3), textcoords="offset points", fontsize=7)
         ax.axhline(0, color="0.7", linewidth=0.8)
         ax.set(xlabel="Megabytes of weights", ylabel="Nats per token lost", title=model if len(models) > 1 else "")
