@@ -138,7 +138,8 @@ def breaks() -> list[str]:
         f"These 8 layers cost {dropped:.2f} nats per token of text; as many single weights, pruned after Wanda, {pruned:.3f}, "
         "without any gain in speed.",
         f"Rounding to 4 bits costs {four_bits[0]} of the dense model and {four_bits[1]} beside dropping.",
-        f"A tuning by LoRA on 8,192 tokens regains {percent(regained)} of what these layers cost.",
+        f"A tuning by LoRA on 8,192 tokens regains {percent(regained)} of what these layers cost, beside the dense model "
+        "tuned alike.",
     ]
 
 

@@ -70,7 +70,8 @@ def figS24_methods(tables: Tables) -> Drawing:
             of = rows[rows["measure"] == measure]
             better = list(dict.fromkeys(of[of["outcome"] == "better"]["method"]))
             found.append(f"on {measure} {', '.join(better) if better else 'none'}")
-        return f"Better than cosine, all comparisons taken together: {'; '.join(found)}."
+        n_methods = rows["method"].nunique()
+        return f"Of {n_methods} methods these are better than cosine, all comparisons taken together: {'; '.join(found)}."
 
     return Drawing(fig, data, for_each_model(data, sentence))
 
