@@ -366,7 +366,8 @@ def test_what_a_reader_sees():
         name: FIGURES[name].draw(tables()).takeaway for name in ("figS24_methods", "figS25_calibration", "figS26_residual")
     }
     assert drawn["figS24_methods"] == (
-        "Of 3 methods these are better than cosine, all comparisons taken together: on text none; on tasks none; on continuation none."
+        "Of 3 methods these are better than cosine, all comparisons taken together: "
+        "on text none; on tasks none; on continuation none."
     )
     assert (
         drawn["figS25_calibration"]
