@@ -122,7 +122,7 @@ def ask(run: Run, item: ImportanceWork, others: Sequence[ImportanceWork], scores
     dropped = tuple(plan for cell, plan in plans.items() if cell != DENSE_CELL)
     choices = task_work(run, item.model, tasks, plans.values(), settings.task_limit)
     mathematics = _mathematics(run, item)
-    first = first_prompt(mathematics) if mathematics else None
+    first = _first_prompt(run, item, mathematics, tokenizer) if mathematics else None
     answer_cells = [DENSE_CELL, *(cell for n in settings.answers_n if (cell := Cell("attention", n)) in plans)]
     asked = {MATHEMATICS: mathematics} if mathematics else {}
     of_answers = [plans[cell] for cell in answer_cells]
@@ -135,7 +135,7 @@ def ask(run: Run, item: ImportanceWork, others: Sequence[ImportanceWork], scores
         _probes(run, item, read, tokenizer),
         [ConfidenceWork(**{field.name: getattr(work, field.name) for field in dataclasses.fields(work)}) for work in choices],
         answers[0] if answers else None,
-        GenerationWork(**say, tokens=as_prompt(first, tokenizer)) if first else None,
+        GenerationWork(**say, tokens=first) if first is not None else None,
     )  # fmt: skip
 
 
@@ -159,6 +159,17 @@ def _mathematics(run: Run, item: ImportanceWork) -> list | None:
     load = lambda name: load_task(name, None, tasks.data)  # noqa: E731
     found = run.available([MATHEMATICS], load, "tasks", NotAvailable, several=True, name=lambda name: f"task {name}")
     return found[0] if found else None
+
+
+def _first_prompt(run: Run, item: ImportanceWork, mathematics: list, tokenizer) -> torch.LongTensor | None:
+    """The first question with its examples, (1, n) token ids; None if the model has no room for it and for an answer."""
+    prompt, known = as_prompt(first_prompt(mathematics), tokenizer), position_limit(load_config(item.model))
+    longest = prompt.shape[1] + run.section(WhatBreaks).answer_tokens
+    if known is not None and longest > known:
+        reason = f"It takes {longest} tokens with its answer, and the model knows {known} positions."
+        run.not_run[f"{item.model.name}, the first question of {MATHEMATICS}"] = reason
+        return None
+    return prompt
 
 
 def _probes(run: Run, item: ImportanceWork, read: dict, tokenizer) -> dict[tuple[str, str], ProbeWork]:
