@@ -297,10 +297,7 @@ def measured(tmp_path_factory):
 def test_the_study(measured):
     assert set(measured) == {*TABLES, *NOT_RUN}
     empty = {name for name, rows in measured.items() if rows.empty}
-    assert empty == {"answers"}, "the tiny model has no room for examples"
-    not_run = dict(measured["not_run"].itertuples(index=False))
-    assert not_run["tiny-llama, contexts of 400 tokens"] == "The model knows 256 positions."
-    assert "about 1024 tokens" in not_run["tiny-llama, gsm8k"]
+    assert empty == {"answers", "not_run"}, "the tiny model has no room for examples"
     settings = load_profile("smoke").section(WhatBreaks)
     cells = {("dense", 0), *((kind, n) for kind in ("attention", "mlp") for n in settings.n_drop)}
     rows = measured["abilities"]

@@ -1,5 +1,6 @@
 """Notebook 08, abilities: what each is measured by, under which plans, and the scores that come out."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -151,10 +152,7 @@ def plans_of(scores: Importance, counts: Sequence[int]) -> dict[Cell, DropPlan]:
 def _mathematics(run: Run, item: ImportanceWork) -> list | None:
     """GSM8K with the paper's number of examples; None if it is unavailable, or if the model has no room for it."""
     tasks = run.section(Tasks)
-    if (known := position_limit(load_config(item.model)) or np.inf) < ROOM:
-        run.not_run[f"{item.model.name}, {MATHEMATICS}"] = (
-            f"Examples and an answer take about {ROOM} tokens, and it knows {known}."
-        )
+    if (position_limit(load_config(item.model)) or np.inf) < ROOM:
         return None
     load = lambda name: load_task(name, None, tasks.data)  # noqa: E731
     found = run.available([MATHEMATICS], load, "tasks", NotAvailable, several=True, name=lambda name: f"task {name}")
@@ -183,16 +181,10 @@ def _probes(run: Run, item: ImportanceWork, read: dict, tokenizer) -> dict[tuple
             run.not_run[what] = f"The model knows {known} positions."
             continue
         tokens = held_out(item, tokenizer, settings.probes, context)
-        made = {
-            COPY: lambda t=tokens: copy_probes(t, len(begin)),
-            RETRIEVAL: lambda t=tokens: retrieval_probes(t, tokenizer, len(begin)),
-        }
-        for probe, make in made.items():
-            try:
-                requests = make()
-            except LLMDropError as error:
-                run.not_run[f"{what}, {probe}"] = str(error)
-                continue
+        asked = {COPY: copy_probes(tokens, len(begin))}
+        with contextlib.suppress(LLMDropError):  # where its sentences do not fit, which the length tells
+            asked[RETRIEVAL] = retrieval_probes(tokens, tokenizer, len(begin))
+        for probe, requests in asked.items():
             found[probe, f"{context:,}"] = ProbeWork(**read, tokens=tokens, probe=probe, requests=tuple(requests))
     for shots in settings.shots or []:
         what = f"{item.model.name}, {BANKING} with {shots} examples of each label"

@@ -74,7 +74,7 @@ def fig12_mathematics(tables: Tables) -> Drawing:
     data = with_dense(tables["abilities"][tables["abilities"]["ability"] == ANSWERS])
     models = list(data["model"].unique())
     if not models:
-        return nothing_to_show("GSM8K was not asked", data)
+        return nothing_to_show("GSM8K was not asked: the model has no room for its examples, or its data are unavailable", data)
     fig, ax = plt.subplots(figsize=(WIDTH * 0.6, 2.4))
     for i, model in enumerate(models):
         rows = data[data["model"] == model].sort_values("n")
