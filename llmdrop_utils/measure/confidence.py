@@ -12,6 +12,7 @@ from ..dropping.plan import DropPlan, check_plans
 from ..sources.task_data import build_requests
 from .tasks import FastLM
 
+BINS = 10
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
 
@@ -64,17 +65,19 @@ def score_choices(
     return Choices(confidence, right, float(np.mean([1 / len(places) for places in documents.values()])))
 
 
-def calibration_error(
-    confidence: np.ndarray, right: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
-) -> np.ndarray:
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error (Guo et al. 2017, eq. 3): sum over bins of |accuracy - confidence|, times the share in a bin.
 
-    confidence, right: (n_documents,), confidence from 0 to 1; bins of equal width, an edge belonging to the lower one.
-    weights: shares of the documents, (..., n_documents), each row of sum one; None: all count alike. Returns (...).
-
-    Confidence of 0.95, 0.95 and 0.4, right, wrong and right, lies in two bins: 2/3 |0.5 - 0.95| + 1/3 |1 - 0.4| = 0.5.
+    For confidence of 0.95, 0.95 and 0.4, of which the first and the last are right: 2/3 |0.5 - 0.95| + 1/3 |1 - 0.4| = 0.5.
     """
-    weights = np.full(len(right), 1 / len(right)) if weights is None else weights
-    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    in_bin = np.equal.outer(np.arange(bins), bin_of) * (right - confidence)  # (bins, n_documents)
-    return np.abs(weights @ in_bin.T).sum(-1)
+    return float(np.abs(binned_gaps(confidence, right).mean(0)).sum())
+
+
+def binned_gaps(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """What each document adds to each of ten bins of equal width: right - confidence in its own, (n_documents, 10).
+
+    confidence, right: (n_documents,), confidence from 0 to 1; an edge belongs to the lower bin. The calibration error is the
+    sum of the sizes of the column means, also of means over resampled documents.
+    """
+    bin_of = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return np.equal.outer(bin_of, np.arange(BINS)) * (right - confidence)[:, None]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from .curve_rows import (
 )
 from .profile import Calibration, CountsByKind, section
 from .run import Run, fitting_length, identity_of, importance_work
-from .work import DENSE, DENSE_CELL, Cell, ImportanceWork, PlansWork, TaskWork, TextWork, Work
+from .work import DENSE, DENSE_CELL, Cell, ImportanceWork, TaskWork, TextWork, Work
 
 SINGLE = ("attention", "mlp", "block")
 
@@ -79,9 +79,8 @@ class Measured:
     @functools.cached_property
     def text(self) -> TextValues:
         """Values of held-out text, in all cells."""
-        rows = under_plans(self.run, self.text_work, self.plans.values())
-        column = lambda name: np.array([row[name] for row in rows]).T  # noqa: E731
-        return TextValues(list(self.plans), column("nll"), column("hits"), column("kl"))
+        nll, hits, kl = (sample_values(self.run, self.text_work, self.plans.values(), name) for name in ("nll", "hits", "kl"))
+        return TextValues(list(self.plans), nll, hits, kl)
 
     @property
     def task_cells(self) -> list[Cell]:
@@ -109,10 +108,15 @@ class Measured:
         }
 
 
-def under_plans(run: Run, item: PlansWork | TaskWork, plans: Iterable[DropPlan]) -> list[dict]:
-    """The stored values of an item under each of these plans; several may be the same."""
-    values: dict[PlanKey, dict] = dict(zip((plan.key for plan in item.plans), run.values(item), strict=True))
+def under_plans(run: Run, item: Work, plans: Iterable[DropPlan]) -> list[dict]:
+    """The stored values of an item that has plans, under each of these; several may be the same."""
+    values: dict[PlanKey, dict] = dict(zip((plan.key for plan in item.plans), run.values(item), strict=True))  # type: ignore[attr-defined]
     return [values[plan.key] for plan in plans]
+
+
+def sample_values(run: Run, item: Work, plans: Iterable[DropPlan], name: str) -> np.ndarray:
+    """One of the values of an item, of each sample under each plan: float64 (n_samples, n_plans)."""
+    return np.array([value[name] for value in under_plans(run, item, plans)]).T
 
 
 def task_values(run: Run, work: Iterable[TaskWork], plans: Sequence[DropPlan]) -> list[TaskValues]:
@@ -181,13 +185,17 @@ def _available_tasks(run: Run) -> dict[str, list]:
 
 
 def plans_of(scores: Importance, kinds: tuple[str, ...], text: Text, tasks: Tasks) -> dict[Cell, DropPlan]:
-    """The plan of every cell of the curves. A count that the model does not have is left out: a profile serves several."""
+    """The plan of every cell of the curves."""
+    return plans_for(scores, {kind: {*text.n_drop, *tasks.n_drop.get(kind, [])} for kind in kinds})
+
+
+def plans_for(scores: Importance, counts: Mapping[str, Iterable[int]]) -> dict[Cell, DropPlan]:
+    """Nothing dropped, and so many of each kind. A count that the model does not have is left out: a profile serves several."""
     plans = {DENSE_CELL: DENSE}
-    for kind in kinds:
+    for kind, several in counts.items():
         available = len(drop_sequence(scores, kind))
-        for n in sorted({*text.n_drop, *tasks.n_drop.get(kind, [])}):
-            if n < available:  # without any of a kind there is nothing left to compare
-                plans[Cell(kind, n)] = select(scores, kind, n)
+        for n in sorted(n for n in several if n < available):  # without any of a kind there is nothing left to compare
+            plans[Cell(kind, n)] = select(scores, kind, n)
     return plans
 
 
@@ -201,10 +209,11 @@ def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:
     return tuple({plan.key: plan for plan in plans}.values())
 
 
-def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan]) -> TextWork:
-    """Blocks of the item's corpus that no importance was measured on, under each plan."""
+def text_work(run: Run, item: ImportanceWork, plans: Iterable[DropPlan], at_most: int | None = None) -> TextWork:
+    """Blocks of the item's corpus that no importance was measured on, under each plan; of the profile's the first `at_most`."""
     text = run.section(Text)
-    tokens = held_out(item, load_tokenizer(item.model), text.n_samples, fitting_length(item.model, text.seq_len))
+    n_samples = min(text.n_samples, at_most or text.n_samples)
+    tokens = held_out(item, load_tokenizer(item.model), n_samples, fitting_length(item.model, text.seq_len))
     return TextWork(**item.identity, corpus=item.corpus, tokens=tokens, plans=_distinct(plans))
 
 
@@ -218,15 +227,23 @@ def held_out(item: ImportanceWork, tokenizer, n_samples: int, seq_len: int) -> t
 
 
 def task_work(
-    run: Run, model: LocatedModel, tasks: dict[str, list], plans: Iterable[DropPlan], limit: int | None
+    run: Run,
+    model: LocatedModel,
+    tasks: dict[str, list],
+    plans: Iterable[DropPlan],
+    limit: int | None,
+    form: type[TaskWork] = TaskWork,
 ) -> list[TaskWork]:
-    """Each task under each plan. tasks: name -> what `load_task` gives. limit: documents of each; None: all."""
+    """Each task under each plan. tasks: name -> what `load_task` gives. limit: documents of each; None: all.
+
+    form: of the items, which says what is measured.
+    """
     tokenizer = fingerprint_tokenizer(load_tokenizer(model))
     shared = identity_of(model, run.profile) | {"tokenizer": tokenizer, "limit": limit}
     distinct = _distinct(plans)
     return [
-        TaskWork(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, limit),
-                 num_fewshot=members[0].config.num_fewshot, plans=distinct)
+        form(**shared, task=task, members=tuple(members), fingerprint=fingerprint_task(members, limit),
+             num_fewshot=members[0].config.num_fewshot, plans=distinct)
         for task, members in tasks.items()
     ]  # fmt: skip
 

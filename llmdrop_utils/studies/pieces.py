@@ -192,9 +192,9 @@ def _abilities(profile: dict, model: str, shape: Shape) -> list[Piece]:
     """Text of all corpora, questions about the context, choices, answers, and what the model writes, under each plan."""
     part, text, corpora = profile["what_breaks"], profile["text"], len(profile["calibration"]["corpora"])
     plans = 1 + 2 * sum(n < shape.layers for n in part["n_drop"])
-    answers = 1 + sum(n < shape.layers for n in part["answers_n"])
+    answers = 1 + sum(n < shape.layers for n in part["answers_n"]) if part["answers_n"] else 0
     some = text | {"n_samples": min(text["n_samples"], part["text_samples"])}
-    asked = 2 * part["probes"] * sum(part["contexts"])  # two questions
+    asked = len(part["questions"]) * part["probes"] * sum(part["contexts"])
     steps = part["new_tokens"] * (plans + 1) + part["answer_tokens"] * answers
     basis = f"questions about the context: {asked / 1e3:,.0f} thousand tokens x {plans} plans, and texts of the model's own"
     of_choices = [name for name in profile["tasks"]["names"] if name != "gsm8k"]
@@ -204,7 +204,7 @@ def _abilities(profile: dict, model: str, shape: Shape) -> list[Piece]:
         _across(some, model, shape, plans, corpora),
         Piece(("questions", model), "text", shape, basis, 0, asked * plans, part["probes"] * plans, steps),
         *_tasks(choices, model, shape, plans, "choices"),
-        *_tasks(mathematics, model, shape, answers, "answers"),
+        *(_tasks(mathematics, model, shape, answers, "answers") if answers else []),
     ]
 
 

@@ -20,7 +20,7 @@ from ..models.names import label, local_path, plain_name
 from ..selection.ranking import SELECTIONS
 
 S = TypeVar("S", bound=Settings)
-G = TypeVar("G", bound=Iterable[str])
+G = TypeVar("G", bound=Iterable[object])
 SECTIONS: dict[str, type[Settings]] = {}  # key of a profile -> its settings
 
 
@@ -34,14 +34,14 @@ def section(key: str) -> Callable[[type[S]], type[S]]:
     return register
 
 
-def known(what: str, names: Iterable[str]) -> AfterValidator:
-    """That a list of names, or the keys of a mapping, are among these: each unknown one is an error that lists them."""
+def known(what: str, names: Iterable[object]) -> AfterValidator:
+    """That the members of a list, or the keys of a mapping, are among these: an unknown one is an error that lists them."""
     names = list(names)
 
     def check(given: G) -> G:
         for name in given:
             if name not in names:
-                raise ValueError(f"Unknown {what} {name!r} in {{where}}. Known {what}s: {', '.join(names)}.")
+                raise ValueError(f"Unknown {what} {name!r} in {{where}}. Known {what}s: {', '.join(map(str, names))}.")
         return given
 
     return AfterValidator(check)

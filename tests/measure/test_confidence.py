@@ -9,7 +9,7 @@ import torch
 
 from llmdrop_utils import LLMDropError
 from llmdrop_utils.dropping.plan import DropPlan
-from llmdrop_utils.measure.confidence import calibration_error, score_choices
+from llmdrop_utils.measure.confidence import binned_gaps, calibration_error, score_choices
 from llmdrop_utils.measure.scoring import score
 from llmdrop_utils.measure.tasks import score_task
 from llmdrop_utils.sources.task_data import load_task
@@ -52,9 +52,10 @@ def test_calibration_error_by_hand():
     """Bins (0.9, 1] with 0.95, 0.95, right and wrong, and (0.3, 0.4] with 0.4, right: 2/3 x 0.45 + 1/3 x 0.6."""
     confidence, right = np.array([0.95, 0.95, 0.4]), np.array([1.0, 0.0, 1.0])
     assert calibration_error(confidence, right) == pytest.approx(2 / 3 * 0.45 + 1 / 3 * 0.6)
-    assert calibration_error(confidence, right, bins=1) == pytest.approx(abs(2 / 3 - 2.3 / 3))
-    of_two = calibration_error(confidence, right, weights=np.array([[0.5, 0, 0.5], [0, 1, 0]]))
-    assert of_two == pytest.approx([0.5 * 0.05 + 0.5 * 0.6, 0.95])
+    gaps = binned_gaps(confidence, right)
+    assert gaps[:, 9] == pytest.approx([0.05, -0.95, 0])
+    assert gaps[:, 3] == pytest.approx([0, 0, 0.6])
+    assert np.abs(gaps).sum() == pytest.approx(1.6), "each document is in one bin"
     assert calibration_error(np.array([0.0, 1.0]), np.array([0.0, 1.0])) == 0
 
 

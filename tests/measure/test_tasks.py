@@ -236,6 +236,12 @@ def test_gsm8k_from_end_to_end(small_model):
     assert math.isnan(scores.summary()["exact_match_stderr"])
 
 
+def test_a_model_without_room_for_an_answer(tiny_model):
+    """lm-eval has an assertion for it."""
+    with pytest.raises(LLMDropError, match="answers of up to 256 tokens, which leaves no room .* the model reads 256 tokens"):
+        score_task(*tiny_model, load("gsm8k", 0), limit=1)
+
+
 def test_gsm8k_knows_right_answers(small_model):
     (task,) = load("gsm8k", 0)
     right = [document["answer"] for document in task.eval_docs.select(drawn(len(task.eval_docs), 3))]

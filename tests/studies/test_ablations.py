@@ -33,6 +33,8 @@ from llmdrop_utils.studies.curves import Text
 from llmdrop_utils.studies.profile import Calibration
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
 from llmdrop_utils.studies.take_away.work import TakeAway
+from llmdrop_utils.studies.what_breaks.abilities import WhatBreaks
+from llmdrop_utils.studies.what_breaks.changes import Changes
 
 MODEL = locate_model("tiny-llama")
 SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
@@ -292,6 +294,8 @@ def test_numbers_that_the_model_does_not_have_are_left_out(measured):
     [
         (Ablations, {"methods": ["best"]}, "Unknown method 'best' in here. Known methods: one-shot, "),
         (Ablations, {"stepwise": ["slow"]}, "Unknown method 'slow' in here"),
+        (WhatBreaks, {"questions": ["rhyme"]}, "Unknown question 'rhyme' in here. Known questions: copy, retrieval"),
+        (Changes, {"bits": [8, 3]}, "Unknown bit width 3 in here. Known bit widths: 8, 4"),
         (TakeAway, {"kinds": ["F16", "Q3"]}, "Unknown GGUF kind 'Q3' in here. Known GGUF kinds: F32, F16, "),
     ],
 )

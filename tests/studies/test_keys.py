@@ -66,8 +66,6 @@ EXEMPT = {
     ("ConfidenceWork", "num_fewshot"): IN_FINGERPRINT,
     ("ConfidenceWork", "limit"): IN_FINGERPRINT,
     ("GenerationWork", "corpus"): TOLD_BY_TOKENS,
-    ("ProbeWork", "corpus"): "what is asked is in the requests",
-    ("ProbeWork", "tokens"): "what is asked is in the requests",
     ("ProbeWork", "probe"): "what is asked is in the requests",
     ("ChangedSpeedWork", "tokens"): "which weights are zero does not matter to times",
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",

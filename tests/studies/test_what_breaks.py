@@ -18,6 +18,7 @@ from llmdrop_utils.measure.decoding import greedy
 from llmdrop_utils.measure.scoring import score
 from llmdrop_utils.measure.text import score_text
 from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.locate import locate_model
 from llmdrop_utils.studies.ablations.rows import Arm, of_text
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
@@ -95,20 +96,23 @@ def test_what_breaks_first_comes_first():
 
 def test_contexts_and_the_gap_between_kinds():
     """The mean over lengths: attention (0.7 + 0.5) / 2, MLPs (0.3 + 0.2) / 2, their difference 0.35."""
-    asked = {"chance": 0.1, "asks_context": True}
+    asked = {"chance": 0.1, "context": "256"}
     of = [
-        ability("copy, 256", 0.9, 0.8, 0.7, 0.4, 0.3, **asked),
-        ability("copy, 1,024", 0.8, 0.6, 0.5, 0.3, 0.2, seed=1, **asked),
+        ability("copy", 0.9, 0.8, 0.7, 0.4, 0.3, **asked),
+        ability("copy", 0.8, 0.6, 0.5, 0.3, 0.2, seed=1, chance=0.1, context="1,024"),
     ]
-    rows = {(row["context"], row["kind"], row["n"]): row for row in context_rows([*of, ability("text, web", *[0.5] * 5)])}
+    rows = {
+        (row["context"], row["kind"], row["n"]): row for row in context_rows([*of, ability("text", *[0.5] * 5, corpus="web")])
+    }
     assert rows["256", "attention", 2]["accuracy"] == pytest.approx(0.7)
     assert rows["mean", "attention", 2]["accuracy"] == pytest.approx(0.6)
     assert rows["mean", "mlp", 2]["accuracy"] == pytest.approx(0.25)
     assert {key[0] for key in rows} == {"256", "1,024", "mean"}
+    assert [each.name for each in of] == ["copy (256)", "copy (1,024)"]
     gaps = context_gap_rows(of)
     assert [row["difference"] for row in gaps] == pytest.approx([0.7 - 0.35, 0.6 - 0.25])
     assert all(row["told"] for row in gaps)
-    at_chance = context_gap_rows([ability("copy, 256", 0.1, *[0.1] * 4, **asked)])
+    at_chance = context_gap_rows([ability("copy", 0.1, *[0.1] * 4, **asked)])
     assert not any(row["told"] for row in at_chance)
 
 
@@ -217,11 +221,11 @@ def model():
 
 def test_probes_are_scored_by_the_share_that_is_found(model):
     requests = (([1, 2, 3], [4, 5]), ([6, 7], [8, 9, 10]))
-    work = ProbeWork(**SHARED, corpus="web", tokens=TOKENS, plans=PLANS, probe="copy", requests=requests)
+    work = ProbeWork(**SHARED, plans=PLANS, probe="copy", requests=requests)
     found = work.measure(*model, lambda _: None)
     hits = score(model[0], list(requests), PLANS).hits
     assert [value["found"] for value in found] == (hits / [2, 3]).tolist()
-    other = ProbeWork(**SHARED, corpus="web", tokens=TOKENS, plans=PLANS, probe="copy", requests=requests[::-1])
+    other = ProbeWork(**SHARED, plans=PLANS, probe="copy", requests=requests[::-1])
     assert len({str(key) for key in work.keys + other.keys}) == 2 * len(PLANS)
 
 
@@ -297,7 +301,7 @@ def measured(tmp_path_factory):
 def test_the_study(measured):
     assert set(measured) == {*TABLES, *NOT_RUN}
     empty = {name for name, rows in measured.items() if rows.empty}
-    assert empty == {"answers", "not_run"}, "the tiny model has no room for examples"
+    assert empty == {"answers", "not_run"}, "the profile does not ask for answers, and all else is run"
     settings = load_profile("smoke").section(WhatBreaks)
     cells = {("dense", 0), *((kind, n) for kind in ("attention", "mlp") for n in settings.n_drop)}
     rows = measured["abilities"]
@@ -342,9 +346,25 @@ def test_a_model_whose_experts_are_one_tensor(tmp_path, monkeypatch):
 
 def test_libraries_that_are_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    reasons = obstacles_to_changes(load_profile("smoke").section(Changes), MODEL)
+    reasons = obstacles_to_changes(load_profile("smoke").section(Changes), model_of_shape(MODEL, torch.bfloat16, "meta"))
     assert reasons == {"8 bits": (torchao := "It takes the library torchao: pip install torchao."), "4 bits": torchao,
                        "LoRA": "It takes the library peft: pip install peft."}  # fmt: skip
+
+
+def test_what_a_model_has_no_room_for_is_not_run(tmp_path, monkeypatch):
+    """It knows 256 positions: what the profile asks for beyond them is in the table, with the reason."""
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    asked = {"answers_n": [1], "questions": ["copy", "retrieval"], "contexts": [64, 400]}
+    profile = load_profile("smoke").replacing(what_breaks=asked)
+    sections = {cls: part for cls, part in profile.sections.items() if cls is not Changes}
+    tables = STUDIES["08_what_breaks"](dataclasses.replace(profile, sections=sections))
+    assert dict(tables["not_run"].itertuples(index=False)) == {
+        "tiny-llama, gsm8k": "It takes 1024 tokens, and the model knows 256 positions.",
+        "tiny-llama, contexts of 400 tokens": "It takes 416 tokens, and the model knows 256 positions.",
+        "tiny-llama, retrieval in 64 tokens":
+            "Contexts of 64 tokens are too short for retrieval: its sentences alone take 257.",
+    }  # fmt: skip
+    assert set(tables["long_context"]["probe"]) == {"copy"}
 
 
 def test_too_long_a_prompt(tmp_path, monkeypatch):

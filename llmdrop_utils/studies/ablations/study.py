@@ -1,9 +1,7 @@
 """Notebook 04: which method chooses layers, on how much text; whole blocks at equal parameters."""
 
 import dataclasses
-from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from ...base.errors import LLMDropError, NotApplicable
@@ -18,11 +16,11 @@ from ...selection.ranking import drop_sequence, select
 from ...sources.texts import load_tokens
 from .. import paper
 from ..curve_rows import SCORE
-from ..curves import Tasks, Text, rank_layers, task_values, task_work, text_work, under_plans
+from ..curves import Tasks, Text, rank_layers, sample_values, task_values, task_work, text_work
 from ..profile import Calibration
 from ..run import Run, fitting_length, study
 from ..speedup.loads import n_layers_of
-from ..work import ImportanceWork, PlansWork, TaskWork, TextWork, Work
+from ..work import ImportanceWork, TaskWork, TextWork, Work
 from .rows import (
     CONTINUATION,
     COSINE,
@@ -253,8 +251,7 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
     settings, item = run.section(Ablations), orders.item
     methods = [arm for arm in plans if orders.has(arm)]
     asked = [arm for arm in methods if arm.n in settings.task_n]
-    text = text_work(run, item, plans.values())
-    text = dataclasses.replace(text, tokens=text.tokens[: settings.text_samples])
+    text = text_work(run, item, plans.values(), settings.text_samples)
     of_attention = {plans[arm].key: plans[arm] for arm in methods if arm.kind == "attention"}
     return Tested(
         orders, plans, methods, asked, text,
@@ -266,9 +263,9 @@ def _tested(run: Run, orders: Orders, plans: dict[Arm, DropPlan], tasks: dict[st
 
 def _rows(run: Run, tested: Tested) -> dict[str, list[dict]]:
     orders, plans, asked = tested.orders, tested.plans, tested.asked
-    text = of_text(list(plans), -_samples(run, tested.text, plans.values(), "nll"))
+    text = of_text(list(plans), -sample_values(run, tested.text, plans.values(), "nll"))
     of_attention = tested.of_attention
-    continuation = of_text(of_attention, _samples(run, tested.continuation, [plans[arm] for arm in of_attention], "same"))
+    continuation = of_text(of_attention, sample_values(run, tested.continuation, [plans[arm] for arm in of_attention], "same"))
     measures = {TEXT: text, CONTINUATION: continuation}
     tasks = task_values(run, tested.tasks, [plans[arm] for arm in asked]) if asked else []
     if tasks:
@@ -284,11 +281,6 @@ def _rows(run: Run, tested: Tested) -> dict[str, list[dict]]:
         "calibration": calibration_rows(plans, text, orders.varied),
         "blocks": block_rows(plans, text, orders.parameters),
     }
-
-
-def _samples(run: Run, item: PlansWork, plans: Iterable[DropPlan], name: str) -> np.ndarray:
-    """One of the values of an item, of each sample under each plan: float64 (n_samples, n_plans)."""
-    return np.array([value[name] for value in under_plans(run, item, plans)]).T
 
 
 def paper_rows() -> list[dict]:

@@ -8,7 +8,7 @@ from ...base import stats
 from ..ablations.rows import Arm, Values
 from .changes import LORA, NONE, WANDA
 
-DENSE = ("dense", NONE, 0)
+DENSE_ARM = Arm("dense", NONE, 0)
 
 
 def change_rows(measures: Mapping[str, Values], sizes: Mapping[Arm, int]) -> list[dict]:
@@ -16,9 +16,9 @@ def change_rows(measures: Mapping[str, Values], sizes: Mapping[Arm, int]) -> lis
     rows = []
     for measure, values in measures.items():
         for arm in values.arms:
-            found, kept = values.estimate(arm.all_seeds), values.estimate(arm.all_seeds, DENSE)
-            plain = DENSE if arm.method == WANDA else (arm.kind, NONE, arm.n)
-            cost = values.estimate(arm.all_seeds, plain)
+            found, kept = values.estimate(arm.all_seeds), values.estimate(arm.all_seeds, DENSE_ARM.all_seeds)
+            plain = DENSE_ARM if arm.method == WANDA else arm._replace(method=NONE)
+            cost = values.estimate(arm.all_seeds, plain.all_seeds)
             rows.append({"change": arm.method, "kind": arm.kind, "n": arm.n, "measure": measure, "bytes": sizes[arm],
                          "value": found.value, "low": found.low, "high": found.high,
                          "from_dense": kept.value, "from_dense_low": kept.low, "from_dense_high": kept.high,
@@ -31,7 +31,7 @@ def pruned_rows(measures: Mapping[str, Values], sparsities: Mapping[int, float])
     rows = []
     for measure, values in measures.items():
         for arm in (arm for arm in values.arms if arm.method == WANDA):
-            found = values.estimate((arm.kind, NONE, arm.n), arm.all_seeds)
+            found = values.estimate(arm._replace(method=NONE).all_seeds, arm.all_seeds)
             rows.append({"n": arm.n, "sparsity": sparsities[arm.n], "measure": measure, "difference": found.value,
                          "low": found.low, "high": found.high})  # fmt: skip
     return rows
@@ -46,16 +46,17 @@ def recovered_rows(measures: Mapping[str, Values]) -> list[dict]:
     rows = []
     for measure, values in measures.items():
         points = np.vstack([values.means, values.draws])
-        at = lambda *key, values=values, points=points: points[:, values.at(key)[0]]  # noqa: E731
-        for arm in (arm for arm in values.arms if arm.method == LORA and arm.kind != "dense"):
-            tuned, plain = at(arm.kind, LORA, arm.n), at(arm.kind, NONE, arm.n)
-            lost, left = at(*DENSE) - plain, at("dense", LORA, 0) - tuned
+        of = {arm: points[:, i] for i, arm in enumerate(values.arms)}
+        for arm in (arm for arm in of if arm.method == LORA and arm.kind != "dense"):
+            tuned, plain = of[arm], of[arm._replace(method=NONE)]
+            dense, tuned_dense = of[DENSE_ARM], of[DENSE_ARM._replace(method=LORA)]
+            lost, left = dense - plain, tuned_dense - tuned
             low, _ = stats.interval(lost[1:], values.n)
             nothing = 0.0 if low > 0 else np.nan
             shares = np.divide(lost - left, lost, out=np.full(len(lost), nothing), where=(lost > 0) & (low > 0))
             share_low, share_high = stats.interval(shares[1:], values.n)
             rows.append({"kind": arm.kind, "n": arm.n, "measure": measure, "lost": lost[0], "gained": (tuned - plain)[0],
-                         "dense_gained": (at("dense", LORA, 0) - at(*DENSE))[0], "recovered": shares[0],
+                         "dense_gained": (tuned_dense - dense)[0], "recovered": shares[0],
                          "low": share_low, "high": share_high})  # fmt: skip
     return rows
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ...base import files
 from ...base.errors import LLMDropError
 from ...base.provenance import code_provenance
 from ...base.settings import Counts, Positive, PositiveNumber, Settings
-from ...derive.quantise import quantise, round_weights
+from ...derive.quantise import GROUPS, quantise, round_weights
 from ...derive.tuning import VERSION as TUNING_VERSION
 from ...derive.tuning import Tuning, tune
 from ...derive.wanda import prune_by_wanda, sparsity_for
@@ -24,7 +25,7 @@ from ...dropping.plan import DropPlan
 from ...measure.speed import Load, measure_speed
 from ...models.families import find_anatomy
 from ...sources.texts import fingerprint
-from ..profile import CountsByKind, section
+from ..profile import CountsByKind, known, section
 from ..work import DENSE, ImportanceWork, TaskWork, TextWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
@@ -36,7 +37,7 @@ class Changes(Settings):
     """What is changed beside dropping: bits, single weights, and a short tuning."""
 
     n_drop: Counts  # attention layers dropped beside
-    bits: Counts  # of weights rounded to nearest
+    bits: Annotated[Counts, known("bit width", GROUPS)]  # of weights rounded to nearest
     n_samples: Positive  # of the first corpus that pruning reads
     tuned: CountsByKind  # what is dropped before tuning; the dense model is tuned too
     tuning_samples: Positive  # samples of the calibration corpus that tuning reads,

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from ...report.panels import curves, rows_of_panels
 from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 from ..ablations.rows import TEXT
@@ -13,20 +14,6 @@ from .abilities import ANSWERS
 from .changes import LORA, NONE, WANDA
 
 LABELS = {NONE: "weights as they are", WANDA: f"{WANDA}, as many weights"}
-
-
-def with_dense(data: pd.DataFrame) -> pd.DataFrame:
-    """The dense model's rows once for each kind, as the point from which its line starts."""
-    kinds = [kind for kind in data["kind"].unique() if kind != "dense"]
-    start = [data[data["kind"] == "dense"].assign(kind=kind) for kind in kinds]
-    return pd.concat([*start, data[data["kind"] != "dense"]])
-
-
-def line(ax, rows: pd.DataFrame, x: str, y: str, kind: str, ends: tuple[str, str], **style) -> None:
-    """A curve with an error bar at each point."""
-    error = np.clip([rows[y] - rows[ends[0]], rows[ends[1]] - rows[y]], 0, None)
-    look = {"color": COLORS[kind], "marker": MARKERS[kind], "linestyle": LINES[kind], "elinewidth": 0.8, "capsize": 1.5}
-    ax.errorbar(rows[x], rows[y], error, **look | style)
 
 
 @figure("08_what_breaks")
@@ -71,18 +58,16 @@ def figS27_what_breaks(tables: Tables) -> Drawing:
 @figure("08_what_breaks")
 def fig12_mathematics(tables: Tables) -> Drawing:
     """Exact answers to mathematical word problems (GSM8K) against the number of attention layers dropped."""
-    data = with_dense(tables["abilities"][tables["abilities"]["ability"] == ANSWERS])
+    data = tables["abilities"][tables["abilities"]["ability"] == ANSWERS]
     models = list(data["model"].unique())
     if not models:
-        return nothing_to_show("GSM8K was not asked: the model has no room for its examples, or its data are unavailable", data)
-    fig, ax = plt.subplots(figsize=(WIDTH * 0.6, 2.4))
-    for i, model in enumerate(models):
-        rows = data[data["model"] == model].sort_values("n")
-        line(ax, rows, "n", "value", "attention", ("low", "high"), color=sns.color_palette("colorblind")[i], label=model)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    ax.set(xlabel="Attention layers dropped", ylabel="Exact answers", ylim=(-0.02, None))
-    ax.legend()
+        return nothing_to_show("GSM8K was not asked", data)
+    fig, axes = plt.subplots(1, len(models), figsize=(min(WIDTH, 3.6 * len(models)), 2.4), squeeze=False, sharey=True)
+    for ax, model in zip(axes[0], models, strict=True):
+        curves(ax, data[data["model"] == model], "value", "low", "high", model if len(models) > 1 else "")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        ax.set(xlabel="Attention layers dropped", ylim=(-0.02, None))
+    axes[0][0].set_ylabel("Exact answers")
 
     def sentence(rows: pd.DataFrame) -> str:
         ends = rows.sort_values("n").iloc[[0, -1]]
@@ -111,7 +96,9 @@ def figS28_long_context(tables: Tables) -> Drawing:
         for (kind, n), curve in rows.groupby(["kind", "n"], sort=False):
             shade = 1 - 0.55 * counts.index(n) / max(1, len(counts) - 1) if kind != "dense" else 1
             label = "Dense" if kind == "dense" else f"{n} of {KIND_NAMES[kind]}"
-            line(ax, curve, "context", "accuracy", kind, ("low", "high"), alpha=shade, label=label)
+            error = np.clip([curve["accuracy"] - curve["low"], curve["high"] - curve["accuracy"]], 0, None)
+            ax.errorbar(curve["context"], curve["accuracy"], error, color=COLORS[kind], marker=MARKERS[kind], alpha=shade,
+                        linestyle=LINES[kind], label=label, elinewidth=0.8, capsize=1.5)  # fmt: skip
         title = f"{probe} ({model})" if data["model"].nunique() > 1 else probe
         ax.set(xlabel="Tokens read", title=title.capitalize(), ylim=(-0.03, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
@@ -135,24 +122,18 @@ def figS28_long_context(tables: Tables) -> Drawing:
 
 @figure("08_what_breaks")
 def figS29_confidence(tables: Tables) -> Drawing:
-    """How sure the model is of its choices, and how often they are right, against the number of layers dropped."""
-    data = with_dense(tables["confidence"])
-    panels = list(data[["model", "kind"]].drop_duplicates().itertuples(index=False))
-    if not panels:
-        return nothing_to_show("No task with choices was asked", data)
+    """How often choices are right, how sure the model is of them, and how far apart these are, against layers dropped."""
+    data = tables["confidence"]
     models = list(data["model"].unique())
-    fig, axes = plt.subplots(len(models), 2, figsize=(WIDTH, 0.5 + 2.0 * len(models)), squeeze=False, sharey=True)
-    for row, model in zip(axes, models, strict=True):
-        for ax, kind in zip(row, ("attention", "mlp"), strict=True):
-            rows = data[(data["model"] == model) & (data["kind"] == kind)].sort_values("n")
-            for name, fill in (("confidence", "none"), ("accuracy", "full")):
-                ends = (f"{name}_low", f"{name}_high")
-                line(ax, rows, "n", name, kind, ends, fillstyle=fill, linestyle="--" if fill == "none" else "-",
-                     label=f"{name.capitalize()}, {KIND_NAMES[kind]} dropped")  # fmt: skip
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not models:
+        return nothing_to_show("No task with choices was asked", data)
+    titles = {"accuracy": "Accuracy", "confidence": "Confidence", "error": "Calibration error"}
+    fig, rows_of_axes = rows_of_panels(models, titles.values(), 2.0, sharey=True)
+    for row, model in zip(rows_of_axes, models, strict=True):
+        for ax, (name, title) in zip(row, titles.items(), strict=True):
+            curves(ax, data[data["model"] == model], name, f"{name}_low", f"{name}_high", title)
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-            ax.set(xlabel="Layers dropped", title=model if len(models) > 1 else "")
-            ax.legend()
+        row[0].legend()
 
     def sentence(rows: pd.DataFrame) -> str:
         dense = rows[rows["n"] == 0].iloc[0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...base import stats
-from ...measure.confidence import calibration_error
+from ...measure.confidence import binned_gaps, calibration_error
 from ..curve_rows import KEEP, furthest, share_of_dense, tried_of
 from ..work import Cell
 from .abilities import Ability, Pooled
@@ -61,7 +61,7 @@ def context_rows(abilities: Sequence[Ability]) -> list[dict]:
     """Accuracy in questions about the context, by its length (paper, Table 12), and the mean over lengths."""
     rows = []
     for probe, group in by_probe(abilities).items():
-        named = {ability.name.split(", ", 1)[1]: [ability] for ability in group} | ({"mean": group} if len(group) > 1 else {})
+        named = {ability.context: [ability] for ability in group} | ({"mean": group} if len(group) > 1 else {})
         for context, several in named.items():
             mean, draws, n = mean_of(several)
             low, high = stats.interval(draws, n)
@@ -81,8 +81,8 @@ def by_probe(abilities: Sequence[Ability]) -> dict[str, list[Ability]]:
     """Abilities that are asked for at several lengths of context."""
     found: dict[str, list[Ability]] = {}
     for ability in abilities:
-        if ability.asks_context:
-            found.setdefault(ability.name.split(", ")[0], []).append(ability)
+        if ability.context:
+            found.setdefault(ability.what, []).append(ability)
     return found
 
 
@@ -104,19 +104,17 @@ def context_gap_rows(abilities: Sequence[Ability]) -> list[dict]:
 
 def confidence_rows(choices: Pooled, cells: Sequence[Cell]) -> list[dict]:
     """Accuracy, mean confidence, and the expected calibration error of the choices in all tasks, in each cell."""
-    confidence, right = choices.confidence, choices.right
-    n = len(right)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=stats.REPEATS) / n  # of documents in a resample
     rows = []
     for i, cell in enumerate(cells):
-        sure, hits = confidence[:, i], right[:, i]
-        drawn = {"accuracy": weights @ hits, "confidence": weights @ sure, "gap": weights @ (sure - hits)}
-        found = {"accuracy": hits.mean(), "confidence": sure.mean(), "gap": (sure - hits).mean()}
-        drawn["error"] = calibration_error(sure, hits, weights=weights)
-        found["error"] = float(calibration_error(sure, hits))
-        row = {"kind": cell.kind, "n": cell.n, "documents": n}
-        for name, value in found.items():
-            low, high = stats.interval(drawn[name], n)
+        sure, hits = choices.confidence[:, i], choices.right[:, i]
+        of_documents = np.column_stack([hits, sure, sure - hits, binned_gaps(sure, hits)])
+        draws = stats.bootstrap_means(of_documents, np.ones(len(hits)))
+        found = {"accuracy": (hits.mean(), draws[:, 0]), "confidence": (sure.mean(), draws[:, 1]),
+                 "gap": ((sure - hits).mean(), draws[:, 2]),
+                 "error": (calibration_error(sure, hits), np.abs(draws[:, 3:]).sum(1))}  # fmt: skip
+        row = {"kind": cell.kind, "n": cell.n, "documents": len(hits)}
+        for name, (value, drawn) in found.items():
+            low, high = stats.interval(drawn, len(hits))
             row |= {name: value, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return rows

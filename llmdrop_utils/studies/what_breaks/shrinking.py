@@ -7,7 +7,7 @@ number say what has as many weights.
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,16 +20,14 @@ from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
 from ...measure.importance import Importance
 from ...models.load import model_of_shape
-from ...models.locate import LocatedModel
-from ...selection.ranking import drop_sequence, select
 from ..ablations.rows import TASKS, TEXT, Arm, Values, mean_of_tasks, of_text
 from ..curve_rows import TaskValues, in_mean
-from ..curves import metric_of, task_work, text_work
+from ..curves import metric_of, plans_for, task_work, text_work
 from ..run import Run
 from ..work import DENSE, ImportanceWork, TaskWork, TextWork, Work
+from .change_rows import DENSE_ARM
 from .changes import LORA, NONE, WANDA, ChangedSpeedWork, ChangedWork, Changes, bits_name
 
-DENSE_KIND = "dense"
 Part = TextWork | TaskWork
 
 
@@ -38,6 +36,7 @@ class Shrunk:
     """One model: the versions, and the items that their values are read from."""
 
     item: ImportanceWork
+    shape: torch.nn.Module  # the model without memory, in 16 bits
     plans: dict[Arm, DropPlan]  # what is dropped in each version
     groups: list[tuple[list[Arm], list[Part | ChangedWork]]]  # versions measured together, and their items
     rankings: dict[str, ChangedWork]  # importance with weights of so many bits
@@ -49,9 +48,8 @@ class Shrunk:
         return [*(work for _, several in self.groups for work in several), *self.rankings.values(), self.speed]
 
 
-def obstacles_to_changes(settings: Changes, model: LocatedModel) -> dict[str, str]:
-    """Which changes cannot be made of a model here, and why. Asked of a model without memory."""
-    shape = model_of_shape(model, torch.bfloat16, "meta")
+def obstacles_to_changes(settings: Changes, shape: torch.nn.Module) -> dict[str, str]:
+    """Which changes cannot be made of a model here, and why. shape: the model without memory."""
     asked: dict[str, tuple[str | None, Callable[[], object]]] = {
         bits_name(bits): ("torchao", functools.partial(quantised_bytes, shape, bits)) for bits in settings.bits
     }
@@ -70,53 +68,52 @@ def obstacles_to_changes(settings: Changes, model: LocatedModel) -> dict[str, st
 
 def shrink(run: Run, item: ImportanceWork, scores: Importance, tasks: dict[str, list]) -> Shrunk:
     """The items of one model. item: importance on the first corpus. tasks: name -> what `load_task` gives."""
-    settings = run.section(Changes)
-    obstacles = obstacles_to_changes(settings, item.model)
+    settings, shape = run.section(Changes), model_of_shape(item.model, torch.bfloat16, "meta")
+    obstacles = obstacles_to_changes(settings, shape)
     run.not_run |= {f"{item.model.name}, {change}": reason for change, reason in obstacles.items()}
     tokens = item.tokens[: settings.n_samples]
-    tuned = item.tokens[: settings.tuning_samples]
-    dense = {Arm(DENSE_KIND, NONE, 0): DENSE}
-    dropped = _plans(scores, {"attention": settings.n_drop})
-    before = _plans(scores, settings.tuned)
-
+    beside, tuned = _versions(scores, {"attention": settings.n_drop}), _versions(scores, settings.tuned)
     training = Tuning(epochs=settings.tuning_epochs, batch_size=settings.tuning_batch, learning_rate=settings.tuning_rate)
 
-    def items(plans: Sequence[DropPlan]) -> list[Part]:
-        text = text_work(run, item, plans)
-        text = dataclasses.replace(text, tokens=text.tokens[: settings.text_samples])
-        return [text, *task_work(run, item.model, tasks, plans, settings.task_limit)]
+    plans = beside | tuned
+    parts: list[Part] = [text_work(run, item, plans.values(), settings.text_samples)]
+    parts += task_work(run, item.model, tasks, plans.values(), settings.task_limit)
 
     def changed(change: str, read: torch.LongTensor, what: Sequence, plan: DropPlan = DENSE) -> ChangedWork:
         shared = item.identity | {"plan": plan, "tokens": read, "settings": training}
         return ChangedWork(**shared, change=change, items=tuple(what))
 
-    plans = dense | dropped | before
-    groups: list[tuple[list[Arm], list[Part | ChangedWork]]] = [(list(plans), [*items(list(plans.values()))])]
+    def under(plans: Iterable[DropPlan]) -> list[Part]:
+        return [dataclasses.replace(part, plans=tuple(plans)) for part in parts]
+
+    groups: list[tuple[list[Arm], list[Part | ChangedWork]]] = [(list(plans), [*parts])]
     nothing, rankings = tokens[:0], {}
     for name in (name for name in map(bits_name, settings.bits) if name not in obstacles):
-        arms = {arm._replace(method=name): plan for arm, plan in (dense | dropped).items()}
-        groups.append((list(arms), [changed(name, nothing, items(list(arms.values())))]))
-        ranking = dataclasses.replace(item, tokens=tokens)
-        rankings[name] = changed(name, nothing, [ranking])
+        arms = {arm._replace(method=name): plan for arm, plan in beside.items()}
+        groups.append((list(arms), [changed(name, nothing, under([*arms.values()]))]))
+        rankings[name] = changed(name, nothing, [dataclasses.replace(item, tokens=tokens)])
         plans |= arms
-    for arm, plan in dropped.items() if WANDA not in obstacles else ():
+    for arm, plan in beside.items() if WANDA not in obstacles else ():
+        if arm == DENSE_ARM:
+            continue
         pruned = arm._replace(method=WANDA)
-        groups.append(([pruned], [changed(WANDA, tokens, items([DENSE]), plan)]))
+        groups.append(([pruned], [changed(WANDA, tokens, under([DENSE]), plan)]))
         plans[pruned] = DENSE
-    for arm, plan in (dense | before).items() if LORA not in obstacles else ():
-        groups.append(([arm._replace(method=LORA)], [changed(LORA, tuned, items([plan]), plan)]))
+    for arm, plan in tuned.items() if LORA not in obstacles else ():
+        groups.append(
+            ([arm._replace(method=LORA)], [changed(LORA, item.tokens[: settings.tuning_samples], under([plan]), plan)])
+        )
         plans[arm._replace(method=LORA)] = plan
     timed = [arm for arm in plans if arm.method != LORA and arm.kind != "mlp"]
-    versions = tuple((arm.method, dropped[arm._replace(method=NONE)] if arm.method == WANDA else plans[arm]) for arm in timed)
+    versions = tuple((arm.method, plans[arm._replace(method=NONE)] if arm.method == WANDA else plans[arm]) for arm in timed)
     speed = ChangedSpeedWork(**item.identity, versions=versions, context=settings.context, steps=settings.steps,
                              repeats=settings.repeats, tokens=tokens)  # fmt: skip
-    return Shrunk(item, plans, groups, rankings, speed, timed)
+    return Shrunk(item, shape, plans, groups, rankings, speed, timed)
 
 
-def _plans(scores: Importance, counts: Mapping[str, Sequence[int]]) -> dict[Arm, DropPlan]:
-    """Of the counts those that the model has: a profile serves several."""
-    possible = [(kind, n) for kind, several in counts.items() for n in several if n < len(drop_sequence(scores, kind))]
-    return {Arm(kind, NONE, n): select(scores, kind, n) for kind, n in possible}
+def _versions(scores: Importance, counts: Mapping[str, Sequence[int]]) -> dict[Arm, DropPlan]:
+    """What is dropped, with the weights as they are."""
+    return {Arm(cell.kind, NONE, cell.n): plan for cell, plan in plans_for(scores, counts).items()}
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------------
@@ -160,21 +157,16 @@ def _parts(run: Run, works: Sequence[Part | ChangedWork]) -> Iterator[tuple[Part
 
 
 def bytes_of(shrunk: Shrunk, bits: Sequence[int]) -> dict[Arm, int]:
-    """Bytes of the weights of each version, what is not rounded in 16 bits. Counted on a model without memory."""
-    shape = model_of_shape(shrunk.item.model, torch.bfloat16, "meta")
-    found = {}
+    """Bytes of the weights of each version, what is not rounded in 16 bits."""
+    found, by_name = {}, {bits_name(number): number for number in bits}
     for arm, plan in shrunk.plans.items():
-        with skipping(shape, plan):
-            number = next((b for b in bits if bits_name(b) == arm.method), None)
-            full = sum(parameter.nbytes for parameter in shape.parameters())
-            found[arm] = full if number is None else quantised_bytes(shape, number)
+        with skipping(shrunk.shape, plan):
+            full = sum(parameter.nbytes for parameter in shrunk.shape.parameters())
+            found[arm] = quantised_bytes(shrunk.shape, by_name[arm.method]) if arm.method in by_name else full
     return found
 
 
 def sparsities_of(shrunk: Shrunk) -> dict[int, float]:
-    """Share of the weights of linear maps that as many attention layers have."""
-    if not any(arm.method == WANDA for arm in shrunk.plans):
-        return {}
-    shape = model_of_shape(shrunk.item.model, torch.bfloat16, "meta")
-    plain = {arm.n: plan for arm, plan in shrunk.plans.items() if (arm.kind, arm.method) == ("attention", NONE)}
-    return {n: sparsity_for(shape, plan) for n, plan in plain.items()}
+    """Share of the weights of linear maps that is pruned, by the number of attention layers that have as many."""
+    pruned = [arm for arm in shrunk.plans if arm.method == WANDA]
+    return {arm.n: sparsity_for(shrunk.shape, shrunk.plans[arm._replace(method=NONE)]) for arm in pruned}

@@ -131,12 +131,12 @@ def what_breaks(run: Run) -> Tables:
 
 def _others(run: Run, item: ImportanceWork) -> list[ImportanceWork]:
     """The same model on the other corpora, whose held-out text is read."""
-    corpora = [corpus for corpus in run.corpora() if corpus != item.corpus]
-    return importance_work(item.model, corpora, run.profile) if corpora else []
+    return importance_work(item.model, run.corpora(), run.profile)[1:]
 
 
 def _rows(run: Run, asked: Asked) -> dict[str, list[dict]]:
-    abilities, cells = abilities_of(run, asked), list(asked.plans)
+    choices, cells = pooled(run, asked), list(asked.plans)
+    abilities = abilities_of(run, asked, choices)
     written = [value["tokens"] for value in under_plans(run, asked.generation, asked.plans.values())]
     rows = {
         "abilities": ability_rows(abilities),
@@ -145,13 +145,13 @@ def _rows(run: Run, asked: Asked) -> dict[str, list[dict]]:
         "long_context": context_rows(abilities),
         "context_gaps": context_gap_rows(abilities),
     }
-    if asked.choices:
-        rows["confidence"] = confidence_rows(pooled(run, asked), cells)
+    if choices:
+        rows["confidence"] = confidence_rows(choices, cells)
     if asked.first_answer:
         tokenizer = load_tokenizer(asked.item.model)
-        values = under_plans(run, asked.first_answer, [asked.plans[cell] for cell in asked.answer_cells])
+        values = under_plans(run, asked.first_answer, asked.answer_plans.values())
         texts = [tokenizer.decode(value["tokens"][0], skip_special_tokens=True) for value in values]
-        rows["answers"] = answer_rows(texts, asked.answer_cells)
+        rows["answers"] = answer_rows(texts, list(asked.answer_plans))
     return rows
 
 

@@ -13,6 +13,7 @@ from ..ablations.rows import TASKS, TEXT
 from .abilities import ANSWERS
 from .changes import NONE, WANDA, bits_name
 
+DOCUMENTS = "documents"
 FEW_BITS = bits_name(4)  # as in Table 11
 UNKNOWN = (math.nan, math.nan, math.nan)  # where the dense model is at chance: inconclusive
 
@@ -30,7 +31,7 @@ def mathematics_holds(tables: Tables, below: int, retained: float) -> Iterator[F
             continue
         compared = [
             Comparison(f"{r['n']} dropped", *triple(r, "retained", "retained_"), at_least=retained, form=".0%",
-                       size=r["samples"], unit="documents")
+                       size=r["samples"], unit=DOCUMENTS)
             for r in few.to_dict("records")
         ]  # fmt: skip
         if math.isnan(few["retained"].iloc[0]):
@@ -61,7 +62,7 @@ def quantising_costs_little(tables: Tables, points: float) -> Iterator[Finding]:
     rows = rows[(rows["change"] == FEW_BITS) & (rows["measure"] == TASKS)]
     for model, of_model in rows.groupby("model", sort=False):
         compared = [
-            Comparison(f"{r['n']} dropped" if r["n"] else "dense", *points_lost(r), below=points, form=".1f")
+            Comparison(f"{r['n']} dropped" if r["n"] else "dense", *points_lost(r), below=points, form=".1f", unit=DOCUMENTS)
             for r in of_model.to_dict("records")
         ]
         yield Finding(str(model), f"points that 4 bits cost: {'; '.join(map(str, compared))}", compared)
@@ -81,7 +82,13 @@ def dropping_beats_pruning(tables: Tables, points: float) -> Iterator[Finding]:
         for r in of_model.to_dict("records"):
             gap = (100 * r["difference"], 100 * r["low"], 100 * r["high"])
             compared.append(
-                Comparison(f"points, {r['n']} dropped minus as many weights pruned", *gap, at_least=-points, form="+.1f")
+                Comparison(
+                    f"points, {r['n']} dropped minus as many weights pruned",
+                    *gap,
+                    at_least=-points,
+                    form="+.1f",
+                    unit=DOCUMENTS,
+                )
             )
             dropped, pruned = (triple(speed.loc[method, r["n"]], "speedup") for method in (NONE, WANDA))
             faster = difference_interval(dropped, pruned)

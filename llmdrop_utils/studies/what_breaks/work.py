@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 
-import torch
-
+from ...dropping.plan import DropPlan
 from ...dropping.units import skipping
 from ...measure.confidence import VERSION as CONFIDENCE_VERSION
 from ...measure.confidence import score_choices
@@ -13,26 +12,23 @@ from ...measure.decoding import greedy
 from ...measure.scoring import score
 from ...measure.text import VERSION as TEXT_VERSION
 from ...sources.probes import Request
-from ..work import PlansWork, TaskWork
+from ..work import PlansWork, TaskWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeWork(PlansWork):
-    """What share of each answer is found in the context, under each of several plans.
-
-    tokens: the text that the questions were made of.
-    """
+class ProbeWork(Work):
+    """What share of each answer is found in the context, under each of several plans."""
 
     probe: str  # "copy", "retrieval" or the name of a set of labelled texts
     requests: tuple[Request, ...]
+    plans: tuple[DropPlan, ...]
 
     @property
     def keys(self) -> list[dict]:
         asked = hashlib.sha256(json.dumps(self.requests).encode()).hexdigest()
-        keys = [self._key("probe", VERSION, requests=asked, plan=plan.key.to_json(), text=TEXT_VERSION) for plan in self.plans]
-        return keys
+        return [self._key("probe", VERSION, requests=asked, plan=plan.key.to_json(), text=TEXT_VERSION) for plan in self.plans]
 
     @property
     def tokens_to_pass(self) -> int:
@@ -40,7 +36,7 @@ class ProbeWork(PlansWork):
 
     @property
     def about(self) -> dict:
-        return {"probe": self.probe} | super().about
+        return {"probe": self.probe, "questions": len(self.requests)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         done = lambda share: update(share * self.tokens_to_pass)  # noqa: E731
@@ -84,8 +80,3 @@ class ConfidenceWork(TaskWork):
         found = score_choices(model, tokenizer, list(self.members), self.plans, self.limit, on_batch=done)
         pairs = zip(found.confidence.tolist(), found.right.tolist(), strict=True)
         return [{"confidence": sure, "right": right, "chance": found.chance} for sure, right in pairs]
-
-
-def as_prompt(text: str, tokenizer) -> torch.LongTensor:
-    """A text as a prompt of its own, as the tokenizer begins it: (1, n) token ids."""
-    return torch.tensor([tokenizer(text)["input_ids"]])
