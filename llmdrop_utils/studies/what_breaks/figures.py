@@ -66,12 +66,13 @@ def fig12_mathematics(tables: Tables) -> Drawing:
     for ax, model in zip(axes[0], models, strict=True):
         curves(ax, data[data["model"] == model], "value", "low", "high", model if len(models) > 1 else "")
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        ax.set(xlabel="Attention layers dropped", ylim=(-0.02, None))
-    axes[0][0].set_ylabel("Exact answers")
+        ax.set(xlabel="Attention layers dropped")
+    axes[0][0].set(ylabel="Exact answers", ylim=(-0.01, max(0.1, 1.05 * data["high"].max())))  # a model may have none right
 
     def sentence(rows: pd.DataFrame) -> str:
         ends = rows.sort_values("n").iloc[[0, -1]]
-        first, last = (f"{r.value:.1%} ({r.low:.1%} to {r.high:.1%})".replace("%", " %") for r in ends.itertuples())
+        spans = [f" ({r.low:.1%} to {r.high:.1%})" if r.low < r.high else "" for r in ends.itertuples()]
+        first, last = (f"{score:.1%}{span}".replace("%", " %") for score, span in zip(ends["value"], spans, strict=True))
         n_problems, n = ends["samples"].iloc[0], ends["n"].iloc[1]
         return f"The dense model answers {first} of {n_problems} problems exactly, and without {n} layers {last}."
 
