@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from ..base.checks import as_whole, whole
 from ..base.errors import LLMDropError, NotAvailable
 from ..dropping.plan import DropPlan, check_plans
-from ..dropping.units import dropped
+from ..dropping.units import skipping
 from ..models.families import find_anatomy, learned_positions
 from .decoding import BACKENDS, check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
@@ -63,7 +63,7 @@ class Speed:
     floor_seconds: float  # what its bytes and operations would take: an estimate, no bound (see `floors.floor_seconds`)
     kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache;
     # a static cache takes its whole room from the start
-    peak_bytes: int | None  # most memory the GPU held at once, weights included; None on a CPU
+    peak_bytes: int | None  # most memory the GPU held at once, with the weights that are left; None on a CPU
     batch_size: int  # smaller than asked for if memory ran out
 
     @property
@@ -101,10 +101,9 @@ def measure_speed(
 ) -> list[Speed]:
     """Time a load under each plan.
 
-    On a CPU, eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them. On a GPU (where
-    what is dropped leaves the device) and when compiled, all repeats of a plan follow each other. Before the first repeat of
-    each turn comes a short untimed warm-up. Times end when the device is done. If memory runs out, the batch of all plans is
-    halved, with a message.
+    Eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them; when compiled, all repeats
+    of a plan follow each other. Before the first repeat of each turn comes a short untimed warm-up (a GPU keeps what it learned
+    in the first turn). Times end when the device is done. If memory runs out, the batch of all plans is halved, with a message.
 
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
     large even as a single sequence, NotAvailable if the compiled back end cannot run the model.
@@ -166,26 +165,34 @@ def largest_batch(model: nn.Module, length: int) -> int:
 def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repeat) -> list[Speed]:
     device = device_of(model)
     limits = device_limits(device, model.dtype)
-    turns, each = (repeats, 1) if load.backend == "eager" and device.type == "cpu" else (1, repeats)
+    turns, each = (repeats, 1) if load.backend == "eager" else (1, repeats)
+    all_bytes = _weight_bytes(model)
     seconds: list[list[float]] = [[] for _ in plans]
     facts: list[dict] = [{} for _ in plans]
-    for _ in range(turns):
+    for turn in range(turns):
         for i, plan in enumerate(plans):
-            with dropped(model, plan):
+            with skipping(model, plan):  # what is dropped stays on a GPU: moving it would take longer than what is timed
                 if device.type == "cuda":
-                    torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
                 job = {"prefill": _prefill, "decode": _decode, "generation": _generation}[load.what](model, load)
-                job(warm_up=True)
+                if turn == 0 or device.type == "cpu":
+                    job(warm_up=True)
                 for _ in range(each):
                     taken, cache = job()
                     seconds[i].append(taken)
                     on_repeat()
-                peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+                peak = None
+                if device.type == "cuda":
+                    peak = torch.cuda.max_memory_allocated(device) - (all_bytes - _weight_bytes(model))
                 floor = _floor(model, load, limits)
                 facts[i] = {"floor_seconds": floor, "kv_bytes": cache_bytes(cache), "peak_bytes": peak}
                 del job, cache
     return [Speed(seconds=tuple(s), batch_size=load.batch_size, **f) for s, f in zip(seconds, facts, strict=True)]
+
+
+def _weight_bytes(model) -> int:
+    """Bytes of the weights and buffers that the model has now."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _prefill(model, load: Load):

@@ -95,8 +95,8 @@ def test_a_loop_without_its_cache_is_refused(monkeypatch):
 
 def test_plans_take_turns(monkeypatch):
     model, order = families.tiny("llama"), []
-    enter = speed.dropped
-    monkeypatch.setattr(speed, "dropped", lambda model, plan: order.append(plan.attention) or enter(model, plan))
+    enter = speed.skipping
+    monkeypatch.setattr(speed, "skipping", lambda model, plan: order.append(plan.attention) or enter(model, plan))
     measure_speed(model, Load("decode", 4, 2), [DropPlan(), DropPlan(attention=(1,))], repeats=3)
     assert order == [(), (1,)] * 3
 

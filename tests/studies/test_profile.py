@@ -33,9 +33,12 @@ def test_the_paper_s_setting():
 
 
 def test_a_profile_extends_another():
-    """gpu-shapes is gpu with other models, and without what random weights say nothing about."""
+    """gpu-shapes is gpu with other models, fewer loads, and without what random weights say nothing about."""
     gpu, shapes = load_profile("gpu").to_json(), load_profile("gpu-shapes").to_json()
-    assert shapes["speed"] == gpu["speed"]
+    assert {key: shapes["speed"][key] for key in ("prompt", "new_tokens", "repeats", "sweep_n")} == {
+        "prompt": 2048, "new_tokens": 2048, "repeats": 6, "sweep_n": 8,
+    }  # fmt: skip
+    assert shapes["speed"]["contexts"] == [128, 2048, 4096] != gpu["speed"]["contexts"]
     assert {"calibration", "text", "tasks", "iterative", "stages"} & set(shapes) == set()
     assert all(model.startswith("random:") for model in shapes["models"])
     with pytest.raises(NotAvailable, match="The profile gpu-shapes has no section 'calibration', which this notebook needs"):
