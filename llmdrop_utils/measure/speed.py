@@ -6,6 +6,7 @@ so a context is put into the cache without being read, and weights may be random
 
 import dataclasses
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ class Speed:
     floor_seconds: float  # what its bytes and operations would take: an estimate, no bound (see `floors.floor_seconds`)
     kv_bytes: int  # of the prompt (prefill), the context (decode), all that was read (generation), counted from the cache;
     # a static cache takes its whole room from the start
-    peak_bytes: int | None  # most memory the GPU held at once, with the weights that are left; None on a CPU
+    peak_bytes: int | None  # most memory the GPU held at once, with what is left of the weights; None on a CPU
     batch_size: int  # smaller than asked for if memory ran out
 
     @property
@@ -102,8 +103,9 @@ def measure_speed(
     """Time a load under each plan.
 
     Eager plans take turns, repeat by repeat, so that whatever slows the machine meets all of them; when compiled, all repeats
-    of a plan follow each other. Before the first repeat of each turn comes a short untimed warm-up (a GPU keeps what it learned
-    in the first turn). Times end when the device is done. If memory runs out, the batch of all plans is halved, with a message.
+    of a plan follow each other. Before the first repeat of each turn comes a short untimed warm-up; a GPU has one round at full
+    length instead, in which it takes memory and chooses kernels for these lengths. Times end when the device is done. If memory
+    runs out, the batch of all plans is halved, with a message.
 
     Returns one `Speed` for each plan. Raises LLMDropError for a plan that does not fit the model and for a load that is too
     large even as a single sequence, NotAvailable if the compiled back end cannot run the model.
@@ -166,21 +168,23 @@ def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repe
     device = device_of(model)
     limits = device_limits(device, model.dtype)
     turns, each = (repeats, 1) if load.backend == "eager" else (1, repeats)
+    untimed = int(device.type == "cuda" and load.backend == "eager" and load.what != "generation")
     all_bytes = _weight_bytes(model)
     seconds: list[list[float]] = [[] for _ in plans]
     facts: list[dict] = [{} for _ in plans]
-    for turn in range(turns):
+    for turn in range(-untimed, turns):
         for i, plan in enumerate(plans):
             with skipping(model, plan):  # what is dropped stays on a GPU: moving it would take longer than what is timed
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 job = {"prefill": _prefill, "decode": _decode, "generation": _generation}[load.what](model, load)
-                if turn == 0 or device.type == "cpu":
+                if not untimed:
                     job(warm_up=True)
                 for _ in range(each):
                     taken, cache = job()
-                    seconds[i].append(taken)
-                    on_repeat()
+                    if turn >= 0:
+                        seconds[i].append(taken)
+                        on_repeat()
                 peak = None
                 if device.type == "cuda":
                     peak = torch.cuda.max_memory_allocated(device) - (all_bytes - _weight_bytes(model))
@@ -272,13 +276,19 @@ def _some(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call, from a device at rest to a device at rest."""
+    """Wall time of a call, from a device at rest to a device at rest. Python's garbage collection waits, as in `timeit`."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - started
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        wait()
+        started = time.perf_counter()
+        function()
+        wait()
+        return time.perf_counter() - started
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _best(function: Callable[[], object], device: torch.device) -> float:

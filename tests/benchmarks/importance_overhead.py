@@ -1,10 +1,10 @@
 """What does measuring importance cost over the bare forward pass? Time as a paired ratio, and peak memory.
 
-    .venv/bin/python tests/benchmarks/importance_overhead.py
+    .venv/bin/python tests/benchmarks/importance_overhead.py [model]
 
-SmolLM2-135M on 64 x 512 tokens of the web corpus, batch 4. The bare pass is the same model without LM head. Both run in
-turn over the same samples, so that a slow phase of the machine hits both. Memory is what torch allocates beyond the
-weights at its peak, on one batch.
+SmolLM2-135M on 64 x 512 tokens of the web corpus, batch 4; a model with random weights (random:llama-3-8b) on random tokens.
+The bare pass is the same model without LM head. Both run in turn over the same samples, so that a slow phase of the machine
+hits both. Memory is what torch allocates beyond the weights at its peak, on one batch.
 """
 
 import argparse
@@ -27,6 +27,8 @@ def bare(model, tokens, batch_size=4):
 
 
 def seconds(function, *arguments):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     started = time.perf_counter()
     function(*arguments)
     if torch.cuda.is_available():
@@ -53,10 +55,14 @@ def peak_bytes(function, *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--samples", type=int, default=64)
-    samples = parser.parse_args().samples
-    model, tokenizer = load_model("smollm2-135m")
-    tokens = load_tokens("web", tokenizer, n_samples=samples, seq_len=512)
+    options = parser.parse_args()
+    model, tokenizer = load_model(options.model)
+    if tokenizer is None:
+        tokens = torch.randint(model.config.vocab_size, (options.samples, 512), generator=torch.Generator().manual_seed(0))
+    else:
+        tokens = load_tokens("web", tokenizer, n_samples=options.samples, seq_len=512)
     bare(model, tokens[:4])
     measure_importance(model, tokens[:4])
 

@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/benchmarks/scoring_speed.py [model] [--dtype float32]
 
-Prints ratios of times (medians of pairs), and how far both are from log-likelihoods in float64.
+Prints ratios of times (medians of pairs), and how far both are from log-likelihoods in float64. A model with random weights
+(random:llama-3-8b) reads with the tokenizer of SmolLM2-135M.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from llmdrop_utils import DropPlan, load_model, load_tokens, measure_importance, select
+from llmdrop_utils import DropPlan, load_model, load_tokens, locate_model, measure_importance, select
 from llmdrop_utils.measure.tasks import FastLM
 from llmdrop_utils.measure.text import score_text
+from llmdrop_utils.models.load import load_tokenizer
 from llmdrop_utils.sources.task_data import FEWSHOT_SEED, load_task
 
 BOUNDS = {"hellaswag": 4.0, "mmlu_anatomy": 5.0, "curve": 1.5}
@@ -80,6 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, tokenizer = load_model(options.model, dtype)
+    tokenizer = tokenizer or load_tokenizer(locate_model("smollm2-135m"))
     print(f"{model.dtype}, {model.device}, {torch.get_num_threads()} threads")
     found = {
         "hellaswag": against_lm_eval(model, tokenizer, "hellaswag", 0, 100),
