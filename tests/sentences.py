@@ -164,7 +164,24 @@ def limits() -> list[str]:
         f"{sum('history' in rule for rule in rules)} of {len(rules)} were changed after numbers had been seen",
         f"In {only(inside['dtype_there'])} {100 * inside['inside'].mean():.0f} % of the {len(inside):,} numbers of notebooks "
         f"{inside['notebook'].min()[:2]} to {inside['notebook'].max()[:2]} stay inside theirs.",
-        f"Timed whole, once, they took {whole_ratio()} times as long",
+    ]
+
+
+def on_gpu() -> list[str]:
+    """The whole generation of the paper's shapes without half of their attention, as timed on a GPU."""
+
+    def generation(model: str, n: int) -> pd.Series:
+        where = {"model": f"random:{model}", "backend": "compiled", "kind": "attention", "n": n}
+        return row("05_speedup/speed", "gpu-shapes", what="generation from samples", **where)
+
+    llama_2, llama_3 = generation("llama-2-13b", 20), generation("llama-3-8b", 16)
+    device = only(table("05_speedup/models", "gpu-shapes")["device"])
+    assert not llama_2["noisy"]
+    assert not llama_3["noisy"]
+    return [
+        f"Compiled, with random weights on one {device} at batch {only([llama_2['batch_size'], llama_3['batch_size']])} "
+        f"([scorecard]), half of the attention layers fewer make Llama-2-13B {llama_2['speedup']:.2f} times as fast (predicted: "
+        f"{llama_2['predicted']:.2f}) and Llama-3-8B {llama_3['speedup']:.2f} times (predicted: {llama_3['predicted']:.2f})."
     ]
 
 
@@ -202,12 +219,6 @@ def ladder() -> list[str]:
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
         f"How many layers can go is measured on {dropped or 'none'} of the {len(names)} so far.",
     ]
-
-
-def whole_ratio() -> str:
-    """The generation timed whole over the one composed of samples, for the plans that both were timed under: "0.99 to 1.02"."""
-    ratio = 1 / table("05_speedup/protocol")["ratio"]
-    return f"{ratio.min():.2f} to {ratio.max():.2f}"
 
 
 def speed_records() -> list[dict]:

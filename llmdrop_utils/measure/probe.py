@@ -20,6 +20,7 @@ class Probe:
         self.handles: list = []
         self.checked = False  # the sum of parts is compared with the whole in the first batch
         self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # kind -> a few rows of x and of what is added
+        self.sums: list[tuple[int, str, str, torch.Tensor]] = []  # layer, parts, whole; how far they are apart, and may be
 
     def __enter__(self):
         for index, layer in enumerate(self.anatomy.layers):
@@ -56,8 +57,10 @@ class Probe:
 
     def finish(self, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Means over tokens (kinds, B, layers), tokens per sample (B,), histograms (kinds, layers, bins) of the batch."""
-        by_kind = [[self.values[kind, layer].cpu() for layer in range(len(self.anatomy))] for kind in KINDS]
-        values = torch.stack([torch.stack(rows) for rows in by_kind]).view(len(KINDS), -1, *self.shape).double()
+        if not self.checked:
+            self._check_sums()
+        values = _fetch([self.values[kind, layer] for kind in KINDS for layer in range(len(self.anatomy))])
+        values = values.view(len(KINDS), -1, *self.shape).double()
         counted = torch.ones(self.shape, dtype=torch.bool) if mask is None else mask.bool()
         bad = ~torch.isfinite(values[:, :, counted])
         if bad.any():
@@ -97,7 +100,7 @@ class Probe:
             output = tensor_of(output)
             self._record("block", index, self.block_input, output, 1.0)
             if not self.checked:
-                self._check_sum(index, _first_rows(output))
+                self._add_sums(index, _first_rows(output))
                 self.seen.clear()
             self.block_input = self.mlp_input = None  # not held while the next layer's input is still being made
 
@@ -112,26 +115,39 @@ class Probe:
         if not self.checked:  # a copy: some models later add into this tensor
             self.seen[kind] = (_first_rows(x), _first_rows(y) * scale)
 
-    def _check_sum(self, index: int, output: torch.Tensor) -> None:
-        """x + attention + MLP must be the layer's output; otherwise `families.FAMILIES` is wrong about this model.
-
-        Likewise, an MLP that comes after attention must read x + attention.
-        """
+    def _add_sums(self, index: int, output: torch.Tensor) -> None:
+        """Add up the parts of a layer, which `_check_sums` looks at once the batch is done."""
         (x, attention), (mlp_stream, mlp) = (
             (part.to(output.device) for part in self.seen[kind]) for kind in ("attention", "mlp")
         )
-        tolerance = 8 * torch.finfo(self.dtype).eps * float(torch.stack([x, attention, output]).abs().max())
+        tolerance = 8 * torch.finfo(self.dtype).eps * torch.stack([x, attention, output]).abs().max()
         sums = [("stream + attention + MLP", x + attention + mlp, "the layer's output", output)]
         if self.anatomy.layers[index].mlp_input is not None:
             sums.append(("stream + attention", x + attention, "what the MLP reads", mlp_stream))
         for name, value, whole_name, whole in sums:
-            error = float((value - whole).abs().max())
+            self.sums.append((index, name, whole_name, torch.stack([(value - whole).abs().max(), tolerance])))
+
+    def _check_sums(self) -> None:
+        """x + attention + MLP must be the layer's output; otherwise `families.FAMILIES` is wrong about this model.
+
+        Likewise, an MLP that comes after attention must read x + attention.
+        """
+        found = _fetch([pair for *_, pair in self.sums]).tolist() if self.sums else []
+        for (index, name, whole_name, _), (error, tolerance) in zip(self.sums, found, strict=True):
             if np.isfinite(error) and error > tolerance:
                 raise LLMDropError(
                     f"Layer {index} of this {self.anatomy.family} model does not add up: {name} differs from {whole_name} by "
                     f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in FAMILIES "
                     "(llmdrop_utils/models/families.py) is wrong for this model."
                 )
+        self.sums.clear()
+
+
+def _fetch(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape, stacked in the CPU's memory: one transfer where all are on the same device."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        tensors = [tensor.cpu() for tensor in tensors]
+    return torch.stack(tensors).cpu()
 
 
 def _first_rows(x: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,10 @@ def catalogue() -> dict:
 def exact_name(model: str) -> str:
     """How figures, tables and scorecard call a model: with instruct or base, quantised or not.
 
-    "smollm2-135m" -> "SmolLM2-135M-Instruct (Q4_1)", "random:llama-2-13b" -> "Llama-2-13B shape (random weights)". A name that
-    the catalogue does not have, a hub id for example, is exact itself.
+    "smollm2-135m" -> "SmolLM2-135M-Instruct (Q4_1)", "random:llama-2-13b" -> "Llama-2-13B shape (random weights)"; what
+    comes after a comma stays. A name that the catalogue does not have, a hub id for example, is exact itself.
     """
-    name = model.removeprefix("random:")
+    name, comma, part = model.removeprefix("random:").partition(", ")
     title = catalogue()["models"].get(name, {}).get("title", name)
-    return f"{title.removesuffix(' base')} shape (random weights)" if name != model else title
+    shape = f"{title.removesuffix(' base')} shape (random weights)"
+    return (shape if model.startswith("random:") else title) + comma + part

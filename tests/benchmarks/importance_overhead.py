@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/benchmarks/importance_overhead.py [model]
 
-SmolLM2-135M on 64 x 512 tokens of the web corpus, batch 4; a model with random weights (random:llama-3-8b) on random tokens.
-The bare pass is the same model without LM head. Both run in turn over the same samples, so that a slow phase of the machine
+SmolLM2-135M on 128 x 512 tokens of the web corpus, batch 4; a model with random weights (random:llama-3-8b) on random tokens.
+The bare pass is the same model without LM head. Both run in turn over the same 16 samples, so that a slow phase of the machine
 hits both. Memory is what torch allocates beyond the weights at its peak, on one batch.
 """
 
@@ -56,7 +56,7 @@ def peak_bytes(function, *arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
     if tokenizer is None:
@@ -67,7 +67,7 @@ def main():
     measure_importance(model, tokens[:4])
 
     pairs = []
-    for chunk in tokens.split(4):
+    for chunk in tokens.split(16):  # several batches a call, as in use: the first of each is checked
         order = (bare, measure_importance) if len(pairs) % 2 else (measure_importance, bare)
         taken = {function: seconds(function, model, chunk) for function in order}
         pairs.append((taken[bare], taken[measure_importance]))

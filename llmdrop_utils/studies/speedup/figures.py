@@ -52,14 +52,17 @@ def context_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         speedup_line(ax, line.drop_duplicates("context"), "context", kind, name, backend)
     ax.axhline(1, color="0.5", linewidth=0.8)
     ax.set_xscale("log", base=2)
-    ticks = sorted(rows["context"].unique())
-    shown = [t for i, t in enumerate(ticks) if i == 0 or np.log2(t / ticks[i - 1]) > 0.7]
+    ticks = sorted(rows["context"].unique(), reverse=True)
+    shown: list[int] = []
+    for tick in ticks:  # the longest first, and others as far as labels do not touch
+        if not shown or np.log2(shown[-1] / tick) > 0.25 * np.log2(ticks[0] / ticks[-1]):
+            shown.append(tick)
     ax.set_xticks(shown, [f"{t:,}" for t in shown])
     ax.minorticks_off()
     ax.set(title=title, xlabel="Tokens in the cache")
 
 
-def limit_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
+def limit_panel(ax: Axes, rows: pd.DataFrame, title: str, ticks: int) -> None:
     """Milliseconds per token over the context; dotted in the same colour, what bytes and operations would take."""
     first = rows["backend"].iloc[0]
     for (backend, kind), line in rows.groupby(["backend", "kind"], sort=False):
@@ -70,7 +73,7 @@ def limit_panel(ax: Axes, rows: pd.DataFrame, title: str) -> None:
         if backend == first:
             estimate = 1e3 * line["seconds"] * line["share_of_limit"]
             ax.plot(line["context"], estimate, color=COLORS[kind], linewidth=0.8, linestyle=":")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(ticks))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.set(title=title, xlabel="Tokens in the cache", ylabel="Milliseconds per token")
     ax.set_ylim(bottom=0)
@@ -174,7 +177,7 @@ def figS10_limit(tables: Tables) -> Drawing:
     width = WIDTH * min(1, 0.55 * len(models))
     fig, axes = plt.subplots(1, len(models), figsize=(width, 3.2), squeeze=False)
     for ax, model in zip(axes.flat, models, strict=True):
-        limit_panel(ax, data[data["model"] == model], _titled("Decode, batch 1", model, models))
+        limit_panel(ax, data[data["model"] == model], _titled("Decode, batch 1", model, models), 5 if len(models) < 3 else 2)
     limit = {"bytes and operations, parts one after the other": Line2D([], [], **DOTTED)}
     _explain(fig, axes, _where(tables, models), "", limit, columns=min(2, len(models)))
 
@@ -225,13 +228,17 @@ def _compiled(backend: str) -> str:
     return ", compiled" if backend == "compiled" else ""
 
 
+RANDOM = " (random weights)"  # the end of a shape's name
+
+
 def _titled(title: str, model: str, models: list[str]) -> str:
-    return title if len(models) == 1 else f"{title}\n{model}"
+    return title if len(models) == 1 else f"{title}\n{model.removesuffix(RANDOM)}"
 
 
 def _where(tables: Tables, models: list[str]) -> str:
     """The device and the dtype, and the model if it is the only one: times mean nothing without them."""
-    return f"{models[0]} on {machine(tables)}" if len(models) == 1 else f"on {machine(tables)}"
+    weights = "random weights, " if any(model.endswith(RANDOM) for model in models) else ""
+    return f"{models[0]} on {machine(tables)}" if len(models) == 1 else f"{weights}on {machine(tables)}"
 
 
 def machine(tables: Tables) -> str:
