@@ -180,8 +180,9 @@ def on_gpu() -> list[str]:
     assert not llama_3["noisy"]
     return [
         f"Compiled, with random weights on one {device} at batch {only([llama_2['batch_size'], llama_3['batch_size']])} "
-        f"([scorecard]), half of the attention layers fewer make Llama-2-13B {llama_2['speedup']:.2f} times as fast (predicted: "
-        f"{llama_2['predicted']:.2f}) and Llama-3-8B {llama_3['speedup']:.2f} times (predicted: {llama_3['predicted']:.2f})."
+        f"([scorecard]), half of the attention layers fewer make Llama-2-13B {llama_2['speedup']:.2f} times as fast "
+        f"(predicted: {llama_2['predicted']:.2f}) and Llama-3-8B {llama_3['speedup']:.2f} times "
+        f"(predicted: {llama_3['predicted']:.2f})."
     ]
 
 

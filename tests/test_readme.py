@@ -23,7 +23,16 @@ TOLD = {
     "abstract": (README.split("\n## ")[0], say.counts_of_claims, ("2406.15786",)),
     "found": (
         FOUND,
-        lambda: [*say.importance(), *say.dropping(), *say.speed(), *say.served(), *say.on_gpu(), *say.methods(), *say.breaks(), *say.ladder()],
+        lambda: [
+            *say.importance(),
+            *say.dropping(),
+            *say.speed(),
+            *say.served(),
+            *say.on_gpu(),
+            *say.methods(),
+            *say.breaks(),
+            *say.ladder(),
+        ],
         (
             "SmolLM2-135M-Instruct",
             "4 bits (Q4_1)",

@@ -6,9 +6,9 @@ so a context is put into the cache without being read, and weights may be random
 
 import dataclasses
 import functools
-import gc
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -185,9 +185,8 @@ def _measure(model, load: Load, plans: Sequence[DropPlan], repeats: int, on_repe
                     if turn >= 0:
                         seconds[i].append(taken)
                         on_repeat()
-                peak = None
-                if device.type == "cuda":
-                    peak = torch.cuda.max_memory_allocated(device) - (all_bytes - _weight_bytes(model))
+                gone = all_bytes - _weight_bytes(model)
+                peak = torch.cuda.max_memory_allocated(device) - gone if device.type == "cuda" else None
                 floor = _floor(model, load, limits)
                 facts[i] = {"floor_seconds": floor, "kv_bytes": cache_bytes(cache), "peak_bytes": peak}
                 del job, cache
@@ -276,19 +275,15 @@ def _some(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call, from a device at rest to a device at rest. Python's garbage collection waits, as in `timeit`."""
+    """Wall time of a call, from a device at rest to a device at rest. Python's garbage collection waits."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        wait()
-        started = time.perf_counter()
+
+    def to_the_end() -> None:
         function()
         wait()
-        return time.perf_counter() - started
-    finally:
-        if collects:
-            gc.enable()
+
+    wait()
+    return timeit.timeit(to_the_end, number=1, timer=time.perf_counter)
 
 
 def _best(function: Callable[[], object], device: torch.device) -> float:

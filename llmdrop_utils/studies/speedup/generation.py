@@ -38,8 +38,8 @@ class Timed:
     def as_row(self) -> dict:
         """With median, spread, speed-up over dense, and both beside what bytes and operations would give.
 
-        Each repeat is compared with the dense model's of the same number. Eager plans take turns, so these are of one round, and
-        what slows the machine for a while slows both; on the compiled back end all repeats of a plan follow each other.
+        Each repeat is compared with the dense model's of the same number. Eager plans take turns, so these are of one round,
+        and what slows the machine for a while slows both; on the compiled back end all repeats of a plan follow each other.
         Dense 2.0, 4.0, 2.2 s and dropped 1.0, 2.0, 1.1 s is a speed-up of exactly 2, however noisy. It is noisy if either is.
         `level` is what the intervals cover (see `stats.median_interval`).
         """
