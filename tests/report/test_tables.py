@@ -6,6 +6,7 @@ import pytest
 
 from llmdrop_utils.report.show import as_markdown, number, show
 from llmdrop_utils.report.tables import Column, Key, frame, table, write_tables
+from llmdrop_utils.sources.catalogue import exact_name
 
 DECLARED = {
     "demo": table("model kind", Column("score", "Score", ".2f", "low", "high"), "low high"),
@@ -93,3 +94,21 @@ def test_lists_of_single_layers_stay_text(tmp_path):
     assert tables["plans"]["attention"].tolist()[1] == "3"
     assert tables["plans"]["attention"].isna().tolist() == [True, False]
     assert tables["layers"]["attention"].tolist() == [3], "only where a table holds lists"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("smollm2-135m", "SmolLM2-135M-Instruct (Q4_1)"),
+        ("smollm2-135m, compiled back end", "SmolLM2-135M-Instruct (Q4_1), compiled back end"),
+        ("random:llama-2-13b", "Llama-2-13B shape (random weights)"),
+        (
+            "random:llama-2-13b, loads of more than 4096 tokens",
+            "Llama-2-13B shape (random weights), loads of more than 4096 tokens",
+        ),
+        ("org/one", "org/one"),
+        ("/a folder, with a comma", "/a folder, with a comma"),
+    ],
+)
+def test_exact_names(name, shown):
+    assert exact_name(name) == shown

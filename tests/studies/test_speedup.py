@@ -22,7 +22,8 @@ from llmdrop_utils.measure.speed import Speed as Measured
 from llmdrop_utils.models import locate as models_locate
 from llmdrop_utils.models.load import default_dtype
 from llmdrop_utils.models.locate import LocatedModel, locate_model
-from llmdrop_utils.report.style import FIGURES
+from llmdrop_utils.report.style import FIGURES, draw
+from llmdrop_utils.report.tables import read_tables
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.selection.ranking import select
 from llmdrop_utils.studies import run as run_module
@@ -773,3 +774,22 @@ def test_advice_names_price_and_context():
     text = ADVICE["05_speedup"](hand_made(trade=False))
     assert "with 4 attention layers dropped, the whole generation is 1.20 times as fast" in text
     assert "run notebook 02" in text
+
+
+@pytest.mark.parametrize("name", ["figS8_speedup", "figS9_context", "figS10_limit"])
+def test_titles_of_several_shapes_have_room(name, tmp_path):
+    """Panels name the shape; that its weights are random stands above them once."""
+    fig = draw(name, read_tables(files.REFERENCE / "gpu-shapes/05_speedup"), tmp_path).figure
+    assert fig.get_suptitle().startswith("random weights, on NVIDIA H200")
+    drawn = [ax for ax in fig.axes if ax.axison]
+    boxes = {}  # row of panels -> the places of their titles, from left to right
+    for ax in drawn:
+        assert "random" not in ax.get_title()
+        boxes.setdefault(round(ax.get_position().y0, 2), []).append(ax.title.get_window_extent())
+    for places in boxes.values():
+        places.sort(key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(places))
+    for ax in drawn:
+        labels = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text() and label.get_visible()]
+        labels = sorted((box for box in labels if box.width > 1), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels)), ax.get_title()
