@@ -218,7 +218,7 @@ def ladder() -> list[str]:
         "Deeper layers are more redundant in both Qwen2.5-Coder models alone.",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
-        f"How many layers can go is measured on {dropped or 'none'} of the {len(names)} so far.",
+        f"How many layers can go is measured on {dropped} of the {len(names)} so far.",
     ]
 
 
