@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 from ...measure.causes import DISTANCE, ENTROPY, OUTPUT, RANK, SINK, SLIDING, STREAM, WEIGHTS
 from ...report.rules import DEVIATES, INCONCLUSIVE, REPRODUCED
+from ...report.panels import legend_above
 from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, nothing_to_show
 from ...report.tables import Tables
 from ...report.terminal import count
@@ -54,7 +55,7 @@ def figS17_sizes(tables: Tables) -> Drawing:
         ax.set_xticks([], minor=True)
         ax.margins(x=0.08)
     axes[0].set(ylabel="Layers that can be dropped, %", ylim=(-2, None))
-    axes[0].legend(loc="upper left")
+    legend_above(fig, axes[0])
 
     def sentence(measure: str) -> str:
         rows = data[data["measure"] == measure].pivot(index="model", columns="kind", values="share")
