@@ -8,8 +8,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from ...measure.causes import DISTANCE, ENTROPY, OUTPUT, RANK, SINK, SLIDING, STREAM, WEIGHTS
-from ...report.rules import DEVIATES, INCONCLUSIVE, REPRODUCED
 from ...report.panels import legend_above
+from ...report.rules import DEVIATES, INCONCLUSIVE, REPRODUCED
 from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, nothing_to_show
 from ...report.tables import Tables
 from ...report.terminal import count
