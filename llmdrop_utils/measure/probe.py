@@ -43,6 +43,7 @@ class Probe:
         """Pass a batch of tokens (B, T) through the decoder; False if the GPU ran out of memory."""
         self.shape = tokens.shape
         self.values: dict[tuple[str, int], torch.Tensor] = {}
+        self.sums.clear()
         padding = {}
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -140,7 +141,6 @@ class Probe:
                     f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in FAMILIES "
                     "(llmdrop_utils/models/families.py) is wrong for this model."
                 )
-        self.sums.clear()
 
 
 def _fetch(tensors: list[torch.Tensor]) -> torch.Tensor:
