@@ -230,6 +230,8 @@ def test_the_reference_has_no_distance_from_itself(monkeypatch):
         assert distance["relative"].max() == 0
         assert not distance[["missing", "extra", "undefined", "changed", "outside", "beyond"]].to_numpy().any()
         assert (distance["correlation"].dropna() > 1 - 1e-9).all()
-        main = distance.query("table in ('importance', 'layers', 'speed')")  # what runs have differs, but each has one of them
+        main = distance.query("table == 'importance' or table == 'layers'")  # what compares runs has no importance of its own
+        if folder.name == "gpu-shapes":  # random weights have speed alone
+            main = distance.query("table == 'speed'")
         assert main["values"].max() > 100
         assert not (main["table"] == "importance").any() or main.query("table == 'importance'")["values"].min() > 500
