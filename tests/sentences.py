@@ -302,7 +302,9 @@ def of_costs() -> list[str]:
     assert median_interval(np.arange(n))[:2] == (0, n - 1)  # the least and the greatest
     assert median_interval(np.arange(9))[:2] == (1, 7)
     assert median_interval(np.arange(n - 1))[2] < 0.95 <= median_interval(np.arange(n))[2]
+    longer = 1 / table("05_speedup/protocol")["ratio"]
     return [
+        f"Timed whole, once, they took {longer.min():.2f} to {longer.max():.2f} times as long.",
         f"The long generation of notebook 05 ({found['context']:,} tokens in, {found['new_tokens']:,} out) takes minutes",
         f"The dense long generation reaches {shares[0]:.0f} % of what bytes and operations allow, and without 8 attention "
         f"layers {shares[1]:.0f} %.",
