@@ -9,7 +9,6 @@ scores become zero. The paper compares this with dropped attention at an equal n
 import contextlib
 import math
 import numbers
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -20,14 +19,14 @@ from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import StandIn
-from ..measure.guard import measuring, not_finite_error, tokens_for
-from ..models.families import Anatomy, family_of, find_anatomy, input_device, tensor_of
+from ..measure.guard import measuring, tokens_for
+from ..models.families import Anatomy, family_of, find_anatomy
+from .streams import advance, read_streams
 
 ROWS = 256  # rows of inputs or weights that are held in float64 at a time
 PLAIN = (torch.Tensor, nn.Parameter)  # types of weights whose single numbers can be changed; quantised ones have their own
 
 Maps = dict[str, nn.Module]  # of one layer: name in the layer -> linear map
-Call = tuple[tuple, dict]  # what a layer is given beside the stream: masks and positions
 
 
 def prune_by_wanda(
@@ -62,11 +61,13 @@ def prune_by_wanda(
     _check_sparsity(sparsity)
     maps = _linear_maps(anatomy)
     _check_in_memory(model, maps)
-    streams, calls = _read(model, anatomy, maps, tokens, batch_size)
+    every = [module for layer_maps in maps for module in layer_maps.values()]
+    streams, calls, reached = read_streams(model, tokens, batch_size, every)  # what cannot be computed is an error here
+    _check_reached(maps, reached)
     for index, layer in enumerate(anatomy.layers):
         with measuring(model), _squares_of_inputs(maps[index].values()) as squares:
             for stream in streams:
-                _pass(layer.block, stream, calls[len(stream)][index])
+                advance(layer.block, stream, calls[len(stream)][index])
                 on_batch(len(stream) * tokens.shape[1])
         for name, module in maps[index].items():
             if not bool(squares[module].isfinite().all()):
@@ -79,7 +80,7 @@ def prune_by_wanda(
         if index < len(anatomy) - 1:
             with measuring(model):
                 for batch, stream in enumerate(streams):  # one by one, so that no more than one is held twice
-                    streams[batch] = _pass(layer.block, stream, calls[len(stream)][index])
+                    streams[batch] = advance(layer.block, stream, calls[len(stream)][index])
     weights = [module.weight for layer_maps in maps for module in layer_maps.values()]
     n_weights, n_zeros = (sum(counts) for counts in zip(*((w.numel(), int((w == 0).sum())) for w in weights), strict=True))
     return {"weights": n_weights, "zeros": n_zeros, "sparsity": n_zeros / n_weights}
@@ -195,74 +196,13 @@ def _rows(module: nn.Module) -> torch.Tensor:
 # ---- layer by layer -------------------------------------------------------------------------------------------------------
 
 
-def _read(
-    model: nn.Module, anatomy: Anatomy, maps: list[Maps], tokens: torch.Tensor, batch_size: int
-) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
-    """What the first layer reads in each batch (B, T, d), and B -> what each layer is given beside it.
-
-    Samples are equally long, so batches of one size share masks and positions. Reads everything before anything is changed:
-    what the model cannot compute, and a map whose input cannot be seen, are errors here.
-    """
-    streams, calls, start = [], {}, 0
-    reached: set[nn.Module] = set()
-    with measuring(model):
-        while start < len(tokens):
-            batch = tokens[start : start + batch_size]
-            try:
-                stream, calls[len(batch)], states = _first_pass(anatomy, batch.to(input_device(model)), maps, reached)
-            except torch.OutOfMemoryError as error:
-                if batch_size == 1:
-                    raise LLMDropError(
-                        f"Out of GPU memory with a single sample of {tokens.shape[1]} tokens. Use shorter samples."
-                    ) from error
-                batch_size //= 2
-                torch.cuda.empty_cache()
-                print(f"out of GPU memory: going on with a batch of {batch_size}", file=sys.stderr)
-                continue
-            finite = states.isfinite().flatten(1).all(1)
-            if not bool(finite.all()):
-                raise not_finite_error(model, batch[int((~finite).nonzero()[0])])
-            streams.append(stream)
-            start += len(batch)
+def _check_reached(maps: list[Maps], reached: set[nn.Module]) -> None:
     for index, layer_maps in enumerate(maps):
         if unseen := [name for name, module in layer_maps.items() if module not in reached]:
             raise LLMDropError(
                 f"The linear map {unseen[0]} of layer {index} is not called in a forward pass, so its input is not known. "
                 "Remove it, or take another model."
             )
-    return streams, calls
-
-
-def _first_pass(
-    anatomy: Anatomy, batch: torch.Tensor, maps: list[Maps], reached: set[nn.Module]
-) -> tuple[torch.Tensor, list[Call], torch.Tensor]:
-    """The stream that the first layer reads, what each layer is given beside it, and the last hidden states."""
-    streams: list[torch.Tensor] = []
-    calls: list[Call] = []
-
-    def record(module, args, kwargs):
-        stream, *others = args or (kwargs["hidden_states"],)
-        if not calls:
-            streams.append(stream)
-        calls.append((tuple(others), {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-
-    def reach(module, args):
-        reached.add(module)
-
-    handles = [layer.block.register_forward_pre_hook(record, with_kwargs=True) for layer in anatomy.layers]
-    handles += [module.register_forward_pre_hook(reach) for layer_maps in maps for module in layer_maps.values()]
-    try:
-        states = anatomy.decoder(input_ids=batch, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    return streams[0], calls, states
-
-
-def _pass(block: nn.Module, stream: torch.Tensor, call: Call) -> torch.Tensor:
-    """What a layer makes of the stream (B, T, d)."""
-    args, kwargs = call
-    return tensor_of(block(stream, *args, **kwargs))
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class Passes:
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """The model's own head, with whatever it does to logits: (n, d) -> (n, vocabulary)."""
         given = self.output_type(last_hidden_state=states[None])
-        with _replaced(self.anatomy.decoder, lambda *_, **__: given):
+        with replaced(self.anatomy.decoder, lambda *_, **__: given):
             return self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False).logits[0]
 
     def _plans(self, tokens, positions, mask, caches) -> Iterator[torch.Tensor]:
@@ -168,7 +168,7 @@ class Passes:
         """Let the layers before `start` do nothing, and hand `states` to it."""
         output = (states,) if self.gives_tuple else states
         for block in self.blocks[:start]:
-            stack.enter_context(_replaced(block, lambda *_, **__: output))
+            stack.enter_context(replaced(block, lambda *_, **__: output))
 
     def _keep_input(self, layer: int, kept: dict, i: int):
         def hook(module, args, kwargs):
@@ -207,7 +207,7 @@ def _hooked(handle):
 
 
 @contextlib.contextmanager
-def _replaced(module: torch.nn.Module, forward: Callable):
+def replaced(module: torch.nn.Module, forward: Callable):
     """Give one module another forward."""
     before = module.__dict__.get("forward")  # accelerate puts its own there
     module.forward = forward

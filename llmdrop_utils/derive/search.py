@@ -1,0 +1,167 @@
+"""Selection that sees the repair: layers are dropped one by one, each the one whose loss a repair mends best.
+
+Damage of single layers is no sum, and what a repair can mend is another thing than what dropping costs. So each candidate is
+dropped and the layers around it are refitted on a few samples (repair.py); what counts is the divergence from the dense model
+that is left on other samples. The weights refitted for the best candidate stay, and the next one is looked for.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..base.checks import whole
+from ..base.errors import LLMDropError
+from ..dropping.plan import DropPlan
+from ..dropping.units import skipping
+from ..measure.guard import tokens_for
+from ..measure.importance import KINDS
+from ..measure.passes import replaced
+from ..models.families import find_anatomy, input_device
+from ..selection.methods import as_plan, available_layers
+from ..selection.ranking import check_count, check_kind
+from .refitting import Repairing, evaluating, held_out_of
+from .sites import check_changeable
+from .streams import advance, read_streams
+
+CANDIDATES = 8  # looked at in each step: those that cost least when they were looked at last
+BEFORE, AFTER = 1, 1  # layers before and after a candidate's own that are refitted with it
+RIDGES = (0.1,)  # with few samples, a strong one
+HELD_OUT = 8
+
+
+def select_with_repair(
+    model: nn.Module,
+    tokens: torch.LongTensor,
+    kind: str,
+    n_drop: int,
+    candidates: int = CANDIDATES,
+    batch_size: int = 4,
+    on_step: Callable[[int, float], None] = lambda layer, divergence: None,
+) -> DropPlan:
+    """Drop, one after the other, the layers of a kind ("attention", "mlp", "block") that a repair makes up for best.
+
+    Parameters
+    ----------
+    model: as in `repair`; it stays as it is.
+    tokens: LongTensor (n_samples, seq_len), of all kinds of text that the model is to serve, in turns. Three samples of four
+        are fitted on; on the others the divergence from the dense model is measured.
+    candidates: how many layers are looked at in each step after the first, which looks at all.
+    on_step: called after each step with the layer that was dropped and the KL that is left, in nats per token.
+
+    Returns a plan whose first layers are the plan for fewer. Takes a copy of the model. Raises LLMDropError as `repair` does.
+    """
+    check_kind(kind, KINDS)
+    left = available_layers(model, kind)
+    n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
+    tokens = tokens_for(model, tokens)
+    if len(tokens) < 4:
+        raise LLMDropError("The search takes 4 samples at least: three to fit on, and one to measure on. Give more samples.")
+    for index, layer in enumerate(find_anatomy(model).layers):
+        check_changeable(layer.block, index)
+    search = _Search(model, tokens, kind, batch_size)
+    last = dict.fromkeys(left, 0.0)  # what each layer cost when it was looked at last
+    chosen: list[int] = []
+    with evaluating(search.model), evaluating(model):
+        while len(chosen) < n_drop:
+            nearest = sorted(sorted(last), key=last.__getitem__)[: len(last) if not chosen else candidates]
+            last |= search.costs(tuple(chosen), sorted(nearest))
+            best = min(nearest, key=last.__getitem__)
+            search.keep(best)
+            chosen.append(best)
+            on_step(best, last.pop(best))
+    return dataclasses.replace(
+        as_plan(kind, chosen), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
+    )
+
+
+class _Search:
+    """A copy of the model, refitted for what is dropped so far, beside the dense model."""
+
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, kind: str, batch_size: int):
+        self.dense, self.model, self.kind = model, copy.deepcopy(model), kind
+        judged = torch.arange(len(tokens)) % 4 == 3
+        self.fitted, self.calls, _ = read_streams(model, tokens[~judged], batch_size)
+        self.judged, calls, _ = read_streams(model, tokens[judged], 1)  # one by one: logits of a sample are large
+        self.calls |= calls
+        self.apart = held_out_of(self.fitted, HELD_OUT, seed=0)
+        self.texts = tokens[judged].to(input_device(model)).split(1)
+        self.blocks = [layer.block for layer in find_anatomy(self.model).layers]
+        self.reference = [layer.block for layer in find_anatomy(model).layers]
+        self.refitted: dict[int, dict[int, dict]] = {}  # candidate -> layer -> its weights
+
+    def costs(self, chosen: tuple[int, ...], candidates: Sequence[int]) -> dict[int, float]:
+        """What is left of the divergence after each candidate is dropped beside those chosen, and refitted: nats per token."""
+        found: dict[int, float] = {}
+        self.refitted = {}
+        now, streams = self._repairing(chosen), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
+        for index in range(len(self.blocks)):
+            for layer in (layer for layer in candidates if max(0, layer - BEFORE) == index):
+                found[layer] = self._cost((*chosen, layer), _Streams(*(list(each) for each in streams)))
+            now.go_on(index, streams.dense, streams.dropped)
+            now.go_on_dropped(index, streams.judged)
+        return found
+
+    def keep(self, layer: int) -> None:
+        """From now on this layer is dropped, with what was refitted for it."""
+        for index, weights in self.refitted[layer].items():
+            self.blocks[index].load_state_dict(weights)
+
+    def _cost(self, layers: tuple[int, ...], streams: "_Streams") -> float:
+        layer = layers[-1]
+        window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
+        before = {index: _weights(self.blocks[index]) for index in window}
+        trial = self._repairing(layers)
+        try:
+            for index in window:
+                trial.refit(index, streams.dense, streams.dropped)
+                trial.go_on_dropped(index, streams.judged)
+            self.refitted[layer] = {index: _weights(self.blocks[index]) for index in window}
+            with skipping(self.model, trial.plan):
+                pairs = zip(self.texts, streams.judged, strict=True)
+                logits = (_continued(self.model, text, stream, window.stop) for text, stream in pairs)
+                return float(sum(map(_divergence, self._dense_logits(), logits)) / sum(text.numel() for text in self.texts))
+        finally:
+            for index, weights in before.items():
+                self.blocks[index].load_state_dict(weights)
+
+    def _repairing(self, layers: Sequence[int]) -> Repairing:
+        return Repairing(self.model, as_plan(self.kind, layers), RIDGES, self.reference, self.apart, self.calls)
+
+    def _dense_logits(self) -> Iterator[torch.Tensor]:
+        """Of each judged sample. The last states are kept, not the logits, which are many times as large."""
+        if not hasattr(self, "ends"):
+            self.ends = list(self.judged)
+            for index, block in enumerate(self.reference):
+                self.ends = [advance(block, stream, self.calls[1][index]) for stream in self.ends]
+        for text, stream in zip(self.texts, self.ends, strict=True):
+            yield _continued(self.dense, text, stream, len(self.blocks))
+
+
+class _Streams(NamedTuple):
+    dense: list[torch.Tensor]  # of the samples that are fitted on
+    dropped: list[torch.Tensor]
+    judged: list[torch.Tensor]  # of those that are measured on, in the dropped model
+
+
+def _weights(block: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in block.state_dict().items()}
+
+
+def _continued(model: nn.Module, tokens: torch.Tensor, stream: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits (B, T, vocabulary) of a model whose layers from `start` on read this stream."""
+    blocks = [layer.block for layer in find_anatomy(model).layers]
+    with contextlib.ExitStack() as stack:
+        for block in blocks[:start]:
+            stack.enter_context(replaced(block, lambda *_, **__: stream))
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def _divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(dense || other), summed over all positions."""
+    first, second = (logits.float().log_softmax(-1) for logits in (dense, other))
+    return nn.functional.kl_div(second, first, log_target=True, reduction="sum")

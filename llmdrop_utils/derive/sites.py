@@ -1,0 +1,98 @@
+"""Which linear maps of a layer can be refitted, and what they read and write."""
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..base.errors import LLMDropError
+from ..dropping.units import StandIn
+from ..models.families import Family, stream_of
+from .adapters import DTYPES, ROUTERS
+from .streams import Call, advance
+
+OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc_out", "fc2", "dense_4h_to_h"}  # what families call them
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """The linear maps of one sub-layer, by their names in the layer."""
+
+    unit: str  # the module that the sub-layer is
+    readers: tuple[str, ...]  # they read what it reads: the normed stream
+    output: str | None  # it makes what the sub-layer adds to the stream; None: experts, whose weights are one tensor
+    norm: str | None  # that the output passes before it is added
+
+
+def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
+    """The maps of the "attention" or "mlp" of a layer as it is; None where it is dropped or replaced."""
+    unit = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind]
+    term = {"attention": family.attention, "mlp": family.mlp}[kind]
+    module = block.get_submodule(unit[0])
+    if isinstance(module, StandIn):
+        return None
+    if isinstance(module, nn.Linear | Conv1D):  # the MLP has no module of its own: its two maps are children of the layer
+        return Sites(unit[0], (unit[0],), term, None)
+    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | Conv1D)}
+    output = next((name for name in children if name in OUTPUTS), None)
+    return Sites(
+        unit[0],
+        tuple(f"{unit[0]}.{name}" for name in children if name != output and name not in ROUTERS),
+        None if output is None else f"{unit[0]}.{output}",
+        None if term == unit[0] else term,
+    )
+
+
+@torch.inference_mode()
+def read_together(block: nn.Module, sites: Sites, stream: torch.Tensor, call: Call) -> Sites:
+    """The sites without those readers that read something else than the sub-layer does, as one forward pass shows."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def see(name: str):
+        def hook(module, args, kwargs):
+            seen[name] = stream_of(args, kwargs)
+
+        return hook
+
+    names = {sites.unit, *sites.readers}
+    handles = [block.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True) for name in names]
+    try:
+        advance(block, stream, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers = (name for name in sites.readers if name in seen and seen[name] is seen[sites.unit])
+    return dataclasses.replace(sites, readers=tuple(readers))
+
+
+def check_changeable(block: nn.Module, index: int) -> None:
+    """Raise LLMDropError if a linear map of a layer is quantised, offloaded, or wrapped by an adapter."""
+    for name, module in block.named_modules():
+        if hasattr(module, "base_layer"):  # as peft wraps a linear map
+            raise LLMDropError(f"{name} of layer {index} has an adapter. Merge it into the weights first.")
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        weight = module.weight
+        if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+            raise LLMDropError(
+                f"The weight of {name} of layer {index} is quantised ({weight.dtype}), so it cannot be refitted. Repair the "
+                "model before it is quantised."
+            )
+        if weight.is_meta:
+            raise LLMDropError(
+                f"The weight of {name} of layer {index} is not in memory (offloaded), so it cannot be changed. Load the whole "
+                "model on one device, or on several that hold it."
+            )
+
+
+def rows_of(weight: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map as a view (n_out, n_in): GPT-2 stores its transpose."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+@torch.no_grad()
+def change(module: nn.Module, update: torch.Tensor) -> None:
+    """Add (n_out, n_in) to the weight of a linear map, in place; the sum is rounded to its dtype once."""
+    rows = rows_of(module.weight, module)
+    rows.copy_(rows.to(update.dtype) + update.to(rows.device))

@@ -1,0 +1,298 @@
+"""Kept weights are refitted in closed form: the solution, what changes and what never does, and the search that sees it."""
+
+import copy
+import functools
+import re
+
+import families
+import numpy as np
+import pytest
+import torch
+
+from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
+from llmdrop_utils.derive.moments import Moments, solve
+from llmdrop_utils.derive.repair import Repair, describe_repair, repair
+from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, RIDGES, select_with_repair
+from llmdrop_utils.models.families import find_anatomy
+
+TOKENS = torch.randint(3, 97, (40, 24), generator=torch.Generator().manual_seed(0))
+PLAN = DropPlan(attention=(1,))
+EXACT = Repair(ridges=(1e-9,), held_out=40)
+
+
+@functools.cache
+def pristine(name):
+    return families.tiny(name)
+
+
+def fresh(name="llama", dtype=torch.float32):
+    return copy.deepcopy(pristine(name)).to(dtype)
+
+
+@torch.no_grad()
+def log_probabilities(model, plan=DropPlan(), tokens=TOKENS):
+    with dropped(model, plan):
+        return model(tokens).logits.double().log_softmax(-1)
+
+
+def divergence(dense, model, plan, tokens=TOKENS):
+    first, other = log_probabilities(dense, tokens=tokens), log_probabilities(model, plan, tokens)
+    return float((first.exp() * (first - other)).sum(-1).mean())
+
+
+def changed(model, base):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+
+
+# ---- the solution -------------------------------------------------------------------------------------------------------
+
+
+def draw(n, n_in, n_out, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(n, n_in)) @ generator.normal(size=(n_in, n_in))
+    return x, x @ generator.normal(size=(n_in, n_out)) + generator.normal(size=(n, n_out))
+
+
+def moments_of(x, e, pieces=1, held_out=None):
+    moments = Moments()
+    for part, explained in zip(np.array_split(x, pieces), np.array_split(e, pieces), strict=True):
+        moments.add(torch.tensor(part), torch.tensor(explained))
+    moments.add(*(torch.tensor(each) for each in held_out or (x, e)), held_out=True)
+    return moments
+
+
+def test_equals_least_squares_in_float64():
+    x, e = draw(300, 12, 5)
+    expected = np.linalg.lstsq(x, e, rcond=None)[0]
+    np.testing.assert_allclose(moments_of(x, e).fit([0.0]).matrix.numpy(), expected, rtol=1e-8)
+
+
+def test_equals_least_squares_with_rows_added_for_the_ridge():
+    """A ridge is a least-squares problem with sqrt(ridge * scale) times the unit matrix under X, and zeros under E."""
+    x, e = draw(300, 12, 5)
+    scale = (x.T @ x).diagonal().mean()
+    added = np.vstack([x, np.sqrt(0.3 * scale) * np.eye(12)]), np.vstack([e, np.zeros((12, 5))])
+    found = solve(torch.tensor(x.T @ x), torch.tensor(x.T @ e), 0.3)
+    np.testing.assert_allclose(found.numpy(), np.linalg.lstsq(*added, rcond=None)[0], rtol=1e-8)
+
+
+def test_streaming_equals_the_whole():
+    x, e = draw(301, 7, 3)
+    one, many = moments_of(x, e).fit([0.1]), moments_of(x, e, pieces=13).fit([0.1])
+    np.testing.assert_allclose(many.matrix.numpy(), one.matrix.numpy(), rtol=1e-12)
+
+
+def test_held_out_text_tells_the_ridge_and_what_is_explained():
+    # Few more tokens than inputs are fitted on: without a ridge noise is fitted.
+    all_x, all_e = draw(4030, 20, 4)
+    x, e, held_out = all_x[:30], all_e[:30], (all_x[30:], all_e[30:])
+    ridges = (1e-6, 1e-3, 1e-2, 1.0)
+    fit = moments_of(x, e, held_out=held_out).fit(ridges)
+    solutions = [solve(torch.tensor(x.T @ x), torch.tensor(x.T @ e), ridge).numpy() for ridge in ridges]
+    errors = [np.square(held_out[1] - held_out[0] @ solution).sum() for solution in solutions]
+    assert fit.ridge == ridges[int(np.argmin(errors))]
+    assert fit.explained == pytest.approx(1 - min(errors) / np.square(held_out[1]).sum(), rel=1e-9)
+
+
+def test_what_explains_nothing_is_refused():
+    x, e = draw(100, 6, 2)
+    fit = moments_of(x, e, held_out=(x, -e)).fit([0.01, 1.0])
+    assert fit.matrix is None
+    assert fit.explained == 0
+
+
+@pytest.mark.parametrize(
+    ("x", "e", "ridge", "message"),
+    [
+        (np.ones((5, 6)), np.ones((5, 2)), 0.1, r"6 inputs take as many tokens at least, but only 5"),
+        (np.ones((50, 6)), np.ones((50, 2)), 0.0, r"singular at a ridge of 0"),
+        (np.full((50, 6), np.nan), np.ones((50, 2)), 0.1, r"not finite"),
+    ],
+)
+def test_statistics_that_allow_no_solution(x, e, ridge, message):
+    with pytest.raises(LLMDropError, match=message):
+        moments_of(x, e).fit([ridge])
+
+
+def test_inputs_that_are_always_zero_explain_nothing():
+    assert moments_of(np.zeros((50, 6)), np.ones((50, 2))).fit([0.1]).matrix is None
+
+
+# ---- a model ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [PLAN, DropPlan((2,), (1,)), DropPlan((1,), (1,))], ids=["attention", "joint", "block"])
+@pytest.mark.parametrize("name", families.CASES)
+def test_every_family_comes_closer_to_the_dense_model(name, plan):
+    model, dense = fresh(name), pristine(name)
+    before = divergence(dense, model, plan)
+    found = repair(model, TOKENS, plan, batch_size=16)
+    assert divergence(dense, model, plan) < before
+    assert all(fit.explained <= 1 for fit in found)
+    kept = {"self_attn", "attn", "attention", "self_attention", "mlp", "fc1", "fc2"}
+    for parameter in changed(model, dense):
+        layer, unit = re.search(r"\.(\d+)\.(\w+)\.", parameter).groups()
+        assert unit in kept
+        of_mlp = unit in ("mlp", "fc1", "fc2")
+        assert int(layer) not in (plan.mlp if of_mlp else plan.attention), "what is dropped keeps its weights"
+        assert parameter.endswith("weight")
+
+
+def test_an_update_equals_one_made_by_hand():
+    """The output of the MLP before a dropped attention: what the stream lacks is that attention's term, as in float64."""
+    model, dense = fresh(dtype=torch.float64), fresh(dtype=torch.float64)
+    repair(model, TOKENS, PLAN, Repair(ridges=(0.05,), held_out=40), layers=[0])
+    seen = {}
+    layers = dense.model.layers
+    handles = [
+        layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.update(x=args[0])),
+        layers[1].self_attn.register_forward_hook(lambda module, args, output: seen.update(e=output[0])),
+    ]
+    with torch.no_grad():
+        dense(TOKENS)
+    for handle in handles:
+        handle.remove()
+    x, e = (seen[name].flatten(0, 1).numpy() for name in ("x", "e"))
+    scale = np.sqrt(0.05 * (x.T @ x).diagonal().mean())
+    added = np.vstack([x, scale * np.eye(x.shape[1])]), np.vstack([e, np.zeros((x.shape[1], e.shape[1]))])
+    expected = layers[0].mlp.down_proj.weight.detach().numpy() + np.linalg.lstsq(*added, rcond=None)[0].T
+    np.testing.assert_allclose(model.model.layers[0].mlp.down_proj.weight.detach().numpy(), expected, rtol=1e-6, atol=1e-9)
+    assert changed(model, dense) == {"model.layers.0.mlp.down_proj.weight"}
+
+
+def test_what_can_be_explained_exactly_is_recovered_exactly():
+    """A model that differs from the reference in one output projection, and lacks nothing."""
+    for name, broken in (("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.1.attn.c_proj")):
+        dense, model = fresh(name, torch.float64), fresh(name, torch.float64)
+        with torch.no_grad():
+            model.get_submodule(broken).weight.add_(torch.randn_like(model.get_submodule(broken).weight))
+        assert divergence(dense, model, DropPlan()) > 1e-3
+        repair(model, TOKENS, DropPlan(), EXACT, reference=dense)
+        assert divergence(dense, model, DropPlan()) < 1e-10
+
+
+def test_an_infinite_ridge_changes_nothing():
+    model, dense = fresh(dtype=torch.float64), fresh(dtype=torch.float64)
+    repair(model, TOKENS, PLAN, Repair(ridges=(1e12,)))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, dense.get_parameter(name), rtol=0, atol=1e-9)
+
+
+def test_layers_before_the_first_dropped_one_stay():
+    model, dense = fresh(), pristine("llama")
+    repair(model, TOKENS, DropPlan(attention=(2,)))
+    assert {name.split(".")[2] for name in changed(model, dense)} == {"1", "2"}
+
+
+def test_a_second_sweep_begins_with_the_weights_of_the_first():
+    one, two, by_hand = fresh(), fresh(), fresh()
+    repair(one, TOKENS, PLAN)
+    repair(two, TOKENS, PLAN, Repair(sweeps=2))
+    repair(by_hand, TOKENS, PLAN)
+    repair(by_hand, TOKENS, PLAN, reference=pristine("llama"), layers=[0, 1, 2])
+    assert changed(two, one)
+    for name, parameter in two.named_parameters():
+        torch.testing.assert_close(parameter, by_hand.get_parameter(name))
+
+
+def test_beside_maps_in_dropped_places():
+    plan = DropPlan((1,), maps={("attention", 1): LinearMap(torch.eye(32) / 10)})
+    model, dense = fresh(), pristine("llama")
+    before = divergence(dense, model, plan)
+    repair(model, TOKENS, plan)
+    assert divergence(dense, model, plan) < before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interruption_leaves_the_model_as_it_was(error):
+    model, dense = fresh().train(), pristine("llama")
+
+    def stop(index):
+        if index == 1:
+            raise error
+
+    with pytest.raises(error):
+        repair(model, TOKENS, PLAN, on_layer=stop)
+    assert not changed(model, dense)
+    assert all(module.training for module in model.modules())
+    assert repair(model, TOKENS, PLAN)
+
+
+def quantised():
+    model = fresh()
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def offloaded():
+    model = fresh()
+    model.model.layers[2].to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "plan", "message"),
+    [
+        (fresh, TOKENS[:1], PLAN, "2 samples at least"),
+        (fresh, TOKENS[:2, :8], PLAN, "inputs take as many tokens at least, but only"),
+        (fresh, TOKENS, DropPlan((0, 1, 2), (0, 1, 2)), "Nothing is kept"),
+        (fresh, TOKENS, DropPlan((7,)), "has 3 layers"),
+        (quantised, TOKENS, PLAN, "quantised"),
+        (offloaded, TOKENS, PLAN, "not in memory"),
+    ],
+)
+def test_what_cannot_be_repaired(model, tokens, plan, message):
+    model = model()
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.is_meta}
+    with pytest.raises(LLMDropError, match=message):
+        repair(model, tokens, plan)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
+
+
+def test_a_reference_of_another_size():
+    with pytest.raises(LLMDropError, match="not of the same family and sizes"):
+        repair(fresh(), TOKENS, PLAN, reference=families.tiny("llama", num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("settings", [{"ridges": ()}, {"ridges": (-1,)}, {"held_out": 1}, {"sweeps": 0}, {"seed": -1}])
+def test_settings_that_are_none(settings):
+    with pytest.raises(LLMDropError):
+        Repair(**settings)
+
+
+def test_the_recipe_says_what_determines_the_result():
+    recipe = describe_repair(fresh(), TOKENS, PLAN, Repair())
+    assert recipe["plan"] == {"attention": [1], "mlp": []}
+    assert recipe != describe_repair(fresh(), TOKENS[:20], PLAN, Repair())
+    assert recipe != describe_repair(fresh(), TOKENS, PLAN, Repair(sweeps=2))
+
+
+# ---- the search ---------------------------------------------------------------------------------------------------------
+
+
+def left_after(layer):
+    """The search's first step by other means: drop a layer, repair around it with `repair`, and compare whole models."""
+    model, dense, plan = fresh(), pristine("llama"), DropPlan((layer,))
+    judged = torch.arange(len(TOKENS)) % 4 == 3
+    window = [index for index in range(layer - BEFORE, layer + AFTER + 1) if 0 <= index < 3]
+    repair(model, TOKENS[~judged], plan, Repair(ridges=RIDGES, held_out=HELD_OUT), reference=dense, layers=window)
+    return divergence(dense, model, plan, TOKENS[judged])
+
+
+def test_the_search_takes_what_a_repair_mends_best():
+    model, steps = fresh(), []
+    plan = select_with_repair(model, TOKENS, "attention", 1, on_step=lambda layer, kl: steps.append((layer, kl)))
+    costs = [left_after(layer) for layer in range(3)]
+    assert plan.attention == (int(np.argmin(costs)),)
+    assert steps[0] == (plan.attention[0], pytest.approx(min(costs), rel=1e-4))
+    assert not changed(model, pristine("llama"))
+
+
+def test_plans_of_the_search_are_nested():
+    plans = [select_with_repair(fresh(), TOKENS, "attention", n) for n in (1, 2, 3)]
+    assert [plan.attention for plan in plans] == [plans[2].attention[:n] for n in (1, 2, 3)]
+
+
+def test_the_search_of_too_few_samples():
+    with pytest.raises(LLMDropError, match="4 samples at least"):
+        select_with_repair(fresh(), TOKENS[:3], "attention", 1)
