@@ -75,8 +75,10 @@ class _Sums:
             e = e.to(x.dtype)
         else:
             x, e = wide(x), wide(e)
-        xx, xe = (x.T @ x).double(), (x.T @ e).double()
-        self.xx, self.xe = (self.xx + xx, self.xe + xe) if self.n else (xx, xe)
+        if not self.n:
+            self.xx, self.xe = (x.new_zeros(x.shape[1], n_out, dtype=torch.float64) for n_out in (x.shape[1], e.shape[1]))
+        self.xx += x.T @ x
+        self.xe += x.T @ e
         self.n += len(x)
 
 

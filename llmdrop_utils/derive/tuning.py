@@ -8,48 +8,37 @@ The loop is transformers' Trainer. A killed run resumes from its last checkpoint
 killed. adapters.py says what an adapter is, and which weights get one.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import logging
-import math
-import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..base.files import locked, write_text
+from ..base.files import locked
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import dropped
-from ..measure.guard import frozen, tokens_for
-from ..models.families import find_anatomy, input_device
-from ..models.training import last_checkpoint
+from ..measure.guard import frozen
+from ..models.families import find_anatomy
 from ..sources.texts import fingerprint
 from .adapters import adapted, library, merge
+from .training_loop import (
+    check_place,
+    hash_of_weights,
+    memory_error,
+    positive,
+    prepare,
+    random_numbers_of_its_own,
+    samples_for,
+    seed_of,
+    train,
+)
 
 VERSION = 1  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 20  # how often in a run the adapters and the optimizer's state are stored, to resume from after a kill
-
-# Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
-logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-
-
-def _positive(value: object, what: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]  # that is the question
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool | str) or not 0 < number < math.inf:
-        raise LLMDropError(f"{what} must be a number above 0, but is {value!r}.")
-    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +64,9 @@ class Tuning:
     def __post_init__(self):
         for name, what in (("rank", "The rank"), ("epochs", "The number of epochs"), ("batch_size", "The batch size")):
             object.__setattr__(self, name, whole(getattr(self, name), what))
-        object.__setattr__(self, "seed", whole(self.seed, "The seed", at_least=0))
-        if self.seed >= 1 << 32:
-            raise LLMDropError(f"The seed must be below 2**32, but is {self.seed}.")
+        object.__setattr__(self, "seed", seed_of(self.seed))
         for name in ("alpha", "learning_rate"):
-            object.__setattr__(self, name, _positive(getattr(self, name), f"The {name.replace('_', ' ')}"))
+            object.__setattr__(self, name, positive(getattr(self, name), f"The {name.replace('_', ' ')}"))
 
 
 def describe_tuning(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Tuning) -> dict:
@@ -92,7 +79,7 @@ def describe_tuning(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, 
         "method": "LoRA",
         "version": VERSION,
         "plan": plan.key.to_json(),
-        "tokens": fingerprint(_samples(model, tokens)),
+        "tokens": fingerprint(samples_for(model, tokens)),
         "dtype": str(model.dtype).removeprefix("torch."),
         **dataclasses.asdict(settings),
     }
@@ -129,66 +116,29 @@ def tune(
     if not isinstance(settings, Tuning):
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Tuning(rank=8, learning_rate=2e-4).")
     peft, folder = library(), Path(folder)
-    recipe, tokens = describe_tuning(model, tokens, plan, settings), _samples(model, tokens)
-    with locked(folder), dropped(model, plan), frozen(model), _random_numbers_of_its_own(settings.seed):
-        _check_place(model)
+    recipe, tokens = describe_tuning(model, tokens, plan, settings), samples_for(model, tokens)
+    with locked(folder), dropped(model, plan), frozen(model), random_numbers_of_its_own(settings.seed):
+        check_place(model, "tuned")
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
-        checkpoint = _prepare(folder, {"recipe": recipe, "base": _hash_of_weights(model)})
+        checkpoint, _ = prepare(folder, "tuning", {"recipe": recipe, "base": hash_of_weights(model)})
         with adapted(peft, find_anatomy(model), settings.rank, settings.alpha) as layers:
             # 2. The loop.
-            losses = _train(model, layers, tokens, settings, folder, checkpoint, on_step)
+            with memory_error(settings.batch_size, tokens.shape[1]):
+                losses = train(
+                    _NextTokenLoss(model, layers),
+                    tokens.cpu(),
+                    lambda rows: {"input_ids": torch.stack(rows)},
+                    settings.epochs,
+                    settings,
+                    folder,
+                    checkpoint,
+                    RESUME_POINTS,
+                    on_step,
+                )
             # 3. All merged weights are made before the first takes its place: an error changes none.
             for weight, merged in merge(layers):
                 weight.data = merged
     return losses
-
-
-# ---- what comes in ------------------------------------------------------------------------------------------------------
-
-
-def _samples(model: nn.Module, tokens: object) -> torch.LongTensor:
-    samples = tokens_for(model, tokens)
-    if samples.shape[1] < 2:
-        raise LLMDropError("A loss takes samples of at least 2 tokens: one to read, and one to predict.")
-    return samples
-
-
-def _check_place(model: nn.Module) -> None:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):  # "meta": offloaded by accelerate
-        names = ", ".join(sorted(map(str, devices)))
-        raise LLMDropError(
-            f"A model is tuned on one device, the CPU or the first GPU, but the weights of this one are on {names}. Load it on "
-            "one: load_model(..., device='cuda') or device='cpu'."
-        )
-
-
-# ---- checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def _hash_of_weights(model: nn.Module) -> str:
-    """sha256 of all weights as they are now, in hex. An identity would not do: a model may have been changed since."""
-    content = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        content.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        content.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return content.hexdigest()
-
-
-def _prepare(folder: Path, about: dict) -> str | None:
-    """The newest whole checkpoint in the folder if it is of this tuning; otherwise None, and the folder is ready for it."""
-    note, text = folder / "tuning.json", json.dumps(about, indent=1, sort_keys=True) + "\n"
-    if folder.is_dir() and not note.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise LLMDropError(f"{folder} holds files that are not of a tuning. Give the checkpoints a folder of their own.")
-    if note.exists() and note.read_bytes() == text.encode():
-        return last_checkpoint(folder)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    write_text(note, text)
-    return None
-
-
-# ---- the loop -----------------------------------------------------------------------------------------------------------
 
 
 class _NextTokenLoss(nn.Module):
@@ -204,81 +154,3 @@ class _NextTokenLoss(nn.Module):
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())}
-
-
-def _train(
-    model: nn.Module,
-    layers: dict[str, Any],
-    tokens: torch.LongTensor,
-    settings: Tuning,
-    folder: Path,
-    checkpoint: str | None,
-    on_step: Callable[[int, float], None],
-) -> list[float]:
-    """Train the adapters in place; returns the loss of each step."""
-    # Imported only when something is tuned: the Trainer takes seconds.
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    class Steps(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            if "loss" in logs:  # at the end comes a summary
-                if not math.isfinite(logs["loss"]):
-                    raise LLMDropError(
-                        f"The loss of step {state.global_step} is not finite. Load the model in bfloat16 or float32, or use a "
-                        "lower learning rate."
-                    )
-                on_step(state.global_step, logs["loss"])
-
-    device = input_device(model)
-    n_steps = math.ceil(len(tokens) / settings.batch_size) * settings.epochs
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=n_steps // 20,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch",
-        use_cpu=device.type == "cpu",
-        seed=settings.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show such a loss as the mean of those before
-        save_steps=max(1, n_steps // RESUME_POINTS),
-        save_total_limit=1,
-        dataloader_pin_memory=device.type == "cuda",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
-    trainer = Trainer(
-        _NextTokenLoss(model, layers),
-        arguments,
-        data_collator=lambda rows: {"input_ids": torch.stack(rows)},
-        train_dataset=tokens.cpu(),
-        callbacks=[Steps()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError as error:
-        what = f"{settings.batch_size} samples of {tokens.shape[1]} tokens"
-        raise LLMDropError(f"Out of GPU memory with a batch of {what}. Use a smaller batch or shorter samples.") from error
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-# ---- all else is left as it was -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _random_numbers_of_its_own(seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers begin with the seed. Those of the caller go on afterwards; the Trainer seeds them all."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what the Trainer sets)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

@@ -133,9 +133,9 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
     cache copies it.
     """
     tokens = scored = states = cached = files = 0
-    if {"01", "02", "03", "04", "05", "08", "11"} & set(notebooks) and "calibration" in profile:
+    if {"01", "02", "03", "04", "05", "08", "10", "11"} & set(notebooks) and "calibration" in profile:
         tokens = profile["calibration"]["batch_size"] * profile["calibration"]["seq_len"]
-    if {"02", "03", "04", "08", "11"} & set(notebooks):
+    if {"02", "03", "04", "08", "10", "11"} & set(notebooks):
         batch, head = (BATCH, 4096) if device.is_gpu else (1024, 1024)  # as in measure/scoring.py and measure/passes.py
         tokens, scored, states = max(tokens, batch), batch + 2 * head, batch * 3 * len(profile["text"]["n_drop"])
     if "05" in notebooks and (device.is_gpu or profile["speed"]["batch_size"]):
@@ -146,6 +146,8 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
         files = (4 - device.bytes_per_number + 2 * (1 + len(profile["take_away"]["n_drop"]))) * shape.parameters
     if "08" in notebooks and "changes" in profile:  # a changed copy is timed beside the model
         files = max(files, device.bytes_per_number * shape.parameters)
+    if "10" in notebooks and "keep_more" in profile:  # a copy of the model, or trained weights in float32 with their gradients
+        files = max(files, (16 + 2 * device.bytes_per_number) * shape.parameters)
     if "07" in notebooks:
         tokens = max(tokens, profile["stages"]["seq_len"] * profile["stages"].get("batch_size", 4))
         scored = max(scored, 3072)

@@ -9,7 +9,7 @@ from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
 
-ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "11")  # notebooks that this file has an estimate for
+ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each
@@ -39,6 +39,8 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
         )
     if notebook == "09" and not is_random:
         return [_importance(profile, 0, model, shape), *_served(profile, model, shape)]
+    if notebook == "10":
+        return [_importance(profile, 0, model, shape), *_kept(profile, model, shape)]
     if notebook == "11":
         return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
     return []
@@ -224,6 +226,28 @@ def _changes(profile: dict, model: str, shape: Shape) -> list[Piece]:
         Piece(("changed", model), "text", shape, basis, 0, tokens, steps=steps),
         dataclasses.replace(_text(some, ("changed text", model), shape, versions), basis=""),
         *_tasks(profile["tasks"] | {"limit": part["task_limit"]}, model, shape, versions, "changed"),
+    ]
+
+
+def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
+    """Making each version (a step of healing counts as four passes), a search, and what each version is asked."""
+    part, seq_len, corpora = profile["keep_more"], profile["calibration"]["seq_len"], len(profile["calibration"]["corpora"])
+    counts = [n for n in part["n_drop"] if n < shape.layers]
+    ways = [*part["ways"], *(part["searched"] or [])] * len(counts)
+    versions = 1 + len(counts) + len(ways)
+    healed = 4 * part["healing_tokens"] * sum("healing" in way for way in ways)
+    fitted = corpora * part["n_samples"] * seq_len * sum(6 if "repair" in way else 1 for way in ways if way != "plain")
+    looked_at = 3 * max(counts, default=0) * part["candidates"] * corpora * part["search_samples"] * seq_len
+    tokens = healed + fitted + (looked_at if part["searched"] else 0)
+    some = profile["text"] | {"n_samples": min(profile["text"]["n_samples"], part["text_samples"])}
+    asked = part["probes"] * part["context"] + part["prompts"] * (part["prompt"] + part["new_tokens"])
+    choices = [name for name in profile["tasks"]["names"] if name != "gsm8k"]
+    basis = f"made models: {versions} versions, {tokens / 1e6:,.2g} M tokens to make them"
+    return [
+        Piece(("made", model), "importance", shape, basis, 0, tokens),
+        Piece(("asked of them", model), "text", shape, "", 0, asked * versions, versions, part["new_tokens"]),
+        dataclasses.replace(_across(some, model, shape, versions, corpora), key=("made text", model)),
+        *_tasks(profile["tasks"] | {"names": choices, "limit": part["task_limit"]}, model, shape, versions, "made"),
     ]
 
 

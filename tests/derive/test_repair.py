@@ -11,12 +11,12 @@ import torch
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive.moments import Moments, solve
+from llmdrop_utils.derive.refitting import held_out_of
 from llmdrop_utils.derive.repair import Repair, describe_repair, repair
-from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, RIDGES, select_with_repair
-from llmdrop_utils.models.families import find_anatomy
+from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, ONE_JUDGES, RIDGES, select_with_repair
 
 TOKENS = torch.randint(3, 97, (40, 24), generator=torch.Generator().manual_seed(0))
-PLAN = DropPlan(attention=(1,))
+PLAN, DENSE = DropPlan(attention=(1,)), DropPlan()
 EXACT = Repair(ridges=(1e-9,), held_out=40)
 
 
@@ -30,7 +30,7 @@ def fresh(name="llama", dtype=torch.float32):
 
 
 @torch.no_grad()
-def log_probabilities(model, plan=DropPlan(), tokens=TOKENS):
+def log_probabilities(model, plan=DENSE, tokens=TOKENS):
     with dropped(model, plan):
         return model(tokens).logits.double().log_softmax(-1)
 
@@ -273,7 +273,7 @@ def test_the_recipe_says_what_determines_the_result():
 def left_after(layer):
     """The search's first step by other means: drop a layer, repair around it with `repair`, and compare whole models."""
     model, dense, plan = fresh(), pristine("llama"), DropPlan((layer,))
-    judged = torch.arange(len(TOKENS)) % 4 == 3
+    (judged,) = held_out_of([TOKENS], ONE_JUDGES, seed=0)
     window = [index for index in range(layer - BEFORE, layer + AFTER + 1) if 0 <= index < 3]
     repair(model, TOKENS[~judged], plan, Repair(ridges=RIDGES, held_out=HELD_OUT), reference=dense, layers=window)
     return divergence(dense, model, plan, TOKENS[judged])

@@ -14,12 +14,14 @@ import torch
 
 from llmdrop_utils import DropPlan
 from llmdrop_utils.base.store import Store
+from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.derive.tuning import Tuning
 from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.speed import Load
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.studies import work as work_module
 from llmdrop_utils.studies.ablations import work as ablations_module
+from llmdrop_utils.studies.keep_more import work as kept_module
 from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.sizes_and_causes import work as causes_module
 from llmdrop_utils.studies.speedup import loads
@@ -76,11 +78,14 @@ EITHER = {("LocatedModel", "tokenizer"), ("LocatedModel", "seed")}
 VALUES = {  # of the fields of items; a new one of text or a whole number needs no entry
     "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
     "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
-    "requests": (([1], [2]),), "settings": Tuning(),
+    "requests": (([1], [2]),), "settings": Tuning(), "way": "repair, healing", "text": TOKENS, "healing": Healing(),
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
     "tokens": [TOKENS + 1, TOKENS.flip(0), TOKENS.view(4, 3), TOKENS[:2]],
+    "text": [TOKENS + 1],
+    ("Healing", "tokens"): [64],
+    "minutes": [1.0],
     "members": [(types.SimpleNamespace(OUTPUT_TYPE="loglikelihood"),)],
     "limit": [11, None],
     "folder": [Path("there")],
@@ -104,7 +109,7 @@ LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
 def machine(monkeypatch):
     """A machine and libraries that tests can change: returns them."""
     code = dict(MACHINE) | {"versions": dict(LIBRARIES)}
-    for module in (loads, ablations_module, served_module, changes_module):
+    for module in (loads, ablations_module, served_module, changes_module, kept_module):
         monkeypatch.setattr(module, "code_provenance", lambda: code)
     return code
 
@@ -134,8 +139,8 @@ def others(holder, field):
         return []  # varied field by field
     if isinstance(holder, DropPlan) and field.name == "attention":
         return [(3,), (3, 1, 0)]
-    if field.name in OTHERS:
-        return OTHERS[field.name]
+    if (known := OTHERS.get((type(holder).__name__, field.name), OTHERS.get(field.name))) is not None:
+        return known
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
         return []
     if isinstance(value, bool):
@@ -186,11 +191,12 @@ def test_every_field_changes_the_address_or_is_exempt(cls):
         "load": "Load",
         "items": "TextWork",
         "settings": "Tuning",
+        "healing": "Healing",
     }
     parts = {made_of.get(name) for name in own}
     assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
         (part.__name__, field.name)
-        for part in (LocatedModel, DropPlan, Load, work_module.TextWork, Tuning)
+        for part in (LocatedModel, DropPlan, Load, work_module.TextWork, Tuning, Healing)
         for field in dataclasses.fields(part)
         if part.__name__ in parts and not (issubclass(part, Work) and field.name in made_of)
     }
@@ -215,7 +221,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 16
+    assert len(set(found)) == len(found) == 18
 
 
 @pytest.mark.parametrize(
@@ -235,6 +241,9 @@ def test_kinds_of_values_are_apart():
         ("ConfidenceWork", asked_module, "CONFIDENCE_VERSION"),
         ("ChangedWork", changes_module, "VERSION"),
         ("ChangedSpeedWork", changes_module, "VERSION"),
+        ("MadeWork", kept_module, "VERSION"),
+        ("SearchWork", kept_module, "VERSION"),
+        ("SearchWork", kept_module, "SEARCH_VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -248,7 +257,7 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork"}
-ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork"}
+ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "SearchWork"}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,7 @@ def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
 def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
     before = {cls: addresses(build(cls)) for cls in classes()}
     machine |= change
-    timed = {"SpeedWork", "OrderWork", "ChangedSpeedWork"} | (
+    timed = {"SpeedWork", "OrderWork", "ChangedSpeedWork", "MadeWork", "SearchWork"} | (
         set() if "gpus" in change else {"ServedWork"}
     )  # llama.cpp runs on the CPU
     assert {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]} == timed

@@ -65,6 +65,24 @@ LESS = {
         "steps": 2,
         "repeats": 2,
     },
+    "keep_more": {
+        "n_drop": [2],
+        "ways": ["Prune&Comp", "repair", "healing"],
+        "searched": ["repair"],
+        "n_samples": 2,
+        "search_samples": 2,
+        "candidates": 2,
+        "healing_samples": 2,
+        "healing_tokens": 128,
+        "healing_batch": 2,
+        "text_samples": 2,
+        "task_limit": 3,
+        "context": 48,
+        "probes": 2,
+        "prompts": 2,
+        "prompt": 8,
+        "new_tokens": 4,
+    },
     "take_away": {"kinds": ["F16"], "n_drop": [2], "steps": 2, "new_tokens": 4},
     "stages": {"seeds": 1, "corpus": "random-words", "n_samples": 2, "text_samples": 2, "seq_len": 32},
 }
@@ -106,7 +124,7 @@ def test_shallow_models(open_notebook, tmp_path, n_layers):
         if name == "05_speedup":  # under `cpu` 4 layers or more are dropped, of more than there are
             with pytest.raises(NotApplicable, match=rf"times more dropped layers than there are: .* has {n_layers}\."):
                 open_notebook(name, folder)
-        elif name[:2] in ("04", "08", "09") and n_layers <= 2:
+        elif name[:2] in ("04", "08", "09", "10") and n_layers <= 2:
             with pytest.raises(NotApplicable, match=rf"has {n_layers} layers, and the profile drops 2 or more\."):
                 open_notebook(name, folder)
         else:

@@ -1,0 +1,300 @@
+"""Healing of a dropped model: what the plan keeps learns to predict what the dense model predicts.
+
+The loss of a step is the divergence of the dropped model's next-token distributions q from those p of the dense model, its
+teacher (Hinton et al. 2015, arXiv:1503.02531):
+
+    mean over positions of KL(p || q) = sum over the vocabulary of p (log p - log q)
+
+LoRA (tuning.py) learns from text, through a few adapters. Healing learns from whole distributions, and changes every weight
+of the kept linear maps and norms. training_loop.py has the loop, and how a killed run resumes.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..base.checks import whole
+from ..base.errors import LLMDropError
+from ..base.files import locked
+from ..dropping.plan import DropPlan, check_plan
+from ..dropping.units import dropped, skipping
+from ..measure.guard import frozen, tokens_for
+from ..measure.passes import SOFTMAX_ROWS
+from ..models.families import Anatomy, find_anatomy, input_device
+from ..sources.texts import fingerprint
+from .adapters import DTYPES, ROUTERS
+from .training_loop import (
+    check_place,
+    hash_of_weights,
+    memory_error,
+    positive,
+    prepare,
+    random_numbers_of_its_own,
+    samples_for,
+    seed_of,
+    train,
+    write_note,
+)
+
+VERSION = 1  # raise when a change alters the weights that come out: it is a part of the recipe
+RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 12 bytes for each trained weight
+TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
+POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions are compared: a step is a fifth cheaper
+
+
+@dataclasses.dataclass(frozen=True)
+class Healing:
+    """How a dropped model is healed. Raises LLMDropError for what is no such setting.
+
+    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. AdamW without weight
+        decay, gradients clipped to a norm of 1, no dropout.
+    batch_size: samples in a step. The last batch of all may be short.
+    tokens: how many are read, rounded up to whole samples: if more than are given, these are read again in another order.
+    minutes: how long the steps take. A few are timed first, and their number is then fixed; checkpoints come on top. Give
+        tokens or minutes; without either, the tokens that are given are read once.
+    seed: of the order of samples.
+    """
+
+    learning_rate: float = 3e-4
+    batch_size: int = 4
+    tokens: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if None not in (self.tokens, self.minutes):
+            raise LLMDropError(f"The budget is {self.tokens} tokens and {self.minutes} minutes. Give one of them.")
+        object.__setattr__(self, "learning_rate", positive(self.learning_rate, "The learning rate"))
+        object.__setattr__(self, "batch_size", whole(self.batch_size, "The batch size"))
+        object.__setattr__(self, "seed", seed_of(self.seed))
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", whole(self.tokens, "The number of tokens"))
+        if self.minutes is not None:
+            object.__setattr__(self, "minutes", positive(self.minutes, "The number of minutes"))
+
+
+def describe_healing(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Healing) -> dict:
+    """All that determines what `heal` makes of a base that is its own teacher, as plain JSON: the recipe for `save_derived`.
+
+    A budget in minutes leaves open how many steps were made, and a teacher of its own is not in it; add both:
+    describe_healing(...) | {"steps": len(losses), "teacher": "sha256:..."}. Arguments and errors as in `heal`.
+    """
+    check_plan(model, plan)
+    samples = samples_for(model, tokens)
+    return {
+        "method": "healing",
+        "version": VERSION,
+        "plan": plan.key.to_json(),
+        "tokens": fingerprint(samples),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "learning_rate": settings.learning_rate,
+        "batch_size": settings.batch_size,
+        "budget": {"minutes": settings.minutes} if settings.minutes else {"tokens": settings.tokens or samples.numel()},
+        "positions": POSITIONS,
+        "seed": settings.seed,
+    }
+
+
+def heal(
+    model: nn.Module,
+    tokens: torch.LongTensor,
+    plan: DropPlan,
+    folder: Path | str,
+    settings: Healing = Healing(),
+    teacher: nn.Module | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train what the plan keeps to predict what the dense model predicts, in place; `trained_parameters` says what changes.
+
+    Afterwards the model has the base's shape, and what is dropped has the base's weights. Store it with `save_derived`, and
+    measure it under the same plan. Deterministic on a CPU with a given number of threads, but for a budget in minutes.
+
+    Parameters
+    ----------
+    model: the whole model, on one device, not quantised. Trained weights are held in float32, or in float64 if they are, and
+        are rounded to their own dtype for each forward pass and at the end, so what is trained is what is measured later. A
+        model in float16 computes in float32 meanwhile. Each trained weight takes 16 bytes beside the model.
+    tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, distributions are compared where they predict a
+        token of the sample: at seq_len - 1 positions.
+    plan: what is dropped. Its maps stay as they are.
+    folder: for checkpoints, of its own; two fit in at a time, of 12 bytes for each trained weight. If it holds a checkpoint of
+        the same healing of the same weights, that is resumed, to the same result as without an interruption, in as many steps;
+        otherwise checkpoints in it are deleted. Delete it once the model is stored.
+    teacher: a model of the same vocabulary, whose distributions are learned. None: the model itself outside of the plan, as it
+        is now; that takes no memory, as weights change only at the end. Give one for a model that was repaired: its kept
+        weights are no longer those of the dense model. It is left as it is.
+    on_step: called after each step with the number of steps done and the step's loss.
+
+    Returns the losses of all steps in nats, each before its step, those before a resumption included. Raises LLMDropError for
+    wrong input and for a loss that is not finite. After any error or interruption the model is bit for bit as it was.
+    """
+    if not isinstance(settings, Healing):
+        raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Healing(tokens=1_000_000, learning_rate=3e-4).")
+    folder, recipe, tokens = Path(folder), describe_healing(model, tokens, plan, settings), samples_for(model, tokens)
+    check_place(model, "healed")
+    apply = dropped
+    if teacher is None or teacher is model:
+        # It shares the model's weights, those of what is dropped too: these stay on their device.
+        teacher, apply = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}), skipping
+    ours, theirs = (find_anatomy(each).decoder.config.vocab_size for each in (model, teacher))
+    if ours != theirs:
+        what = f"The teacher knows {theirs} tokens, but this model {ours}"
+        raise LLMDropError(f"{what}: no distributions to compare. Give the dense model that this one was made from.")
+    tokens_for(teacher, tokens)  # it may know fewer positions
+    with locked(folder), apply(model, plan), frozen(model), frozen(teacher), random_numbers_of_its_own(settings.seed):
+        # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
+        weights = trained_parameters(find_anatomy(model))
+        about = {"recipe": recipe, "base": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
+        checkpoint, note = prepare(folder, "healing", about)
+        advice = "Use a smaller batch or shorter samples, or `tune`, which trains fewer weights."
+        with memory_error(settings.batch_size, tokens.shape[1], advice):
+            loss, reader = _Distillation(model, teacher, weights), _Reader(tokens, settings)
+            # 2. How many samples are read. Steps are timed once, so that a killed run resumes with the same schedule.
+            rows = range(math.ceil((settings.tokens or tokens.numel()) / tokens.shape[1]))
+            if settings.minutes:
+                if "steps" not in note:
+                    note = note | {"steps": _steps_in(settings.minutes, loss, reader)}
+                    write_note(folder, "healing", note)
+                rows = range(note["steps"] * settings.batch_size)
+            # 3. The loop.
+            losses = train(loss, rows, reader, 1, settings, folder, checkpoint, RESUME_POINTS, on_step, in_order=True)
+            # 4. All healed weights are made before the first takes its place: an error changes none.
+            healed = [wide.detach().to(weight.dtype) for wide, weight in zip(loss.weights, weights.values(), strict=True)]
+            for (name, weight), values in zip(weights.items(), healed, strict=True):
+                if not bool(values.isfinite().all()):
+                    raise LLMDropError(f"The healed {name} is not finite in {weight.dtype}. Use a lower learning rate.")
+            for weight, values in zip(weights.values(), healed, strict=True):
+                weight.data = values
+    return losses
+
+
+def trained_parameters(anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """What healing changes, by layer and name: "3.self_attn.q_proj.weight". anatomy: of the model inside of `dropped`.
+
+    That is the weights of linear maps and norms in the layers. Biases, embeddings, final norm, LM head, and maps that stand in
+    dropped places stay; so do, in a mixture of experts, routers and experts whose weights are one tensor. Raises LLMDropError
+    if that leaves nothing, if a weight is quantised, and for a model with adapters.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for index, layer in enumerate(anatomy.layers):
+        for name, module in layer.block.named_modules():
+            weight: Any = getattr(module, "weight", None)
+            if "base_layer" in name:
+                raise LLMDropError("The model has adapters of peft. Merge them first, with merge_and_unload().")
+            if ROUTERS & {*name.split(".")}:
+                continue
+            if isinstance(module, nn.Linear | Conv1D):
+                if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+                    what = f"The weight of {index}.{name} is quantised ({weight.dtype}), so it cannot be trained"
+                    raise LLMDropError(f"{what}. Heal the model before it is quantised.")
+            elif not isinstance(weight, nn.Parameter) or weight.ndim != 1:  # no norm; maps of a plan are matrices
+                continue
+            found[f"{index}.{name}.weight"] = weight
+    if not found:
+        raise LLMDropError("Nothing is left to heal: the plan drops all attention and MLPs. Use a plan that drops less.")
+    return found
+
+
+# ---- what is read -------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Rows become a batch. Each len(tokens) rows are a pass over all samples, in an order of its own, drawn from the seed."""
+
+    def __init__(self, tokens: torch.LongTensor, settings: Healing):
+        self.tokens, self.batch_size, self.seed = tokens.cpu(), settings.batch_size, settings.seed
+        self._order = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __call__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        passes = [divmod(row, len(self.tokens)) for row in rows]
+        batch = {"input_ids": self.tokens[[int(self._order(len(self.tokens), n)[index]) for n, index in passes], :-1]}
+        if POSITIONS < 1:
+            length = batch["input_ids"].shape[1]
+            drawn = self._draw(length, rows[0] // self.batch_size, 1)[: max(1, round(POSITIONS * length))]
+            batch["logits_to_keep"] = drawn.sort().values
+        return batch
+
+    def _draw(self, n: int, *of: int) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng((self.seed, *of)).permutation(n))
+
+
+def _steps_in(minutes: float, loss: nn.Module, reader: _Reader) -> int:
+    """How many steps take so long, at least one. Those that are timed have a rate of zero, so they change no weight."""
+    device, size, seconds = next(loss.parameters()).device, reader.batch_size, []
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, weight_decay=0.0)
+    for step in range(TIMED_STEPS):
+        batch = {name: part.to(device) for name, part in reader([*range(step * size, (step + 1) * size)]).items()}
+        begun = time.perf_counter()
+        loss(**batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return max(1, int(60 * minutes / statistics.mean(seconds[1:])))
+
+
+# ---- the loss -----------------------------------------------------------------------------------------------------------
+
+
+class _Distillation(nn.Module):
+    """The loss, as a module whose only parameters are wide copies of those that are trained: these the Trainer optimizes.
+
+    For each forward pass they stand in the place of the model's own, rounded to its dtype.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, weights: dict[str, nn.Parameter]):
+        super().__init__()
+        wide = (w.detach().to(torch.promote_types(w.dtype, torch.float32), copy=True) for w in weights.values())
+        self.weights = nn.ParameterList(nn.Parameter(weight) for weight in wide)
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        # Small gradients would be zero in float16: all weights are float32 meanwhile.
+        dtypes = {names[id(w)]: torch.float32 if w.dtype == torch.float16 else w.dtype for w in weights.values()}
+        others = {n: w.float() for n, w in model.named_parameters() if w.dtype == torch.float16 and n not in dtypes}
+        self.unregistered = model, teacher, dtypes, others  # in a tuple, where torch does not look for parameters
+
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        model, teacher, dtypes, others = self.unregistered
+        with torch.no_grad():
+            there = {name: part.to(input_device(teacher)) for name, part in batch.items()}
+            target = teacher(**there, use_cache=False).logits
+        now = {name: weight.to(dtype) for (name, dtype), weight in zip(dtypes.items(), self.weights, strict=True)}
+        logits = torch.func.functional_call(model, now | others, kwargs={**batch, "use_cache": False}).logits
+        return {"loss": Divergence.apply(logits, target.to(logits.device))}
+
+
+class Divergence(torch.autograd.Function):
+    """Mean KL(target || logits), a float32 scalar, of (..., vocabulary) logits: float64 if they are.
+
+    Values and gradients, (q - p) / n, are formed together for some positions at a time. Autograd would hold all logits of a
+    batch several times over in float32, and take five times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        wide, rows = torch.promote_types(logits.dtype, torch.float32), SOFTMAX_ROWS[logits.device.type]
+        gradient, n = torch.empty_like(logits, memory_format=torch.contiguous_format), logits[..., 0].numel()
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        for ours, theirs, out in zip(*(t.flatten(0, -2).split(rows) for t in (logits, target, gradient)), strict=True):
+            log_q, log_p = (part - part.logsumexp(-1, keepdim=True) for part in (ours.to(wide), theirs.to(wide)))
+            p = log_p.exp()
+            total += torch.where(p == 0, 0, p * (log_p - log_q)).sum()  # what both rule out adds nothing
+            out.copy_((log_q.exp() - p) / n)
+        ctx.save_for_backward(gradient)
+        return total / n
+
+    @staticmethod
+    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0] * above[0], None

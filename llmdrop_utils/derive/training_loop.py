@@ -1,0 +1,212 @@
+"""The loop that tuning and healing share: transformers' Trainer, checkpoints to resume from, and all else left as it was.
+
+A killed run resumes from its last checkpoint, with the same losses as one that was never killed.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..base.checks import whole
+from ..base.errors import LLMDropError
+from ..base.files import write_text
+from ..measure.guard import tokens_for
+from ..models.training import last_checkpoint
+
+# Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
+logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+
+
+# ---- what comes in ------------------------------------------------------------------------------------------------------
+
+
+class Settings(Protocol):
+    """What the loop takes from the settings of a training."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def positive(value: object, what: str) -> float:
+    """A finite float above 0, or LLMDropError: "The alpha must be a number above 0, but is 0."."""
+    try:
+        number = float(value)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool | str) or not 0 < number < math.inf:
+        raise LLMDropError(f"{what} must be a number above 0, but is {value!r}.")
+    return number
+
+
+def seed_of(value: object) -> int:
+    """A seed that NumPy takes too, from 0 to below 2**32; LLMDropError for anything else."""
+    seed = whole(value, "The seed", at_least=0)
+    if seed >= 1 << 32:
+        raise LLMDropError(f"The seed must be below 2**32, but is {seed}.")
+    return seed
+
+
+def samples_for(model: nn.Module, tokens: object) -> torch.LongTensor:
+    """Token ids int64 (n_samples, seq_len), seq_len >= 2, that the model can read; LLMDropError for anything else."""
+    samples = tokens_for(model, tokens)
+    if samples.shape[1] < 2:
+        raise LLMDropError("A loss takes samples of at least 2 tokens: one to read, and one to predict.")
+    return samples
+
+
+def check_place(model: nn.Module, done: str) -> None:
+    """Raise LLMDropError unless all weights are on one device, the CPU or the first GPU. done: "tuned", for the message."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):  # "meta": offloaded by accelerate
+        names = ", ".join(sorted(map(str, devices)))
+        raise LLMDropError(
+            f"A model is {done} on one device, the CPU or the first GPU, but the weights of this one are on {names}. Load it "
+            "on one: load_model(..., device='cuda') or device='cpu'."
+        )
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """sha256 of all weights as they are now, in hex. An identity would not do: a model may have been changed since."""
+    content = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        content.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        content.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def prepare(folder: Path, kind: str, about: dict) -> tuple[str | None, dict]:
+    """Make the folder that of the training which `about` tells of: plain JSON, kept in its note, <kind>.json.
+
+    Returns its newest whole checkpoint, or None, and what its note says, which may be more than `about` (see `write_note`).
+    Checkpoints of another training of this kind are deleted. Raises LLMDropError for a folder of other files.
+    """
+    note = folder / f"{kind}.json"
+    if folder.is_dir() and not note.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise LLMDropError(f"{folder} holds files that are not of a {kind}. Give the checkpoints a folder of their own.")
+    known: object = None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        known = json.loads(note.read_text(encoding="utf-8"))
+    if isinstance(known, dict) and known | about == known:
+        return last_checkpoint(folder), known
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    write_note(folder, kind, about)
+    return None, about
+
+
+def write_note(folder: Path, kind: str, about: dict) -> None:
+    """Write the folder's note anew, in one step."""
+    write_text(folder / f"{kind}.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    loss: nn.Module,
+    rows: Dataset,
+    collate: Callable[[list], dict[str, torch.Tensor]],
+    epochs: int,
+    settings: Settings,
+    folder: Path,
+    checkpoint: str | None,
+    resume_points: int,
+    on_step: Callable[[int, float], None],
+    in_order: bool = False,
+) -> list[float]:
+    """Train the loss module's parameters in place; returns the loss of each step, those before the checkpoint included.
+
+    AdamW without weight decay, gradients clipped to a norm of 1. The rate rises in a line for a twentieth of the steps, then
+    falls to zero as a cosine.
+
+    loss: called with what `collate` makes of some rows, it returns {"loss": scalar}. rows: read `epochs` times, each time in
+    another order drawn from the seed, or in their own if `in_order`. resume_points: how many checkpoints are written.
+    on_step: called after each step with the number of steps done and the step's loss. Raises LLMDropError for a loss that is
+    not finite.
+    """
+    # Imported only when something is trained: the Trainer takes seconds.
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Steps(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in logs:  # at the end comes a summary
+                if not math.isfinite(logs["loss"]):
+                    raise LLMDropError(
+                        f"The loss of step {state.global_step} is not finite. Load the model in bfloat16 or float32, or use a "
+                        "lower learning rate."
+                    )
+                on_step(state.global_step, logs["loss"])
+
+    device = next(loss.parameters()).device
+    n_steps = math.ceil(len(rows) / settings.batch_size) * epochs
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=n_steps,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential" if in_order else "random",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=n_steps // 20,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show such a loss as the mean of those before
+        save_steps=max(1, n_steps // resume_points),
+        save_total_limit=1,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
+    trainer = Trainer(loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@contextlib.contextmanager
+def memory_error(batch_size: int, seq_len: int, advice: str = "Use a smaller batch or shorter samples.") -> Iterator[None]:
+    """Inside, running out of GPU memory is one clear LLMDropError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"{batch_size} samples of {seq_len} tokens"
+        raise LLMDropError(f"Out of GPU memory with a batch of {what}. {advice}") from error
+
+
+# ---- all else is left as it was -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def random_numbers_of_its_own(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers begin with the seed. Those of the caller go on afterwards; the Trainer seeds them all."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what the Trainer sets)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

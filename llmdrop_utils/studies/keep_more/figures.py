@@ -1,0 +1,100 @@
+"""Figures of notebook 10: what each way keeps."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from ...report.style import WIDTH, Drawing, figure, for_each_model, nothing_to_show
+from ...report.tables import Tables
+from .rows import CHOICES, ERROR, MEAN
+from .study import COSINE
+from .work import HEALING, PLAIN, REPAIR, REPAIR_HEALING
+
+MARKS = {COSINE: "o"}  # layers chosen by the search are squares
+OTHERS = [CHOICES, ERROR, "copy", "continuation"]
+
+
+@figure("10_keep_more")
+def figS32_keep_more(tables: Tables) -> Drawing:
+    """Perplexity over the dense model's with n attention layers dropped, as a mean over corpora, by what makes up for them.
+
+    Circles: layers as cosine ranks them. Squares: layers that the search with repair chose. Bars: 95 % intervals.
+    """
+    data = tables["quality"].query("n > 0").loc[lambda rows: rows["measure"] == MEAN]
+    panels = list(data[["model", "n"]].drop_duplicates().itertuples(index=False))
+    if not panels:
+        return nothing_to_show("Nothing was dropped", data)
+    ways = sorted(data["way"].unique(), key=lambda way: data.loc[data["way"] == way, "value"].mean(), reverse=True)
+    n_columns = min(2, len(panels))
+    n_lines = -(-len(panels) // n_columns)
+    shape = {"figsize": (WIDTH, n_lines * (0.7 + 0.24 * len(ways))), "squeeze": False, "sharey": True}
+    fig, axes = plt.subplots(n_lines, n_columns, **shape)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (model, n) in zip(axes.flat, panels, strict=False):
+        of_panel = data[(data["model"] == model) & (data["n"] == n)]
+        for i, (layers, rows) in enumerate(of_panel.groupby("layers", sort=False)):
+            places = [ways.index(way) + (0.15 if layers != COSINE else -0.15) for way in rows["way"]]
+            error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+            ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker=MARKS.get(str(layers), "s"), capsize=2,
+                        color=sns.color_palette("colorblind")[i], label=f"layers by {layers}")  # fmt: skip
+        ax.axvline(1, color="0.7", linewidth=0.8)
+        ax.set(
+            xscale="log",
+            xlabel="Perplexity over dense",
+            title=f"{n} dropped" + (f" ({model})" if data["model"].nunique() > 1 else ""),
+        )
+        ax.set_yticks(range(len(ways)), ways)
+        ax.set_ylim(-0.6, len(ways) - 0.4)
+        ticks = [t for t in (1, 1.25, 1.5, 2, 3, 4, 6, 10, 20, 50) if t <= 1.1 * of_panel["high"].max()]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        most = rows[rows["n"] == rows["n"].max()].set_index(["layers", "way"])["value"]
+        told = [
+            f"{way} {most[COSINE, way]:.2f}" for way in (PLAIN, REPAIR, HEALING, REPAIR_HEALING) if (COSINE, way) in most.index
+        ]
+        return f"Without {rows['n'].max()} attention layers, times the dense model's perplexity: {', '.join(told)}."
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+@figure("10_keep_more")
+def figS33_other_measures(tables: Tables) -> Drawing:
+    """Right choices, calibration error, what is copied from the context, and tokens of the dense model's own continuations that
+    stay the most probable. Layers chosen by cosine. Bars: 95 % intervals; line: dense model."""
+    data = tables["quality"].loc[lambda rows: rows["measure"].isin(OTHERS) & rows["layers"].isin(["dense", COSINE])]
+    models, measures = list(data["model"].unique()), [each for each in OTHERS if each in set(data["measure"])]
+    if not measures:
+        return nothing_to_show("Nothing else was measured", data)
+    ways = list(data[data["n"] > 0]["way"].unique())
+    shape = {"figsize": (WIDTH, len(models) * (0.8 + 0.2 * len(ways))), "squeeze": False, "sharey": True}
+    fig, axes = plt.subplots(len(models), len(measures), **shape)
+    for line, model in zip(axes, models, strict=True):
+        for ax, measure in zip(line, measures, strict=True):
+            of_panel = data[(data["model"] == model) & (data["measure"] == measure)]
+            for i, (n, rows) in enumerate(of_panel[of_panel["n"] > 0].groupby("n")):
+                places = [ways.index(way) + 0.3 * i - 0.15 for way in rows["way"]]
+                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+                ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker="oD^s"[i % 4], capsize=1.5, markersize=4,
+                            color=sns.color_palette("colorblind")[i], label=f"{n} dropped")  # fmt: skip
+            ax.axvline(of_panel[of_panel["n"] == 0]["value"].iloc[0], color="0.6", linewidth=0.8)
+            ax.set(title=measure.capitalize())
+            ax.set_yticks(range(len(ways)), ways)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+
+    def sentence(rows: pd.DataFrame) -> str:
+        n = rows["n"].max()
+        told = []
+        for measure in measures:
+            of = rows[rows["measure"] == measure].set_index(["way", "n"])["value"]
+            parts = [f"{way} {of[way, n]:.0%}" for way in (PLAIN, REPAIR, REPAIR_HEALING) if (way, n) in of.index]
+            told.append(f"{measure}: dense {of[PLAIN, 0]:.0%}, {', '.join(parts)}")
+        return f"Without {n} attention layers. {'; '.join(told)}.".replace("%", " %")
+
+    return Drawing(fig, data, for_each_model(data, sentence))

@@ -1,0 +1,202 @@
+"""Notebook 10: how many more layers can go if what is kept makes up for them: by a repair, by healing, by the choice."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import torch
+
+from ...base.errors import NotApplicable, NotAvailable
+from ...base.settings import Counts, Names, Positive, PositiveNumber, Settings
+from ...derive.healing import Healing
+from ...dropping.plan import DropPlan
+from ...measure.importance import Importance
+from ...models.load import load_tokenizer
+from ...report.tables import Column, Key, Tables, table
+from ...selection.ranking import select
+from ...sources.probes import copy_probes
+from ...sources.texts import check_held_out, load_tokens, text_beginning
+from ..curves import Tasks, Text, held_out, rank_layers, task_work, text_work
+from ..profile import Calibration, known, section
+from ..run import Run, fitting_length, importance_work, study
+from ..speedup.loads import n_layers_of
+from ..what_breaks.work import ConfidenceWork, GenerationWork, ProbeWork
+from ..work import DENSE, ImportanceWork, Work
+from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
+from .work import PLAIN, WAYS, MadeWork, SearchWork
+
+COSINE, SEARCH = "cosine", "search with repair"
+DROPPED = Key("n", "Dropped", "d")
+TABLES = {
+    "made": table(
+        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED,
+        Column("seconds", "Seconds", ".0f"), Column("parameters", "Parameters more", ",d"),
+        Column("tokens", "Tokens read", ",d"),
+    ),
+    "quality": table(
+        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED, "measure",
+        Column("samples", "Samples", "d"), Column("value", "Value", ".3f", "low", "high"), "low high",
+    ),
+    "regained": table(
+        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED,
+        Key("against", "Beside"), Column("regained", "Share of the loss regained", ".0%", "low", "high"), "low high",
+        Column("difference", "Nats per token less", "+.3f", "difference_low", "difference_high"),
+        "difference_low difference_high",
+    ),
+    "orders": table("model", Key("layers", "Layers by"), Key("position", "Position", "d"), Column("layer", "Layer", "d"),
+                    Column("divergence", "KL left, nats per token", ".3f")),
+}  # fmt: skip
+
+
+@section("keep_more")
+class KeepMore(Settings):
+    """How much is dropped, what makes up for it, and how much text each of these reads."""
+
+    n_drop: Counts  # attention layers
+    ways: Annotated[Names, known("way", WAYS)]  # beside dropping alone
+    searched: Annotated[Names | None, known("way", WAYS)]  # for layers that the search chose; null: it is not run
+    n_samples: Positive  # calibration samples of each corpus that fits read
+    search_samples: Positive  # of each corpus
+    candidates: Positive  # layers that each step of the search looks at
+    healing_samples: Positive  # of each corpus, of the length of calibration samples
+    healing_tokens: Positive
+    healing_batch: Positive
+    healing_rate: PositiveNumber  # the learning rate at its highest
+    text_samples: Positive  # held-out samples of each corpus
+    task_limit: Positive | None  # documents of each task
+    context: Positive  # tokens that a question about the context reads
+    probes: Positive
+    prompts: Positive  # of held-out text, whose dense continuation is read
+    prompt: Positive
+    new_tokens: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """One model: its versions, and the items that they are measured by."""
+
+    item: ImportanceWork
+    search: SearchWork | None
+    works: dict[Version, MadeWork]
+
+
+@study("10_keep_more", needs=[Calibration, Text, Tasks, KeepMore], tables=TABLES)
+def keep_more(run: Run) -> Tables:
+    """Notebook 10: each way to make up for dropped attention, at equal numbers dropped."""
+    settings, (scoring, tasks) = run.section(KeepMore), rank_layers(run)
+    choices = {name: members for name, members in tasks.items() if members[0].OUTPUT_TYPE == "multiple_choice"}
+    # 1. What the search chooses, and what the dense model writes: both are read by what follows.
+    searches: dict[str, SearchWork] = {}
+    written: dict[str, GenerationWork] = {}
+    others: dict[str, list[ImportanceWork]] = {}
+    for item in scoring:
+        with run.one_of(item.model):
+            others[item.model.name] = importance_work(item.model, run.corpora(), run.profile)
+            prompts = text_work(run, item, [DENSE], settings.text_samples).tokens[: settings.prompts, : settings.prompt]
+            written[item.model.name] = GenerationWork(
+                **item.identity, corpus=item.corpus, plans=(DENSE,), tokens=prompts, new_tokens=settings.new_tokens
+            )
+            most = max((n for n in settings.n_drop if n < n_layers_of(item.model)), default=0)
+            if not most:
+                there, least = n_layers_of(item.model), min(settings.n_drop)
+                raise NotApplicable(f"{item.model.name} has {there} layers, and the profile drops {least} or more.")
+            if settings.searched:
+                tokens = _mixed(others[item.model.name], settings.search_samples)
+                searches[item.model.name] = SearchWork(
+                    **item.identity, tokens=tokens, n_drop=most, candidates=settings.candidates
+                )
+    run.measure([*written.values(), *searches.values()])
+    # 2. Versions of each model.
+    kept: list[Kept] = []
+    for item in run.measured(scoring):
+        with run.one_of(item.model):
+            kept.append(_versions(run, item, others[item.model.name], written, searches.get(item.model.name), choices))
+    run.measure([work for each in kept for work in each.works.values()])
+    kept = [each for each in kept if each.item.model.name not in run.not_run]
+    if not kept:
+        raise NotAvailable("Nothing could be measured:\n" + "\n".join(run.not_run.values()))
+    # 3. Rows.
+    tables: dict[str, list[dict]] = {name: [] for name in TABLES}
+    for each in kept:
+        for name, rows in _rows(run, each).items():
+            tables[name] += [{"model": each.item.model.name} | row for row in rows]
+    work: list[Work] = [*scoring, *written.values(), *searches.values(), *(w for each in kept for w in each.works.values())]
+    return run.write(tables, run.measured(work))
+
+
+def _mixed(items: list[ImportanceWork], n_samples: int) -> torch.LongTensor:
+    """The first calibration samples of each corpus, in turns."""
+    return torch.stack([item.tokens[:n_samples] for item in items], 1).flatten(0, 1)
+
+
+def _versions(
+    run: Run,
+    item: ImportanceWork,
+    corpora: list[ImportanceWork],
+    written: dict[str, GenerationWork],
+    searched: SearchWork | None,
+    choices: dict[str, list],
+) -> Kept:
+    settings, tokenizer = run.section(KeepMore), load_tokenizer(item.model)
+    begin = len(text_beginning(tokenizer))
+    texts = [text_work(run, each, [DENSE], settings.text_samples) for each in corpora]
+    healing = torch.stack(
+        [_fresh(each, text.tokens, tokenizer, settings) for each, text in zip(corpora, texts, strict=True)], 1
+    )
+    generation = written[item.model.name]
+    (value,) = run.values(generation)
+    continued = tuple(zip(generation.tokens.tolist(), value["tokens"], strict=True))
+    context = fitting_length(item.model, settings.context)
+    copied = copy_probes(held_out(item, tokenizer, settings.probes, context), begin)
+    asked: list[Any] = [  # each has plans
+        *texts,
+        *task_work(run, item.model, choices, [DENSE], settings.task_limit, ConfidenceWork),
+        ProbeWork(**item.identity, probe="copy", requests=tuple(copied), plans=(DENSE,)),
+        ProbeWork(**item.identity, probe="continuation", requests=continued, plans=(DENSE,)),
+    ]
+    shared = item.identity | {
+        "tokens": _mixed(corpora, settings.n_samples),
+        "text": healing.flatten(0, 1),
+        "healing": Healing(settings.healing_rate, settings.healing_batch, tokens=settings.healing_tokens),
+    }
+
+    def made(way: str, plan: DropPlan) -> MadeWork:
+        return MadeWork(**shared, way=way, plan=plan, items=tuple(dataclasses.replace(each, plans=(plan,)) for each in asked))
+
+    scores = run.importance(item).first(run.section(Calibration).n_samples)
+    works = {DENSE_VERSION: made(PLAIN, DENSE)}
+    for n in (n for n in settings.n_drop if n < n_layers_of(item.model)):
+        plan = select(scores, "attention", n)
+        works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways)}
+        if searched:
+            plan = DropPlan(attention=tuple(run.values(searched)[0]["layers"][:n]))
+            works |= {Version(SEARCH, way, n): made(way, plan) for way in settings.searched or ()}
+    return Kept(item, searched, works)
+
+
+def _fresh(item: ImportanceWork, tested: torch.LongTensor, tokenizer, settings: KeepMore) -> torch.LongTensor:
+    """Blocks of the item's corpus after all that is measured on."""
+    seq_len, begin = item.tokens.shape[1], len(text_beginning(tokenizer))
+    used = item.tokens.numel() + max(tested.numel(), settings.probes * settings.context)
+    skip = -(-used // (seq_len - begin)) + 1
+    tokens = load_tokens(item.corpus, tokenizer, skip + settings.healing_samples, seq_len)[skip:]
+    for each in (item.tokens, tested):
+        if each.shape[1] <= seq_len:
+            check_held_out(each, tokens, begin)
+    return tokens
+
+
+def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
+    values = {version: run.values(work) for version, work in kept.works.items()}
+    quality = quality_rows(kept.works, values)
+    scores: Importance = run.importance(kept.item).first(run.section(Calibration).n_samples)
+    most = max(version.n for version in kept.works)
+    orders = {COSINE: (select(scores, "attention", most).attention, None)}
+    if kept.search:
+        (found,) = run.values(kept.search)
+        orders[SEARCH] = (found["layers"][:most], found["divergence"])
+    return {
+        "made": made_rows(kept.works, values),
+        "quality": quality,
+        "regained": regained_rows(kept.works, values),
+        "orders": order_rows(orders),
+    }

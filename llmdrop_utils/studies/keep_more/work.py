@@ -1,0 +1,194 @@
+"""Notebook 10, what is measured: models made from the dense one, read by the items of other notebooks; and a search."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ...base import files
+from ...base.provenance import code_provenance
+from ...derive.healing import VERSION as HEALING_VERSION
+from ...derive.healing import Healing, heal
+from ...derive.repair import VERSION as REPAIR_VERSION
+from ...derive.repair import repair
+from ...derive.rivals import VERSION as RIVALS_VERSION
+from ...derive.rivals import fit_maps, fold_transform, rescale
+from ...derive.search import VERSION as SEARCH_VERSION
+from ...derive.search import select_with_repair
+from ...dropping.plan import DropPlan
+from ...models.families import find_anatomy, stream_width
+from ...sources.texts import fingerprint
+from ..what_breaks.work import ConfidenceWork, ProbeWork
+from ..work import TextWork, Work
+
+VERSION = 1  # raise when a change to the measurement changes what is measured
+PLAIN, MAPS, FOLD, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "Prune&Comp"
+REPAIR, REPAIR_MAPS, HEALING, REPAIR_HEALING = "repair", "repair, linear maps", "healing", "repair, healing"
+Part = TextWork | ConfidenceWork | ProbeWork
+
+
+class Making(NamedTuple):
+    """What a way to make a model reads."""
+
+    model: nn.Module  # the dense model, which is changed in place
+    plan: DropPlan
+    tokens: torch.LongTensor  # for fits
+    text: torch.LongTensor  # for healing
+    checkpoints: str  # where healing stores its own
+    healing: Healing
+
+
+Make = Callable[[Making], DropPlan]  # changes the model, and returns the plan that it is measured under
+
+
+def _plain(given: Making) -> DropPlan:
+    return given.plan
+
+
+def _maps(given: Making) -> DropPlan:
+    return fit_maps(given.model, given.tokens, given.plan)
+
+
+def _fold(given: Making) -> DropPlan:
+    fold_transform(given.model, given.tokens, given.plan)
+    return given.plan
+
+
+def _rescaled(given: Making) -> DropPlan:
+    rescale(given.model, given.tokens, given.plan)
+    return given.plan
+
+
+def _repair(given: Making) -> DropPlan:
+    repair(given.model, given.tokens, given.plan)
+    return given.plan
+
+
+def _repair_maps(given: Making) -> DropPlan:
+    plan = fit_maps(given.model, given.tokens, given.plan)
+    repair(given.model, given.tokens, plan)
+    return plan
+
+
+def _healing(given: Making) -> DropPlan:
+    heal(given.model, given.text, given.plan, given.checkpoints, given.healing)
+    return given.plan
+
+
+def _repair_healing(given: Making) -> DropPlan:
+    dense = copy.deepcopy(given.model)
+    repair(given.model, given.tokens, given.plan)
+    heal(given.model, given.text, given.plan, given.checkpoints, given.healing, teacher=dense)
+    return given.plan
+
+
+WAYS: dict[str, Make] = {
+    PLAIN: _plain, MAPS: _maps, FOLD: _fold, RESCALED: _rescaled, REPAIR: _repair, REPAIR_MAPS: _repair_maps,
+    HEALING: _healing, REPAIR_HEALING: _repair_healing,
+}  # fmt: skip
+VERSIONS = {"repair": REPAIR_VERSION, "healing": HEALING_VERSION, "rivals": RIVALS_VERSION}
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeWork(Work):
+    """What other items measure once a model is made; each value says what making it took, too."""
+
+    way: str
+    plan: DropPlan
+    tokens: torch.LongTensor
+    text: torch.LongTensor
+    healing: Healing
+    items: tuple[Part, ...]  # each under the plan alone
+
+    @property
+    def keys(self) -> list[dict]:
+        code = code_provenance()
+        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}  # seconds are among what is stored
+        how: dict = {"way": self.way, "plan": self.plan.key.to_json(), "machine": machine}
+        if self.way != PLAIN:
+            how |= {"tokens": fingerprint(self.tokens), "versions": VERSIONS}
+        if self.way in (HEALING, REPAIR_HEALING):
+            how |= {"text": fingerprint(self.text), "healing": dataclasses.asdict(self.healing)}
+        return [self._key("made model", VERSION, **how, of=key) for item in self.items for key in item.keys]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        return self._read + sum(item.tokens_to_pass for item in self.items)
+
+    @property
+    def _read(self) -> int:
+        """Tokens that making the model takes, as forward passes: a step of healing is one, a teacher's, and a backward pass."""
+        passes = {PLAIN: 0, MAPS: 1, FOLD: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
+        healed = 4 * (self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0
+        return passes.get(self.way, 6 if self.way == REPAIR_HEALING else 0) * self.tokens.numel() + healed
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of text that making the model reads; those of healing again and again, if it has few."""
+        fitted = 0 if self.way in (PLAIN, HEALING) else self.tokens.numel()
+        return fitted + ((self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0)
+
+    @property
+    def about(self) -> dict:
+        return {"made by": self.way, "read": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        layers = nn.ModuleList([layer.block for layer in find_anatomy(model).layers])  # the only weights that are changed
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in layers.state_dict().items()}
+        checkpoints = files.CACHE / "healing" / hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()[:16]
+        try:
+            started = time.perf_counter()
+            plan = WAYS[self.way](Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing))
+            seconds = time.perf_counter() - started
+            update(self._read)
+            more = len(plan.maps) * stream_width(model.config) * (stream_width(model.config) + 1)
+            values = []
+            for item in self.items:
+                values += dataclasses.replace(item, plans=(plan,)).measure(model, tokenizer, update)
+        finally:
+            layers.load_state_dict(kept)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # a killed run resumes from them
+        return [value | {"seconds": seconds, "parameters": more} for value in values]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchWork(Work):
+    """The order in which attention layers go if each step looks at what a repair leaves (derive/search.py)."""
+
+    tokens: torch.LongTensor
+    n_drop: int
+    candidates: int
+
+    @property
+    def keys(self) -> list[dict]:
+        code = code_provenance()
+        machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
+        more = {"tokens": fingerprint(self.tokens), "n_drop": self.n_drop, "candidates": self.candidates, "machine": machine,
+                "search": SEARCH_VERSION}  # fmt: skip
+        return [self._key("search with repair", VERSION, **more)]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        return 3 * self.n_drop * self.candidates * self.tokens.numel()
+
+    @property
+    def about(self) -> dict:
+        return {"searched with": "repair", "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        left: list[float] = []
+
+        def step(layer: int, divergence: float) -> None:
+            left.append(divergence)
+            update(self.tokens_to_pass / self.n_drop)
+
+        started = time.perf_counter()
+        plan = select_with_repair(model, self.tokens, "attention", self.n_drop, self.candidates, on_step=step)
+        return [{"layers": list(plan.attention), "divergence": left, "seconds": time.perf_counter() - started}]

@@ -1,0 +1,588 @@
+"""What a plan keeps is trained to predict what the dense model predicts; nothing else changes, whatever happens meanwhile."""
+
+import copy
+import dataclasses
+import functools
+import json
+import random
+import re
+import types
+import warnings
+
+import families
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text
+from llmdrop_utils.derive import healing
+from llmdrop_utils.derive.healing import Healing, describe_healing, heal, trained_parameters
+from llmdrop_utils.derive.model import save_derived
+from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.models.load import load_located
+
+TOKENS = torch.randint(3, 97, (16, 13), generator=torch.Generator().manual_seed(0))
+PLAN = DropPlan((1,), (2,), maps={("attention", 1): LinearMap(torch.eye(32) / 10)})
+SHORT = Healing(0.003, batch_size=4, seed=1)  # one pass: 4 steps
+SETTINGS = dataclasses.replace(SHORT, tokens=3 * TOKENS.numel())  # 12 steps, saved after 2, 4, ...
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+KEPT = {f"model.layers.{layer}.self_attn.{name}.weight" for layer in (0, 2) for name in ATTENTION}
+KEPT |= {f"model.layers.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in MLP}
+KEPT |= {f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1, 2)}  # that of layer 1 belongs to the map
+KEPT |= {f"model.layers.{layer}.post_attention_layernorm.weight" for layer in (0, 1)}
+
+
+@functools.cache
+def pristine(name):
+    return families.tiny(name)
+
+
+def fresh(name="llama"):
+    """A model of its own, with the same weights each time."""
+    return copy.deepcopy(pristine(name))
+
+
+def state(model):
+    """All that a model is: each module, its mode and its attributes; its configuration; each parameter, and which it is."""
+    parameters = {name: (p.detach().clone(), p.dtype, p.requires_grad, id(p)) for name, p in model.named_parameters()}
+    modules = {name: (id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()}
+    return (modules, model.config.to_dict()), parameters
+
+
+def assert_as_it_was(model, before):
+    rest, parameters = state(model)
+    assert rest == before[0]
+    assert parameters.keys() == before[1].keys()
+    for name, (values, *kind) in parameters.items():
+        assert torch.equal(values, before[1][name][0]), name
+        assert kind == list(before[1][name][1:]), name
+
+
+def changed(model, base):
+    """Names of the parameters that differ in any bit."""
+    return {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+
+
+def equal(model, other):
+    return not changed(model, other)
+
+
+@torch.no_grad()
+def divergence(dense, model, plan, tokens=TOKENS):
+    """KL(dense || model under the plan) in float64, at the positions that `score_text` looks at."""
+    first = dense(tokens[:, :-1]).logits.double().log_softmax(-1)
+    with dropped(model, plan):
+        second = model(tokens[:, :-1]).logits.double().log_softmax(-1)
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+class Watch:
+    """Sees steps and losses."""
+
+    def __init__(self):
+        self.steps, self.losses = [], []
+
+    def __call__(self, step, loss):
+        self.steps.append(step)
+        self.losses.append(loss)
+
+
+class Stop(BaseException):  # as KeyboardInterrupt is
+    pass
+
+
+def stop_at(last):
+    def on_step(step, loss):
+        if step == last:
+            raise Stop
+
+    return on_step
+
+
+# ---- what healing does --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [PLAN, DropPlan((1,), (2,)), DropPlan((0, 1, 2))])
+def test_the_dense_model_is_approached(plan, tmp_path):
+    base, model = fresh(), fresh()
+    before = score_text(base, TOKENS, [DropPlan(), plan]).kl[1].mean()
+    watch = Watch()
+    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.003, 16, tokens=30 * TOKENS.numel()), on_step=watch)
+    assert losses[0] == pytest.approx(before, abs=1e-4), "the first batch is all samples"
+    assert (watch.steps, watch.losses) == ([*range(1, 31)], losses)
+    after = divergence(base, model, plan)
+    assert after < losses[-1] < losses[15] < before / 2
+    assert divergence(base, base, plan) == pytest.approx(before, abs=1e-5), "the reference agrees with score_text"
+    assert score_text(model, TOKENS).nll.mean() != pytest.approx(score_text(base, TOKENS).nll.mean()), "dense, it is another"
+
+
+def test_without_a_plan_there_is_nothing_to_learn(tmp_path):
+    assert max(heal(fresh(), TOKENS, DropPlan(), tmp_path / "work", Healing(1e-9))) < 1e-6
+
+
+def test_the_training_by_hand(tmp_path):
+    """Every step in float64: the samples of each pass, loss, clipped gradient, AdamW, warm-up and cosine."""
+    base, model, steps = fresh().double(), fresh().double(), 40
+    settings = Healing(0.01, batch_size=6, tokens=(6 * steps - 2) * 13, seed=3)  # the last batch is short
+    found = heal(model, TOKENS, PLAN, tmp_path / "work", settings)
+    assert len(found) == steps
+    passes = [np.random.default_rng((3, number)).permutation(16) for number in range(15)]
+    batches = TOKENS[np.concatenate(passes)[: 6 * steps - 2]].split(6)
+    healed = copy.deepcopy(base)
+    weights = [p for name, p in healed.named_parameters() if name in KEPT]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step, batch in enumerate(batches):
+        with torch.no_grad():
+            p = base(batch).logits[:, :-1].softmax(-1)
+        with dropped(healed, PLAN):
+            log_q = healed(batch).logits[:, :-1].log_softmax(-1)
+            loss = (p * (p.log() - log_q)).sum(-1).mean()
+            assert found[step] == pytest.approx(float(loss), rel=1e-5)
+            gradients = torch.autograd.grad(loss, weights)
+        clip = min(1.0, 1 / float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+        rate = 0.01 * (step / 2 if step < 2 else (1 + np.cos(np.pi * (step - 2) / (steps - 2))) / 2)
+        for weight, gradient, m, v in zip(weights, gradients, first, second, strict=True):
+            m += 0.1 * (clip * gradient - m)
+            v += 0.001 * ((clip * gradient) ** 2 - v)
+            size = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            weight.data -= rate * m / (1 - 0.9 ** (step + 1)) / size
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, healed.get_parameter(name), rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_the_divergence():
+    logits = torch.randn(37, 5, 11, dtype=torch.float64).transpose(0, 1)  # 185 rows: several pieces, the last one short
+    logits.requires_grad_()
+    target = torch.randn(5, 37, 11, dtype=torch.float64)
+    logits.data[..., 3] = target[..., 3] = -torch.inf  # ruled out by both
+    target[0, 0, 5] = -torch.inf  # and by one
+    p, log_q = target.softmax(-1), logits.log_softmax(-1)
+    rows = nn.functional.kl_div(log_q, p, reduction="none").masked_fill(p == 0, 0)
+    (expected,) = torch.autograd.grad(3 * rows.sum(-1).mean(), logits)
+    value = healing.Divergence.apply(logits, target)
+    assert float(value) == pytest.approx(float(rows.sum(-1).mean()), rel=1e-12)
+    (found,) = torch.autograd.grad(3 * value, logits)
+    torch.testing.assert_close(found, expected.nan_to_num(0.0), rtol=1e-9, atol=1e-15)
+    assert healing.Divergence.apply(logits, target.masked_fill(target == target.max(), torch.nan)).isnan()
+
+
+COUNTED = {"llama": 18, "gpt2": 12, "gemma3": 26, "mixtral": 12, "falcon-7b": 11, "falcon-40b": 12}
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_every_family(name, tmp_path):
+    """All matrices and norms of kept attention and MLPs change, but not routers and experts that are one tensor; no more."""
+    plan = DropPlan((1,), (2,))
+    base, model = fresh(name), fresh(name)
+    before = score_text(base, TOKENS, [DropPlan(), plan]).kl[1].mean()
+    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.003, 16, tokens=5 * TOKENS.numel()))
+    assert losses[0] == pytest.approx(before, abs=1e-4)
+    with dropped(base, plan):
+        inside = {key: p for key, p in base.named_parameters() if re.search(r"\.[012]\.", key)}
+    is_norm = re.compile(r"(norm|ln_\w+|ln)\.weight$")
+    kept = {key for key, p in inside.items() if p.ndim == 2 or (p.ndim == 1 and is_norm.search(key))}
+    kept = {key for key in kept if not {"experts", "gate", "router", "shared_expert_gate"} & {*key.split(".")}}
+    assert changed(model, base) == kept
+    assert len(kept) == COUNTED.get(name, len(kept))
+    assert divergence(base, model, plan) < losses[0]
+
+
+def test_what_changes(tmp_path):
+    """By name; also which parameters are trained is told by `trained_parameters`, so that it can be narrowed there."""
+    base, model = fresh(), fresh()
+    fingerprint, before = PLAN.maps[0][2].fingerprint, state(model)
+    heal(model, TOKENS, PLAN, tmp_path / "work", SHORT)
+    assert changed(model, base) == KEPT
+    assert [linear.fingerprint for _, _, linear in PLAN.maps] == [fingerprint]
+    rest, parameters = state(model)
+    assert rest == before[0]
+    assert [kind for _, *kind in parameters.values()] == [kind for _, *kind in before[1].values()]
+    with dropped(model, PLAN):
+        found = trained_parameters(find_anatomy(model))
+    assert {f"model.layers.{name}" for name in found} == KEPT
+    assert all(model.get_parameter(f"model.layers.{name}") is weight for name, weight in found.items())
+
+
+def test_a_narrower_choice(tmp_path, monkeypatch):
+    choose = healing.trained_parameters
+    narrow = lambda anatomy: {n: w for n, w in choose(anatomy).items() if "mlp" in n}  # noqa: E731
+    monkeypatch.setattr(healing, "trained_parameters", narrow)
+    model = fresh()
+    heal(model, TOKENS, PLAN, tmp_path / "work", SHORT)
+    assert changed(model, pristine("llama")) == {name for name in KEPT if "mlp" in name}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bfloat16"), ("gpt2", "bfloat16"), ("mixtral", "bfloat16"),
+                                             ("llama", "float16"), ("mixtral", "float16")])  # fmt: skip
+def test_narrow_dtypes_are_rounded_once(name, dtype, tmp_path, monkeypatch):
+    """Trained in float32, and computed in what is measured later; float16 in float32, where its gradients are no zeros."""
+    base, model = fresh(name).to(getattr(torch, dtype)), fresh(name).to(getattr(torch, dtype))
+    plan, seen = DropPlan((1,), (2,)), []
+    forward = healing._Distillation.forward
+    monkeypatch.setattr(healing._Distillation, "forward", lambda self, **kw: seen.append(self) or forward(self, **kw))
+    before = divergence(base, base, plan)
+    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.003, 16, tokens=8 * TOKENS.numel()))
+    assert losses[0] == pytest.approx(before, abs=1e-5 if dtype == "bfloat16" else 1e-3)
+    assert divergence(base, model, plan) < losses[-1] < before
+    with dropped(model, plan):
+        weights = trained_parameters(find_anatomy(model)).values()
+    for weight, wide in zip(weights, seen[-1].weights, strict=True):
+        assert wide.dtype == torch.float32
+        assert (wide.to(weight.dtype).float() != wide).any(), "it was trained in float32"
+        assert torch.equal(weight, wide.to(weight.dtype))
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_how_a_model_comes_does_not_matter(tmp_path):
+    """Neither its mode, and so the dropout in its configuration, nor whether the caller records gradients."""
+    assert pristine("gpt2").config.resid_pdrop == 0.1
+    plan = DropPlan((1,), (2,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        losses = heal(fresh("gpt2").train(), TOKENS, plan, tmp_path / "train", SHORT)
+        with torch.no_grad():
+            assert losses == heal(fresh("gpt2"), TOKENS, plan, tmp_path / "eval", SHORT)
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
+def drawn():
+    return float(torch.rand(())), random.random(), np.random.rand()  # noqa: NPY002
+
+
+def test_same_seed_same_weights(tmp_path, network, capfd):
+    """Whatever the caller's random numbers, which go on afterwards; nothing is printed, or asked of the network."""
+    models, losses = [fresh() for _ in range(3)], []
+    for number, (model, seed) in enumerate(zip(models, (1, 1, 2), strict=True)):
+        seed_all(number)
+        expected = drawn()
+        seed_all(number)
+        losses.append(heal(model, TOKENS, PLAN, tmp_path / f"{number}", dataclasses.replace(SHORT, seed=seed)))
+        assert drawn() == expected
+    assert losses[0] == losses[1] != losses[2]
+    assert equal(models[0], models[1])
+    assert not equal(models[0], models[2])
+    assert (network.requests, capfd.readouterr()) == ([], ("", ""))
+
+
+def test_it_is_stored_and_measured_like_any_other(tmp_path, cache):
+    fresh().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    located = locate_model(str(tmp_path / "base"))
+    model, tokenizer = load_located(located, torch.float32, "cpu")
+    plan = DropPlan((1,), (2,), n_layers=3, model=located.identity)
+    losses = heal(model, TOKENS, plan, tmp_path / "work", SETTINGS)
+    recipe = describe_healing(model, TOKENS, plan, SETTINGS)
+    assert recipe | {"tokens": None} == {
+        "method": "healing", "version": 1, "plan": {"attention": [1], "mlp": [2]}, "tokens": None, "dtype": "float32",
+        "learning_rate": 0.003, "batch_size": 4, "budget": {"tokens": 624}, "positions": 1.0, "seed": 1,
+    }  # fmt: skip
+    assert describe_healing(model, TOKENS, plan, SHORT)["budget"] == {"tokens": 208}
+    assert describe_healing(model, TOKENS, plan, Healing(minutes=2))["budget"] == {"minutes": 2.0}
+    derived = save_derived(model, tokenizer, tmp_path / "Healed", located, recipe)
+    again, _ = load_model(str(derived.folder), torch.float32, "cpu")
+    assert equal(again, model)
+    assert divergence(fresh(), again, plan) < losses[0]
+
+
+# ---- the budget ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "n_steps"), [(1, 1), (4 * 13, 1), (4 * 13 + 1, 2), (208, 4), (209, 5), (2 * 208, 8)])
+def test_tokens(budget, n_steps, tmp_path):
+    assert len(heal(fresh(), TOKENS, PLAN, tmp_path / "work", dataclasses.replace(SHORT, tokens=budget))) == n_steps
+
+
+def test_fewer_samples_than_a_batch_holds(tmp_path):
+    assert len(heal(fresh(), TOKENS[:3], PLAN, tmp_path / "a", Healing())) == 1
+    assert len(heal(fresh(), TOKENS[:3], PLAN, tmp_path / "b", Healing(tokens=30 * 13))) == 8
+
+
+def test_every_pass_reads_all_samples_in_another_order():
+    reader = healing._Reader(TOKENS, Healing(batch_size=5, seed=4))
+    rows = torch.cat([reader(part.tolist())["input_ids"] for part in torch.arange(48).split(5)])
+    where = [int((TOKENS[:, :-1] == row).all(1).nonzero()) for row in rows]
+    passes = where[:16], where[16:32], where[32:]
+    assert all(sorted(order) == [*range(16)] for order in passes)
+    assert len({tuple(order) for order in (range(16), *passes)}) == 4
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that jumps: what the first step takes does not count, later ones take 3, 5 and then 100 seconds."""
+    now, jumps = [0.0], iter([0, 77, 0, 3, 0, 5, *[0, 100] * 100])
+
+    def perf_counter():
+        now[0] += next(jumps)
+        return now[0]
+
+    monkeypatch.setattr(healing, "time", types.SimpleNamespace(perf_counter=perf_counter))
+
+
+def test_minutes(tmp_path, clock):
+    """34 s, of steps that take 4 s: 8 steps. That number stays, whatever the clock says when a killed run resumes."""
+    settings, folder, base = dataclasses.replace(SHORT, minutes=34 / 60), tmp_path / "work", fresh()
+    whole = fresh()
+    losses = heal(whole, TOKENS, PLAN, tmp_path / "whole", dataclasses.replace(SHORT, tokens=8 * 4 * 13))
+    model = fresh()
+    before = state(model)
+    with pytest.raises(Stop):
+        heal(model, TOKENS, PLAN, folder, settings, on_step=stop_at(5))
+    assert_as_it_was(model, before)
+    note = json.loads((folder / "healing.json").read_text())
+    assert note["steps"] == 8
+    assert note["recipe"] == describe_healing(base, TOKENS, PLAN, settings)
+    watch = Watch()
+    assert heal(model, TOKENS, PLAN, folder, settings, on_step=watch) == losses, "what was timed left no trace"
+    assert watch.steps == [5, 6, 7, 8]
+    assert equal(model, whole)
+    # Another budget is another healing: steps are timed again, at 100 s each now.
+    assert len(heal(fresh(), TOKENS, PLAN, folder, dataclasses.replace(SHORT, minutes=5))) == 3
+
+
+def test_a_run_killed_while_steps_are_timed(tmp_path, monkeypatch, clock):
+    def killed(*_):
+        raise Stop
+
+    model = fresh()
+    before, settings = state(model), dataclasses.replace(SHORT, minutes=0.4)
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "_steps_in", killed)
+        with pytest.raises(Stop):
+            heal(model, TOKENS, PLAN, tmp_path / "work", settings)
+    assert_as_it_was(model, before)
+    assert len(heal(model, TOKENS, PLAN, tmp_path / "work", settings)) == 6
+
+
+def test_one_step_at_least(tmp_path):
+    assert len(heal(fresh(), TOKENS, PLAN, tmp_path / "work", Healing(minutes=1e-9))) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_share_of_positions(name, tmp_path, monkeypatch):
+    """Drawn anew for each step, the same ones after a resumption; those of the first step by hand."""
+    plan = DropPlan((1,), (2,))
+    everywhere = heal(fresh(name), TOKENS, plan, tmp_path / "all", SETTINGS)
+    monkeypatch.setattr(healing, "POSITIONS", 0.25)
+    whole, model, base = fresh(name), fresh(name), fresh(name)
+    losses = heal(whole, TOKENS, plan, tmp_path / "whole", SETTINGS)
+    assert losses != everywhere
+    reader = healing._Reader(TOKENS, SETTINGS)
+    steps = [reader([*range(4 * step, 4 * step + 4)]) for step in range(12)]
+    assert [batch["logits_to_keep"].shape for batch in steps] == [(3,)] * 12
+    assert len({tuple(batch["logits_to_keep"].tolist()) for batch in steps}) > 6
+    assert {int(i) for batch in steps for i in batch["logits_to_keep"]} == {*range(12)}
+    with torch.no_grad():
+        first = base(steps[0]["input_ids"]).logits.log_softmax(-1)
+        with dropped(base, plan):
+            second = base(steps[0]["input_ids"]).logits.log_softmax(-1)
+    rows = (first.exp() * (first - second)).sum(-1)[:, steps[0]["logits_to_keep"]]
+    assert losses[0] == pytest.approx(float(rows.mean()), rel=1e-5)
+    with pytest.raises(Stop):
+        heal(model, TOKENS, plan, tmp_path / "work", SETTINGS, on_step=stop_at(7))
+    assert heal(model, TOKENS, plan, tmp_path / "work", SETTINGS) == losses
+    assert equal(model, whole)
+
+
+# ---- a teacher of its own -----------------------------------------------------------------------------------------------
+
+
+def test_a_teacher(tmp_path):
+    """A repaired model learns from the dense one, which is left as it is, in whatever mode it was."""
+    teacher, model = fresh().train(), fresh()
+    for name, weight in model.named_parameters():
+        if "mlp" in name:
+            weight.data *= 1.2
+    before, start = state(teacher), divergence(fresh(), model, PLAN)
+    losses = heal(model, TOKENS, PLAN, tmp_path / "work", Healing(0.003, 16, tokens=20 * TOKENS.numel()), teacher)
+    assert_as_it_was(teacher, before)
+    assert losses[0] == pytest.approx(start, abs=1e-4)
+    assert divergence(teacher.eval(), model, PLAN) < losses[-1] < start / 2
+
+
+def test_a_model_that_is_its_own_teacher(tmp_path):
+    models = fresh(), fresh()
+    losses = heal(models[0], TOKENS, PLAN, tmp_path / "a", SHORT)
+    assert heal(models[1], TOKENS, PLAN, tmp_path / "b", SHORT, models[1]) == losses
+    assert equal(*models)
+
+
+def test_the_own_teacher_takes_no_memory(tmp_path, monkeypatch):
+    """It has the model's very weights, those of dropped sub-layers too, which so must stay where they are."""
+    seen, make = [], healing._Distillation.__init__
+
+    def init(self, model, teacher, weights):
+        seen.append((teacher, dict(teacher.named_parameters())))
+        make(self, model, teacher, weights)
+
+    monkeypatch.setattr(healing._Distillation, "__init__", init)
+    monkeypatch.setattr(healing, "dropped", lambda *_: pytest.fail("it would move weights away from the GPU"))
+    model = fresh()
+    own = dict(model.named_parameters())
+    heal(model, TOKENS, PLAN, tmp_path / "work", SHORT)
+    ((teacher, weights),) = seen
+    assert teacher is not model
+    assert weights.keys() == own.keys()
+    assert all(weights[name] is own[name] for name in own)
+
+
+# ---- all or nothing -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_healing_goes_on(tmp_path):
+    whole, folder = fresh(), tmp_path / "work"
+    losses = heal(whole, TOKENS, PLAN, tmp_path / "whole", SETTINGS)
+    model = fresh().train()
+    model.model.norm.weight.requires_grad_(False)
+    before = state(model)
+    for last in (3, 7):  # the second is in another pass
+        with pytest.raises(Stop):
+            heal(model, TOKENS, PLAN, folder, SETTINGS, on_step=stop_at(last))
+        assert_as_it_was(model, before)
+    half = folder / "checkpoint-9"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 1.')
+    watch = Watch()
+    assert heal(model, TOKENS, PLAN, folder, SETTINGS, on_step=watch) == losses
+    assert watch.steps == [7, 8, 9, 10, 11, 12], "step 7 was not stored yet when it was stopped"
+    assert equal(model, whole)
+    # Stopped after the last step, before the model was stored: nothing is trained again.
+    again = fresh()
+    assert heal(again, TOKENS, PLAN, folder, SETTINGS, on_step=watch) == losses
+    assert len(watch.steps) == 6
+    assert equal(again, whole)
+
+
+@pytest.mark.parametrize("other", ["tokens", "plan", "settings", "kept", "dropped", "teacher", "positions"])
+def test_another_healing_starts_over(other, tmp_path, monkeypatch):
+    models, teacher = (fresh(), fresh()), fresh()
+    given = {"tokens": TOKENS, "plan": PLAN, "settings": SHORT, "teacher": teacher if other == "teacher" else None}
+    with pytest.raises(Stop):
+        heal(fresh(), folder=tmp_path / "work", on_step=stop_at(3), **given)
+    if other == "positions":
+        monkeypatch.setattr(healing, "POSITIONS", 0.5)
+    given |= {"tokens": {"tokens": TOKENS + 1 - 1 * (TOKENS == 96)}, "plan": {"plan": DropPlan((1,), (2,))},
+              "settings": {"settings": Healing(0.003, 4, seed=2)}}.get(other, {})  # fmt: skip
+    if other == "teacher":
+        teacher.model.norm.weight.data[0] += 1
+    for model in models:
+        if other == "kept":
+            model.model.norm.weight.data[0] += 1
+        if other == "dropped":  # it still determines what the teacher says
+            model.model.layers[2].mlp.up_proj.weight.data[0] += 1
+    watch = Watch()
+    losses = heal(models[0], folder=tmp_path / "work", on_step=watch, **given)
+    assert watch.steps == [1, 2, 3, 4]
+    assert losses == heal(models[1], folder=tmp_path / "fresh", **given)
+    assert equal(*models)
+
+
+def quantised(model):
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+
+
+def adapted(model):
+    import peft
+
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+
+
+def at_the_limit(model):
+    """Only a weight in the middle of the model has no room for a change."""
+    mlp = model.half().model.layers[1].mlp
+    mlp.gate_proj.weight.data[5] *= 1e-2
+    mlp.down_proj.weight.data[:, 5] = torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": TOKENS[:, :1]}, "A loss takes samples of at least 2 tokens"),
+        ({"tokens": TOKENS[:0]}, r"Expected token ids \(n_samples, seq_len\), found"),
+        ({"tokens": TOKENS + 90}, "but this model knows 0 to 96"),
+        ({"tokens": torch.zeros(1, 65, dtype=torch.long)}, "which knows 64 positions"),
+        ({"plan": DropPlan((3,))}, "holds layer 3, but this model has 3 layers"),
+        ({"plan": "attention"}, "Expected a drop plan"),
+        ({"plan": DropPlan((0, 1, 2), (0, 1, 2))}, "Nothing is left to heal: the plan drops all attention and MLPs"),
+        ({"settings": {"tokens": 8}}, "Expected settings, found"),
+        ({"change": quantised}, "The weight of 0.mlp.up_proj is quantised .torch.int8., so it cannot be trained"),
+        ({"change": adapted}, "The model has adapters of peft"),
+        ({"change": lambda model: model.lm_head.to("meta")}, "A model is healed on one device.* are on cpu, meta"),
+        ({"teacher": "a name"}, "Expected a model, found str"),
+        (
+            {"teacher": families.tiny("llama", vocab_size=99)},
+            "The teacher knows 99 tokens, but this model 97: no distributions",
+        ),
+        ({"teacher": families.tiny("llama", max_position_embeddings=8)}, "which knows 8 positions"),
+        ({"change": lambda model: model.lm_head.weight.data.fill_(torch.inf)}, "The loss of step 1 is not finite"),
+        ({"settings": Healing(1e30)}, "The loss of step 2 is not finite"),
+        (
+            {"change": at_the_limit, "settings": Healing(1000, 16)},
+            "healed 1.mlp.down_proj.weight is not finite in torch.float16",
+        ),
+    ],
+)
+def test_bad_input(given, message, tmp_path):
+    model = fresh()
+    if "change" in given:
+        given["change"](model)
+    before = state(model) if model.lm_head.weight.device.type == "cpu" else None
+    given = {"tokens": TOKENS, "plan": PLAN, "settings": SHORT} | {k: v for k, v in given.items() if k != "change"}
+    with pytest.raises(LLMDropError, match=message):
+        heal(model, folder=tmp_path / "work", **given)
+    if before:
+        assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": 8, "minutes": 2}, "The budget is 8 tokens and 2 minutes. Give one of them"),
+        ({"tokens": 0}, "The number of tokens must be 1 or more, but is 0"),
+        ({"tokens": 1e6}, "The number of tokens must be a whole number"),
+        ({"minutes": 0}, "The number of minutes must be a number above 0, but is 0"),
+        ({"minutes": "2"}, "The number of minutes must be a number above 0, but is '2'"),
+        ({"batch_size": 0}, "The batch size must be 1 or more"),
+        ({"learning_rate": float("nan")}, "The learning rate must be a number above 0, but is nan"),
+        ({"seed": 1 << 32}, "The seed must be below 2..32"),
+        ({"seed": 0.5}, "The seed must be a whole number"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(LLMDropError, match=message):
+        Healing(**settings)
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "tuning.json").write_text("{}")
+    with pytest.raises(LLMDropError, match="holds files that are not of a healing. Give the checkpoints a folder of their own"):
+        heal(fresh(), TOKENS, PLAN, tmp_path, SETTINGS)
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"recipe": 1', "\xff"])
+def test_a_damaged_note(text, tmp_path):
+    (tmp_path / "healing.json").write_bytes(text.encode("latin-1"))
+    assert len(heal(fresh(), TOKENS, PLAN, tmp_path, SHORT)) == 4
+
+
+@pytest.mark.parametrize("when", ["copies", "timing", "step"])
+def test_out_of_memory(when, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = fresh()
+    before = state(model)
+    target, name = {"copies": (healing._Distillation, "__init__"), "timing": (healing, "_steps_in"),
+                    "step": (healing._Distillation, "forward")}[when]  # fmt: skip
+    monkeypatch.setattr(target, name, full)
+    settings = dataclasses.replace(SHORT, minutes=1) if when == "timing" else SHORT
+    with pytest.raises(LLMDropError, match="Out of GPU memory with a batch of 4 samples of 13 tokens. Use a smaller batch"):
+        heal(model, TOKENS, PLAN, tmp_path / "work", settings)
+    assert_as_it_was(model, before)
