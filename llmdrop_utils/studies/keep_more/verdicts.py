@@ -35,7 +35,7 @@ def _less_lost(tables: Tables, way: str, others: tuple[str, ...]) -> Iterator[Fi
     rows = tables["regained"].query(f"way == '{way}' and layers == '{COSINE}'")
     for model, of_model in rows[rows["against"].isin(others)].groupby("model", sort=False):
         compared = [
-            Comparison(f"{r['n']} dropped, than {r['against']}", *triple(r, "difference"), above=0, form="+.3f")
+            Comparison(f"{r['n']} dropped, than {r['against']}", *triple(r, "difference", "difference_"), above=0, form="+.3f")
             for r in of_model.to_dict("records")
         ]
         yield Finding(str(model), f"nats per token less lost: {'; '.join(map(str, compared))}", compared)
