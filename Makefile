@@ -9,6 +9,8 @@ KIND ?= attention#  for make drop: attention, mlp, block or joint
 N ?=#             for make drop: how many layers
 KEEP ?=#          for make drop, instead of N: the share of next-token accuracy to keep, such as 0.98
 OUT ?= dropped#   for make drop: a new folder
+REPAIR ?=#        for make drop: REPAIR=1 refits what is kept, at no cost in inference
+HEAL ?=#          for make drop: distil the dense model into what is kept, for a time such as 10min or a number of tokens
 FORMAT ?= transformers#  for make drop: transformers, gguf, gguf-q4_k_m, vllm, mlx
 PYTHON ?= python3#  Python 3.11 or newer, to make .venv with
 
@@ -54,7 +56,7 @@ reference: env ## keep tables, figures and pages of a run as the reference, to b
 	$(LLMDROP) reference --profile "$(PROFILE)" --model "$(MODEL)"
 
 drop: env ## drop layers of MODEL, and write what is left: make drop MODEL=smollm2-135m N=8 OUT=dropped FORMAT="transformers gguf"
-	$(LLMDROP) drop "$(MODEL)" --kind "$(KIND)" $(if $(N),-n "$(N)") $(if $(KEEP),--keep "$(KEEP)") --to "$(OUT)" --format $(FORMAT)
+	$(LLMDROP) drop "$(MODEL)" --kind "$(KIND)" $(if $(N),-n "$(N)") $(if $(KEEP),--keep "$(KEEP)") $(if $(REPAIR),--repair) $(if $(HEAL),--heal "$(HEAL)") --to "$(OUT)" --format $(FORMAT)
 
 test: env ## run the tests (downloads the embedded model once)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     take.add_argument("--format", nargs="+", default=["transformers"], metavar="FORMAT",
                       help="transformers, gguf (or gguf-q8_0, gguf-q4_k_m, ...), vllm, mlx; default: transformers")  # fmt: skip
+    take.add_argument("--repair", action="store_true", help="refit what is kept, in closed form: no cost in inference")
+    take.add_argument("--heal", default=None, metavar="BUDGET", help="distil the dense model into what is kept: 10min, or a "
+                      "number of tokens")  # fmt: skip
     train = command("train", _train, "train a small series of checkpoints by its recipe in data/sources.yaml")
     train.add_argument("name", help="a trained series of data/sources.yaml")
     train.add_argument("--seed", type=int, default=0, help="of weights and order of text (default 0)")
@@ -118,11 +121,12 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _drop(options: argparse.Namespace) -> None:
-    from .export.take_away import take_away
+    from .export.take_away import healing_of, take_away
 
     called_from = os.environ.get("LLMDROP_CALLED_FROM")
     to = Path(called_from, options.to) if called_from else options.to
-    take_away(_given(options.model) or "", options.kind, to, options.n, options.keep, options.format)
+    healing = None if options.heal is None else healing_of(options.heal)
+    take_away(_given(options.model) or "", options.kind, to, options.n, options.keep, options.format, options.repair, healing)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -71,6 +71,7 @@ def _card(measured: Measured, this: str, parity: str) -> str:
         "\nLayers were ranked by importance, 1 − cosine of the input and output of each, on "
         f"{measured.calibration}, as in *What Matters in Transformers? Not All Attention is Needed* (arXiv:2406.15786). "
         f"{parity}\n",
+        *([f"{measured.mended}\n"] if measured.mended else []),
         "## Quality, beside the dense model\n",
         "| Text, held out | Next-token accuracy retained | Perplexity, relative |",
         "|---|---|---|",

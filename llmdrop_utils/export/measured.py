@@ -59,6 +59,7 @@ class Measured:
     tasks: Mapping[str, Task]
     speed: Mapping[str, tuple[float, float]]  # load -> speed-up, spread of the dropped model's times
     kv_bytes: tuple[int, int]  # that a token leaves in a 16-bit cache: dense, dropped
+    mended: str = ""  # how the kept weights were changed, as a sentence
 
 
 def held_out(tokenizer, corpus: str, skipped: int = 0) -> torch.LongTensor:
@@ -67,9 +68,16 @@ def held_out(tokenizer, corpus: str, skipped: int = 0) -> torch.LongTensor:
     return load_tokens(corpus, tokenizer, first + N_SAMPLES, SEQ_LEN)[first:]
 
 
-def text_left(model: nn.Module, tokens: torch.LongTensor, plans: Sequence[DropPlan]) -> list[Text]:
-    """What each plan leaves on these samples."""
-    scores = score_text(model, tokens, [DropPlan(), *plans])
+def text_left(
+    model: nn.Module, tokens: torch.LongTensor, plans: Sequence[DropPlan], dense: nn.Module | None = None
+) -> list[Text]:
+    """What each plan leaves on these samples. dense: what is compared with; None: the model itself, whole."""
+    if dense is None:
+        scores = score_text(model, tokens, [DropPlan(), *plans])
+    else:
+        whole, left = score_text(dense, tokens), score_text(model, tokens, plans)
+        nll, hits = (np.concatenate([getattr(each, name) for each in (whole, left)]) for name in ("nll", "hits"))
+        scores = TextScores(nll, hits, np.full_like(nll, np.nan))  # a divergence takes both in one model
     return [of_scores(scores, i) for i in range(1, len(plans) + 1)]
 
 
@@ -89,18 +97,22 @@ def of_scores(scores: TextScores, i: int) -> Text:
     )
 
 
-def tasks_left(model: nn.Module, tokenizer, plan: DropPlan) -> dict[str, Task]:
-    """The dense and the dropped model on `TASKS`."""
+def tasks_left(model: nn.Module, tokenizer, plan: DropPlan, dense: nn.Module | None = None) -> dict[str, Task]:
+    """The dense and the dropped model on `TASKS`; dense as in `text_left`."""
     left = {}
     for name in TASKS:
         members = load_task(name)
-        scores = score_task(model, tokenizer, members, [DropPlan(), plan], limit=N_DOCUMENTS)
+        if dense is None:
+            scores = score_task(model, tokenizer, members, [DropPlan(), plan], limit=N_DOCUMENTS)
+            found = [scores.summary(0), scores.summary(1)]
+        else:
+            scores = score_task(model, tokenizer, members, [plan], limit=N_DOCUMENTS)
+            whole = score_task(dense, tokenizer, members, [DropPlan()], limit=N_DOCUMENTS)
+            found = [whole.summary(0), scores.summary(0)]
         config = members[0].config
         (n_documents,) = {values.shape[1] for values in scores.metrics.values()}
-        left[name] = Task(
-            *(config.dataset_path, config.dataset_name, known_tasks()[name]["metric"], config.num_fewshot, n_documents),
-            *(scores.summary(i) for i in (0, 1)),
-        )
+        metric = known_tasks()[name]["metric"]
+        left[name] = Task(config.dataset_path, config.dataset_name, metric, config.num_fewshot, n_documents, *found)
     return left
 
 

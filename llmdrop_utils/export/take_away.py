@@ -1,5 +1,9 @@
 """From the name of a model to folders that other programs serve: scores, plan, exports through their gates, cards."""
 
+import copy
+import dataclasses
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +12,8 @@ from torch import nn
 
 from ..base.errors import LLMDropError
 from ..base.files import building
+from ..derive.healing import Healing, heal
+from ..derive.repair import repair
 from ..dropping.plan import DropPlan
 from ..measure.importance import Importance, measure_importance
 from ..models.config import read_settings
@@ -27,6 +33,7 @@ from .gguf import check_supported as check_gguf
 from .measured import CORPORA, N_DOCUMENTS, N_SAMPLES, SEQ_LEN, Measured, cached, held_out, speed_ups, tasks_left, text_left
 
 CORPUS, N_CALIBRATION, LENGTH = "web", 32, 512
+N_HEALING = 128  # samples of each corpus; read again if the budget is larger
 AT_ONCE = 4  # plans that are scored together while the largest number is looked for
 FORMATS = ("transformers", *SERVERS, "gguf", *(f"gguf-{kind.lower()}" for kind in (*KINDS, *llamacpp.FTYPES)))
 
@@ -38,6 +45,8 @@ def take_away(
     n_drop: int | None = None,
     keep: float | None = None,
     formats: Sequence[str] = ("transformers",),
+    repaired: bool = False,
+    healing: Healing | None = None,
 ) -> DropPlan:
     """Drop the most redundant layers of a model, and write what is left for other programs, each with a card.
 
@@ -49,6 +58,8 @@ def take_away(
     n_drop: how many. keep: instead, drop as many as keep this share of the dense model's next-token accuracy, by the lower end
         of the 95 % interval on held-out text.
     formats: of `FORMATS`; "gguf" is "gguf-f16".
+    repaired: refit what is kept in closed form, on text of all `CORPORA`. healing: distil the dense model into it (after a
+        repair, if both are asked for), on other text of these. What is written has the base's shape and other weights.
 
     Returns the plan. Raises LLMDropError for what a format cannot hold, before anything is measured where that is known then.
     """
@@ -71,9 +82,16 @@ def take_away(
     print(f"dropped: attention {list(plan.attention)}, MLP {list(plan.mlp)}", flush=True)
     _check_formats(model, plan, formats)
     command = f"llmdrop drop {name} --kind {kind} {f'-n {n_drop}' if keep is None else f'--keep {keep:g}'}"
+    command += " --repair" * repaired + ("" if healing is None else f" --heal {budget_of(healing)}")
+    dense = copy.deepcopy(model) if repaired or healing else None
+    mended = ""
+    if dense is not None:
+        mended = mend(model, dense, tokenizer, plan, repaired, healing)
+        model.llmdrop_identity, plan = None, dataclasses.replace(plan, model=None)  # its weights are those of no known model
     with building(to) as folder:
         checked = {one: _export(one, model, tokenizer, plan, located, folder) for one in formats}
-        measured = _measure(model, tokenizer, plan, located, f"{command} --to {to.name} --format {' '.join(formats)}")
+        command += f" --to {to.name} --format {' '.join(formats)}"
+        measured = _measure(model, dense, tokenizer, plan, located, command, mended)
         for one, (path, parity) in checked.items():
             write_card(path, measured, WHAT[_family(one)].format(kind=one.upper()), parity)
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -83,6 +101,46 @@ def take_away(
             lock.unlink()
     print(f"kept in {to}")
     return plan
+
+
+def mend(model: nn.Module, dense: nn.Module, tokenizer, plan: DropPlan, repaired: bool, healing: Healing | None) -> str:
+    """Repair and heal the model in place; says what was done. dense: a copy of the model as it is."""
+    told = []
+    if repaired:
+        tokens = _mixed(tokenizer, 0, N_CALIBRATION)
+        print(f"repair: {tokens.numel():,} tokens of {len(CORPORA)} corpora", flush=True)
+        repair(model, tokens, plan)
+        told.append(f"refitted in closed form on {tokens.numel():,} tokens of {len(CORPORA)} corpora")
+    if healing:
+        first = N_CALIBRATION + -(-N_SAMPLES * SEQ_LEN // LENGTH) + 1  # after what quality is measured on
+        text = _mixed(tokenizer, first, N_HEALING)
+        print(f"healing: {budget_of(healing)}, of {text.numel():,} tokens of other text", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            losses = heal(model, text, plan, folder, healing, teacher=dense)
+        read = len(losses) * healing.batch_size * LENGTH
+        told.append(f"healed by distillation from the dense model, reading {read:,} tokens of other text of these")
+    return f"The weights that are kept were {', then '.join(told)}."
+
+
+def _mixed(tokenizer, first: int, n_samples: int) -> torch.LongTensor:
+    """Samples of each corpus from the `first` one on, in turns."""
+    blocks = [load_tokens(corpus, tokenizer, first + n_samples, LENGTH)[first:] for corpus in CORPORA]
+    return torch.stack(blocks, 1).flatten(0, 1)
+
+
+def healing_of(budget: str) -> Healing:
+    """What "10min" or a number of tokens asks for. Raises LLMDropError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min)?", budget.strip())
+    if not found or (not found[2] and "." in found[1]):
+        raise LLMDropError(
+            f"Healing takes a number of minutes or of tokens, such as 10min or 200000, but was given {budget!r}."
+        )
+    return Healing(minutes=float(found[1])) if found[2] else Healing(tokens=int(found[1]))
+
+
+def budget_of(healing: Healing) -> str:
+    """The inverse of `healing_of`."""
+    return f"{healing.minutes:g}min" if healing.minutes else f"{healing.tokens}"
 
 
 def most_that_keep(model: nn.Module, tokenizer, scores: Importance, kind: str, keep: float) -> DropPlan:
@@ -134,7 +192,7 @@ WHAT = {
 
 def _export(one: str, model: nn.Module, tokenizer, plan: DropPlan, located: LocatedModel, folder: Path) -> tuple[Path, str]:
     """Write one format through its gate; returns its folder, and how it was checked."""
-    path, as_zeroed = folder / one, "the dense model with the terms of these layers set to zero"
+    path, as_zeroed = folder / one, "the same model with the terms of these layers set to zero"
     if one == "transformers":
         stored = read_settings(located.name, located.folder)
         dtype = (DTYPES | {"float16": torch.float16}).get(stored.get("dtype") or stored.get("torch_dtype"), torch.float32)
@@ -158,12 +216,21 @@ def _logits(model: nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
     return [model(torch.tensor([prompt], device=model.device)).logits[0, -1].float().cpu() for prompt in prompts]
 
 
-def _measure(model: nn.Module, tokenizer, plan: DropPlan, located: LocatedModel, command: str) -> Measured:
+def _measure(
+    model: nn.Module,
+    dense: nn.Module | None,
+    tokenizer,
+    plan: DropPlan,
+    located: LocatedModel,
+    command: str,
+    mended: str,
+) -> Measured:
     print(
         f"quality on {len(CORPORA)} x {N_SAMPLES} x {SEQ_LEN} tokens and {N_DOCUMENTS} documents of each task, speed",
         flush=True,
     )
-    skipped = {CORPUS: N_CALIBRATION * LENGTH}
+    used = N_CALIBRATION * LENGTH
+    skipped = {CORPUS: used} if dense is None else dict.fromkeys(CORPORA, used)
     known = catalogue()["models"].get(located.name, {})
     return Measured(
         base=located.name,
@@ -173,8 +240,12 @@ def _measure(model: nn.Module, tokenizer, plan: DropPlan, located: LocatedModel,
         calibration=f"{N_CALIBRATION} samples of {LENGTH} tokens of the corpus {CORPUS}",
         held_out=f"{N_SAMPLES} samples of {SEQ_LEN} tokens of each corpus, in float32.",
         command=command,
-        text={corpus: text_left(model, held_out(tokenizer, corpus, skipped.get(corpus, 0)), [plan])[0] for corpus in CORPORA},
-        tasks=tasks_left(model, tokenizer, plan),
+        text={
+            corpus: text_left(model, held_out(tokenizer, corpus, skipped.get(corpus, 0)), [plan], dense)[0]
+            for corpus in CORPORA
+        },
+        tasks=tasks_left(model, tokenizer, plan, dense),
         speed=speed_ups(model, plan),
         kv_bytes=cached(model, plan),
+        mended=mended,
     )

@@ -219,10 +219,10 @@ def default_dtype() -> torch.dtype:
         if name not in DTYPES:
             raise LLMDropError(f"LLMDROP_DTYPE is {name!r}, but must be one of: {', '.join(DTYPES)}.")
         return DTYPES[name]
-    return torch.bfloat16 if torch.cuda.is_available() or multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_available() or _multiplies_bfloat16() else torch.float32
 
 
-def multiplies_bfloat16() -> bool:
+def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -250,7 +250,7 @@ class _Float32Products(nn.Linear):
 
 def _speed_up_bfloat16(model: nn.Module) -> None:
     """Let plain linear layers form products in float32, where the processor has no instructions for bfloat16."""
-    if multiplies_bfloat16():
+    if _multiplies_bfloat16():
         return
     for module in model.modules():
         is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter  # quantised weights multiply by themselves

@@ -82,6 +82,16 @@ def test_streaming_equals_the_whole():
     np.testing.assert_allclose(many.matrix.numpy(), one.matrix.numpy(), rtol=1e-12)
 
 
+def test_sums_of_bfloat16_are_those_of_float64():
+    x = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x[:, :2] *= 300  # a few channels are far larger than all others
+    moments, before = Moments(), torch.backends.mkldnn.matmul.fp32_precision
+    moments.add(x, x[:, :3].float())
+    torch.testing.assert_close(moments.fitted.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
+    assert torch.linalg.eigvalsh(moments.fitted.xx).min() > 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 def test_held_out_text_tells_the_ridge_and_what_is_explained():
     # Few more tokens than inputs are fitted on: without a ridge noise is fitted.
     all_x, all_e = draw(4030, 20, 4)

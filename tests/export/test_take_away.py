@@ -8,9 +8,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from llmdrop_utils import DropPlan, cli, load_model
+from llmdrop_utils import DropPlan, cli, load_dropped, load_model, score_text
 from llmdrop_utils.export import measured, take_away
-from llmdrop_utils.export.measured import Text, of_scores
+from llmdrop_utils.export.measured import Text, held_out, of_scores
 from llmdrop_utils.measure.text import TextScores
 
 
@@ -70,6 +70,40 @@ def test_two_formats(small, tmp_path, capsys):
     assert "gguf-q8_0: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("asked", "told"), [
+    (["--repair"], "refitted in closed form on 1,024 tokens of 1 corpora."),
+    (["--heal", "256"], "healed by distillation from the dense model, reading 256 tokens of other text of these."),
+    (["--repair", "--heal", "0.01 min"], "refitted in closed form on 1,024 tokens of 1 corpora, then healed"),
+])  # fmt: skip
+def test_what_is_kept_makes_up_for_it(small, tmp_path, monkeypatch, asked, told):
+    """The checkpoint has other weights, is compared with the dense model, and is not taken for the base."""
+    monkeypatch.setattr(take_away, "N_CALIBRATION", 32)
+    monkeypatch.setattr(take_away, "N_HEALING", 8)
+    to = tmp_path / "out"
+    assert cli.main(command(to, "-n", "2", *asked)) == 0
+    loaded, tokenizer = load_dropped(to / "transformers")
+    dense, _ = load_model("tiny-llama")
+    kept = {name: weight for name, weight in loaded.state_dict().items() if "layers" in name}
+    assert any(not torch.equal(weight, dense.state_dict()[name].to(weight.dtype)) for name, weight in kept.items())
+    assert loaded.llmdrop_identity != dense.llmdrop_identity
+    card = (to / "transformers" / "README.md").read_text()
+    assert f"The weights that are kept were {told}" in card
+    assert " ".join(asked).replace("0.01 min", "0.01min") in card
+    tokens = held_out(tokenizer, "random-words", 32 * 32)
+    ours, whole = (score_text(each, tokens).nll[0].mean() for each in (loaded, dense))
+    record = json.loads((to / "transformers" / "results.json").read_text())
+    value, low, high = record["text"]["random-words"]["relative_perplexity"]
+    assert value == pytest.approx(np.exp(ours - whole), rel=1e-3)
+    assert low <= value <= high
+
+
+@pytest.mark.parametrize("budget", ["ten", "-5", "0.5", "10min later", "1e6", ""])
+def test_budgets_that_are_none(small, tmp_path, capsys, budget):
+    assert cli.main(command(tmp_path / "out", "-n", "1", f"--heal={budget}")) == 1
+    assert "Healing takes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_checkpoint_has_the_dtype_of_the_base(small, tmp_path):
     model, tokenizer = load_model("tiny-llama", torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
@@ -82,7 +116,7 @@ def test_as_many_as_keep_the_accuracy(small, tmp_path, monkeypatch, capsys):
     """Of plans that retain 99, 98.5, 97 and 99.5 %, less half a point below, the largest before the first that fails."""
     middles = {1: 0.99, 2: 0.985, 3: 0.97, 4: 0.995, 5: 0.9}
 
-    def left(model, tokens, plans):
+    def left(model, tokens, plans, dense=None):
         return [Text((m, m - 0.005, 1.0), (1.0, 1.0, 1.0)) for m in (middles[max(plan.n_drop, 1)] for plan in plans)]
 
     monkeypatch.setattr(take_away, "text_left", left)

@@ -11,7 +11,7 @@ from llmdrop_utils.studies.profile import load_profile
 
 def test_products_in_float32_are_rounded_once(monkeypatch):
     """1 + 2^-8 - 1 is lost if the sum is rounded to bfloat16 on the way: 1 + 2^-8 becomes 1."""
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda: False)
     layer = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
     layer.weight.data[:] = torch.tensor([1.0, 2.0**-8, -1.0])
     model = nn.Sequential(layer)
@@ -22,7 +22,7 @@ def test_products_in_float32_are_rounded_once(monkeypatch):
 
 
 def test_with_a_bias_and_many_numbers(monkeypatch):
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
     layer = nn.Linear(64, 32).to(torch.bfloat16)
     x = torch.randn(5, 7, 64).to(torch.bfloat16)
@@ -37,11 +37,11 @@ def test_with_a_bias_and_many_numbers(monkeypatch):
 
 
 def test_other_layers_and_other_processors_are_left_alone(monkeypatch):
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda: False)
     in_float32 = nn.Sequential(nn.Linear(2, 2))
     load._speed_up_bfloat16(in_float32)
     assert type(in_float32[0]) is nn.Linear
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda: True)
     in_bfloat16 = nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16))
     load._speed_up_bfloat16(in_bfloat16)
     assert type(in_bfloat16[0]) is nn.Linear
@@ -49,7 +49,7 @@ def test_other_layers_and_other_processors_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_environment_chooses(monkeypatch, fast):
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda: fast)
     monkeypatch.delenv("LLMDROP_DTYPE", raising=False)
     if not torch.cuda.is_available():
         assert load.default_dtype() == (torch.bfloat16 if fast else torch.float32)
