@@ -143,6 +143,22 @@ def breaks() -> list[str]:
     ]
 
 
+def mended() -> list[str]:
+    """What repair and healing regain without 8 and 12 attention layers, chosen by cosine."""
+    found = {way: [row("10_keep_more/regained", layers="cosine", way=way, against="plain", n=n) for n in (8, 12)]
+             for way in ("repair", "healing", "repair, healing")}  # fmt: skip
+    made = table("10_keep_more/made").query("layers == 'cosine'").set_index("way")["tokens"]
+    percent = lambda way, i: f"{100 * found[way][i]['regained']:.0f} %"  # noqa: E731
+    ends = [span(each, scale=100, form=".0f") for each in found["repair"]]
+    assert not table("10_keep_more/made").query("way == 'repair'")["parameters"].any()
+    return [
+        f"Refitted in closed form on {only(made['repair']):,} tokens, at no cost in inference, the kept weights regain "
+        f"{percent('repair', 0)} {ends[0]} of what text loses without 8 attention layers, and {percent('repair', 1)} {ends[1]} "
+        f"without 12; distilling the dense model into them over {only(made['healing']):,} tokens {percent('healing', 0)} and "
+        f"{percent('healing', 1)}, after a repair {percent('repair, healing', 0)} and {percent('repair, healing', 1)}.",
+    ]
+
+
 def limits() -> list[str]:
     tasks = table("02_drop_curves/tasks")
     dense, attention, mlp = (

@@ -31,6 +31,7 @@ TOLD = {
             *say.on_gpu(),
             *say.methods(),
             *say.breaks(),
+            *say.mended(),
             *say.ladder(),
         ],
         (

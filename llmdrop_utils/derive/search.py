@@ -8,6 +8,7 @@ that is left on other samples. The weights refitted for the best candidate stay,
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,8 +73,7 @@ def select_with_repair(
         while len(chosen) < n_drop:
             nearest = sorted(sorted(last), key=last.__getitem__)[: len(last) if not chosen else candidates]
             last |= search.costs(tuple(chosen), sorted(nearest))
-            best = min(nearest, key=last.__getitem__)
-            search.keep(best)
+            best = search.keep_best()
             chosen.append(best)
             on_step(best, last.pop(best))
     return dataclasses.replace(
@@ -94,12 +94,12 @@ class _Search:
         self.texts = tokens[judged].to(input_device(model)).split(1)
         self.blocks = [layer.block for layer in find_anatomy(self.model).layers]
         self.reference = [layer.block for layer in find_anatomy(model).layers]
-        self.refitted: dict[int, dict[int, dict]] = {}  # candidate -> layer -> its weights
+        self.best: tuple[float, int, dict[int, dict]] | None = None  # what is left, of which candidate; layer -> its weights
 
     def costs(self, chosen: tuple[int, ...], candidates: Sequence[int]) -> dict[int, float]:
         """What is left of the divergence after each candidate is dropped beside those chosen, and refitted: nats per token."""
         found: dict[int, float] = {}
-        self.refitted = {}
+        self.best = None
         now, streams = self._repairing(chosen), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
         for index in range(len(self.blocks)):
             for layer in (layer for layer in candidates if max(0, layer - BEFORE) == index):
@@ -108,10 +108,13 @@ class _Search:
             now.go_on_dropped(index, streams.judged)
         return found
 
-    def keep(self, layer: int) -> None:
-        """From now on this layer is dropped, with what was refitted for it."""
-        for index, weights in self.refitted[layer].items():
+    def keep_best(self) -> int:
+        """From now on the candidate of which least was left is dropped, with what was refitted for it; returns its layer."""
+        assert self.best is not None
+        _, layer, refitted = self.best
+        for index, weights in refitted.items():
             self.blocks[index].load_state_dict(weights)
+        return layer
 
     def _cost(self, layers: tuple[int, ...], streams: "_Streams") -> float:
         layer = layers[-1]
@@ -122,11 +125,15 @@ class _Search:
             for index in window:
                 trial.refit(index, streams.dense, streams.dropped)
                 trial.go_on_dropped(index, streams.judged)
-            self.refitted[layer] = {index: _weights(self.blocks[index]) for index in window}
             with skipping(self.model, trial.plan):
                 pairs = zip(self.texts, streams.judged, strict=True)
                 logits = (_continued(self.model, text, stream, window.stop) for text, stream in pairs)
-                return float(sum(map(_divergence, self._dense_logits(), logits)) / sum(text.numel() for text in self.texts))
+                left = float(sum(map(_divergence, self._dense_logits(), logits)) / sum(text.numel() for text in self.texts))
+            if not math.isfinite(left):
+                raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
+            if self.best is None or left < self.best[0]:  # the weights of one candidate alone are held
+                self.best = left, layer, {index: _weights(self.blocks[index]) for index in window}
+            return left
         finally:
             for index, weights in before.items():
                 self.blocks[index].load_state_dict(weights)

@@ -93,7 +93,7 @@ def test_what_is_kept_makes_up_for_it(small, tmp_path, monkeypatch, asked, told)
     ours, whole = (score_text(each, tokens).nll[0].mean() for each in (loaded, dense))
     record = json.loads((to / "transformers" / "results.json").read_text())
     value, low, high = record["text"]["random-words"]["relative_perplexity"]
-    assert value == pytest.approx(np.exp(ours - whole), rel=1e-3)
+    assert value == pytest.approx(np.exp(ours - whole), rel=0.01)  # measured in float32, stored in the dtype of the base
     assert low <= value <= high
 
 
