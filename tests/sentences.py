@@ -88,16 +88,12 @@ def speed() -> list[str]:
 
 
 def served() -> list[str]:
-    """Files in 16 bits without 8 and 15 attention layers, in llama.cpp; their sizes are those of what is dropped."""
-    files = [row("09_take_away/files", file="GGUF F16", n=n) for n in (8, 15)]
-    assert all(f["saved_bytes"] + f["stand_in_bytes"] == f["dropped_bytes"] for f in files)
-    smaller = [f"{100 * (1 - f['file_bytes'] / f['dense_file_bytes']):.0f} %" for f in files]
+    """Files in 16 bits without 8 and 15 attention layers, in llama.cpp."""
     ends = {"low": "speedup_low", "high": "speedup_high", "form": ".2f"}
     timed = {what: [row("09_take_away/speed", runtime="llama.cpp F16", what=what, context=2048, n=n) for n in (8, 15)]
              for what in ("prefill", "decode")}  # fmt: skip
     told = {what: [f"{found['speedup']:.2f} {span(found, **ends)}" for found in of] for what, of in timed.items()}
     return [
-        f"GGUF files in 16 bits are {smaller[0]} and {smaller[1]} smaller; their tensors shrink by exactly the bytes dropped.",
         f"llama.cpp reads 2,048 tokens {told['prefill'][0]} and {told['prefill'][1]} times as fast, and generates after them "
         f"{told['decode'][0]} and {told['decode'][1]} times as fast.",
     ]

@@ -140,7 +140,7 @@ def test_minutes_are_near_the_reference_run(network):
     """The first release took 25 minutes in bfloat16: 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07.
 
     Since then notebook 05 also times whole generations, and nothing twice: about 2 minutes more. Tasks have fewer documents.
-    Notebook 09 took 9 minutes with torch in float32, some of whose times notebook 05 had taken.
+    Notebook 09 took 9 minutes with torch in float32, some of whose times notebook 05 had taken. Notebook 10 took TENMIN.
     """
     report = forecast(load_profile("cpu"))
     taken = minutes(report)
@@ -148,7 +148,8 @@ def test_minutes_are_near_the_reference_run(network):
     assert 9 <= taken["05"] + taken["06"] <= 11
     assert 7 <= taken["09"] <= 11
     assert 3 <= taken["04"] <= 8
-    assert 38 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 48
+    assert 30 <= taken["10"] <= 50
+    assert 75 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 98
     assert "rates measured on 2 threads of an AMD EPYC" in report
 
 

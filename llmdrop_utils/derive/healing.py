@@ -125,8 +125,8 @@ def heal(
     model: the whole model, on one device, not quantised. Trained weights are held in float32, or in float64 if they are, and
         are rounded to their own dtype for each forward pass and at the end, so what is trained is what is measured later. A
         model in float16 computes in float32 meanwhile. Each trained weight takes 16 bytes beside the model.
-    tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, distributions are compared where they predict a
-        token of the sample: at seq_len - 1 positions.
+    tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, the last position of a sample does not count.
+        Of the others, each step compares distributions at a share that is drawn for it, the same in all its samples.
     plan: what is dropped. Its maps stay as they are.
     folder: for checkpoints, of its own; two fit in at a time, of 12 bytes for each trained weight. If it holds a checkpoint of
         the same healing of the same weights, that is resumed, to the same result as without an interruption, in as many steps;

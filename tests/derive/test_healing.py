@@ -33,6 +33,12 @@ KEPT |= {f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1, 2)} 
 KEPT |= {f"model.layers.{layer}.post_attention_layernorm.weight" for layer in (0, 1)}
 
 
+@pytest.fixture(autouse=True)
+def all_positions(monkeypatch):
+    """Compared in each step, as `score_text` does."""
+    monkeypatch.setattr(healing, "POSITIONS", 1.0)
+
+
 @functools.cache
 def pristine(name):
     return families.tiny(name)
@@ -458,10 +464,10 @@ def test_a_stopped_healing_goes_on(tmp_path):
     assert equal(again, whole)
 
 
-@pytest.mark.parametrize("other", ["tokens", "plan", "settings", "kept", "dropped", "teacher", "positions"])
+@pytest.mark.parametrize("other", ["tokens", "plan", "settings", "kept", "dropped", "teacher", "student", "positions"])
 def test_another_healing_starts_over(other, tmp_path, monkeypatch):
     models, teacher = (fresh(), fresh()), fresh()
-    given = {"tokens": TOKENS, "plan": PLAN, "settings": SHORT, "teacher": teacher if other == "teacher" else None}
+    given = {"tokens": TOKENS, "plan": PLAN, "settings": SHORT, "teacher": teacher if other in ("teacher", "student") else None}
     with pytest.raises(Stop):
         heal(fresh(), folder=tmp_path / "work", on_step=stop_at(3), **given)
     if other == "positions":
@@ -471,7 +477,7 @@ def test_another_healing_starts_over(other, tmp_path, monkeypatch):
     if other == "teacher":
         teacher.model.norm.weight.data[0] += 1
     for model in models:
-        if other == "kept":
+        if other in ("kept", "student"):
             model.model.norm.weight.data[0] += 1
         if other == "dropped":  # it still determines what the teacher says
             model.model.layers[2].mlp.up_proj.weight.data[0] += 1
