@@ -140,7 +140,8 @@ def test_minutes_are_near_the_reference_run(network):
     """The first release took 25 minutes in bfloat16: 2, 9 and 2 for 01 to 03, 8 for 05 and 06, 5 for 07.
 
     Since then notebook 05 also times whole generations, and nothing twice: about 2 minutes more. Tasks have fewer documents.
-    Notebook 09 took 9 minutes with torch in float32, some of whose times notebook 05 had taken. Notebook 10 took TENMIN.
+    Notebook 09 took 9 minutes with torch in float32, some of whose times notebook 05 had taken. Notebook 10
+    took 13 minutes, and its search 17 more beside other jobs.
     """
     report = forecast(load_profile("cpu"))
     taken = minutes(report)
@@ -148,8 +149,8 @@ def test_minutes_are_near_the_reference_run(network):
     assert 9 <= taken["05"] + taken["06"] <= 11
     assert 7 <= taken["09"] <= 11
     assert 3 <= taken["04"] <= 8
-    assert 30 <= taken["10"] <= 50
-    assert 75 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 98
+    assert 25 <= taken["10"] <= 35
+    assert 66 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 80
     assert "rates measured on 2 threads of an AMD EPYC" in report
 
 
@@ -163,7 +164,7 @@ def test_gpu_from_descriptions_alone(gpu_hub):
     assert row(report, "model", "llama-2-70b")[2:] == ["01 02 03 04 05 06 08 10 11", "138 GB", "138 GB", "hub", "gated"]
     assert row(report, "model", "mistral-7b-v0.1")[3:] == ["14.5 GB", "14.5 GB", "hub", "open"]
     assert row(report, "text", "lima")[3:] == ["40.0 MB", "40.0 MB", "hub", "gated"]
-    assert row(report, "text", "c4")[2] == "01 02 03 04 05 07 08 11"
+    assert row(report, "text", "c4")[2] == "01 02 03 04 05 07 08 10 11"
     assert row(report, "tasks", "boolq")[3:] == ["1.0 kB", "1.0 kB", "hub", "open"]
     assert row(report, "series", "pythia-160m")[2:5] == ["07", "5.1 GB", "5.1 GB"]  # 17 checkpoints of 300 MB
     assert row(section(report, "DISK"), "pythia-160m")[1:] == ["300 MB", "one checkpoint at a time"]

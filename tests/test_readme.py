@@ -42,7 +42,6 @@ TOLD = {
             "95 %",
             "135M to 1.5B",
             "bfloat16",
-            "8,192 tokens",
         ),
     ),
     "claims": (CLAIMS.split("| Claim")[0], say.longer_training, ()),

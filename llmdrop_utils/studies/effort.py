@@ -146,8 +146,10 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
         files = (4 - device.bytes_per_number + 2 * (1 + len(profile["take_away"]["n_drop"]))) * shape.parameters
     if "08" in notebooks and "changes" in profile:  # a changed copy is timed beside the model
         files = max(files, device.bytes_per_number * shape.parameters)
-    if "10" in notebooks and "keep_more" in profile:  # a copy of the model, or trained weights in float32 with their gradients
-        files = max(files, (16 + 2 * device.bytes_per_number) * shape.parameters)
+    if "10" in notebooks and "keep_more" in profile:  # a copy of the model; trained weights take 16 bytes each beside it
+        ways = [*profile["keep_more"]["ways"], *(profile["keep_more"]["searched"] or [])]
+        trained = 16 * any("healing" in way for way in ways)
+        files = max(files, (device.bytes_per_number + trained) * shape.parameters)
     if "07" in notebooks:
         tokens = max(tokens, profile["stages"]["seq_len"] * profile["stages"].get("batch_size", 4))
         scored = max(scored, 3072)

@@ -8,7 +8,7 @@ import seaborn as sns
 from ...report.style import WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 from .rows import CHOICES, ERROR, MEAN
-from .study import COSINE
+from .study import COSINE, SEARCH
 from .work import HEALING, PLAIN, REPAIR, REPAIR_HEALING
 
 MARKS = {COSINE: "o"}  # layers chosen by the search are squares
@@ -66,8 +66,8 @@ def figS32_keep_more(tables: Tables) -> Drawing:
 @figure("10_keep_more")
 def figS33_other_measures(tables: Tables) -> Drawing:
     """Right choices, calibration error, what is copied from the context, and tokens of the dense model's own continuations that
-    stay the most probable. Layers chosen by cosine. Bars: 95 % intervals; line: dense model."""
-    data = tables["quality"].loc[lambda rows: rows["measure"].isin(OTHERS) & rows["layers"].isin(["dense", COSINE])]
+    stay the most probable. Bars: 95 % intervals; line: dense model."""
+    data = tables["quality"].loc[lambda rows: rows["measure"].isin(OTHERS)]
     models, measures = list(data["model"].unique()), [each for each in OTHERS if each in set(data["measure"])]
     if not measures:
         return nothing_to_show("Nothing else was measured", data)
@@ -77,11 +77,11 @@ def figS33_other_measures(tables: Tables) -> Drawing:
     for line, model in zip(axes, models, strict=True):
         for ax, measure in zip(line, measures, strict=True):
             of_panel = data[(data["model"] == model) & (data["measure"] == measure)]
-            for i, (n, rows) in enumerate(of_panel[of_panel["n"] > 0].groupby("n")):
+            for i, ((layers, n), rows) in enumerate(of_panel[of_panel["n"] > 0].groupby(["layers", "n"])):
                 places = [ways.index(way) + 0.3 * i - 0.15 for way in rows["way"]]
                 error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
-                ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker="oD^s"[i % 4], capsize=1.5, markersize=4,
-                            color=sns.color_palette("colorblind")[i], label=f"{n} dropped")  # fmt: skip
+                ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker="osD^"[i % 4], capsize=1.5, markersize=4,
+                            color=sns.color_palette("colorblind")[i], label=f"{n} dropped, layers by {layers}")  # fmt: skip
             ax.axvline(of_panel[of_panel["n"] == 0]["value"].iloc[0], color="0.6", linewidth=0.8)
             ax.set(title=measure.capitalize())
             ax.set_yticks(range(len(ways)), ways)
@@ -92,9 +92,12 @@ def figS33_other_measures(tables: Tables) -> Drawing:
         n = rows["n"].max()
         told = []
         for measure in measures:
-            of = rows[rows["measure"] == measure].set_index(["way", "n"])["value"]
-            parts = [f"{way} {of[way, n]:.0%}" for way in (PLAIN, REPAIR, REPAIR_HEALING) if (way, n) in of.index]
-            told.append(f"{measure}: dense {of[PLAIN, 0]:.0%}, {', '.join(parts)}")
-        return f"Without {n} attention layers. {'; '.join(told)}.".replace("%", " %")
+            of = rows[rows["measure"] == measure].set_index(["layers", "way", "n"])["value"]
+            shown = {way: (COSINE, way, n) for way in (PLAIN, REPAIR, REPAIR_HEALING)} | {
+                f"{REPAIR} of searched layers": (SEARCH, REPAIR, n)
+            }
+            parts = [f"{name} {of[key]:.0%}" for name, key in shown.items() if key in of.index]
+            told.append(f"{measure}: dense {of['dense', PLAIN, 0]:.0%}, {', '.join(parts)}")
+        return f"Without {n} attention layers, chosen by cosine. {'; '.join(told)}.".replace("%", " %")
 
     return Drawing(fig, data, for_each_model(data, sentence))
