@@ -115,6 +115,8 @@ def repair(
         raise LLMDropError("A repair takes 2 samples at least: one to fit on, and one that is held out. Give more samples.")
     if {*range(len(anatomy))} <= {*plan.attention} & {*plan.mlp}:
         raise LLMDropError("Nothing is kept that could be refitted. Use a plan that drops less.")
+    if reference is model:  # it is about to change
+        reference = None
     _check_alike(model, reference)
     first = 0 if reference is not None else _first_changed(model, plan)
     chosen = [index for index in (range(len(anatomy)) if layers is None else sorted(layers)) if index >= first]

@@ -188,6 +188,13 @@ def test_an_infinite_ridge_changes_nothing():
         torch.testing.assert_close(parameter, dense.get_parameter(name), rtol=0, atol=1e-9)
 
 
+def test_the_model_itself_as_reference_is_the_model_as_it_was():
+    one, other = fresh(), fresh()
+    repair(one, TOKENS, PLAN)
+    repair(other, TOKENS, PLAN, reference=other)
+    assert not changed(one, other)
+
+
 def test_layers_before_the_first_dropped_one_stay():
     model, dense = fresh(), pristine("llama")
     repair(model, TOKENS, DropPlan(attention=(2,)))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from llmdrop_utils import DropPlan, dropped, score_text
+from llmdrop_utils import DropPlan, LLMDropError, dropped, score_text
 from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.derive.repair import repair
 from llmdrop_utils.models.locate import LocatedModel
@@ -25,7 +25,7 @@ from llmdrop_utils.studies.keep_more.rows import (
     quality_rows,
     regained_rows,
 )
-from llmdrop_utils.studies.keep_more.work import MAPS, PLAIN, REPAIR, WAYS, MadeWork
+from llmdrop_utils.studies.keep_more.work import FOLD, MAPS, PLAIN, REPAIR, RESCALED, WAYS, MadeWork, obstacles
 from llmdrop_utils.studies.what_breaks.work import ConfidenceWork, ProbeWork
 from llmdrop_utils.studies.work import TextWork
 
@@ -166,6 +166,18 @@ def test_an_error_leaves_the_dense_model():
     with pytest.raises(Exception, match="seq_len >= 2"):
         made(REPAIR, PLAN, item).measure(model, None, lambda n: None)
     assert all(torch.equal(p, before.get_parameter(name)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_ways_that_a_structure_does_not_allow_are_known_before(name):
+    """What is said of the structure is what the way itself says of the model."""
+    model, known = families.tiny(name), obstacles(families.tiny(name))
+    for way in (FOLD, RESCALED):
+        if way in known:
+            with pytest.raises(LLMDropError):
+                made(way, DropPlan((1, 2)), text("web")).measure(model, None, lambda n: None)
+        else:
+            made(way, DropPlan((1, 2)), text("web")).measure(model, None, lambda n: None)
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------------

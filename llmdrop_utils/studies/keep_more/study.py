@@ -10,7 +10,7 @@ from ...base.settings import Counts, Names, Positive, PositiveNumber, Settings
 from ...derive.healing import Healing
 from ...dropping.plan import DropPlan
 from ...measure.importance import Importance
-from ...models.load import load_tokenizer
+from ...models.load import load_tokenizer, model_of_shape
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import select
 from ...sources.probes import copy_probes
@@ -22,7 +22,7 @@ from ..speedup.loads import n_layers_of
 from ..what_breaks.work import ConfidenceWork, GenerationWork, ProbeWork
 from ..work import DENSE, ImportanceWork, Work
 from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
-from .work import PLAIN, WAYS, MadeWork, SearchWork
+from .work import PLAIN, WAYS, MadeWork, SearchWork, obstacles
 
 COSINE, SEARCH = "cosine", "search with repair"
 DROPPED = Key("n", "Dropped", "d")
@@ -162,14 +162,17 @@ def _versions(
     def made(way: str, plan: DropPlan) -> MadeWork:
         return MadeWork(**shared, way=way, plan=plan, items=tuple(dataclasses.replace(each, plans=(plan,)) for each in asked))
 
+    reasons = obstacles(model_of_shape(item.model, torch.bfloat16, "meta"))
+    asked_for = {*settings.ways, *(settings.searched or ())}
+    run.not_run |= {f"{item.model.name}, {way}": reason for way, reason in reasons.items() if way in asked_for}
     scores = run.importance(item).first(run.section(Calibration).n_samples)
     works = {DENSE_VERSION: made(PLAIN, DENSE)}
     for n in (n for n in settings.n_drop if n < n_layers_of(item.model)):
         plan = select(scores, "attention", n)
-        works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways)}
+        works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways) if way not in reasons}
         if searched:
             plan = DropPlan(attention=tuple(run.values(searched)[0]["layers"][:n]))
-            works |= {Version(SEARCH, way, n): made(way, plan) for way in settings.searched or ()}
+            works |= {Version(SEARCH, way, n): made(way, plan) for way in settings.searched or () if way not in reasons}
     return Kept(item, searched, works)
 
 

@@ -22,8 +22,9 @@ from ...derive.rivals import VERSION as RIVALS_VERSION
 from ...derive.rivals import fit_maps, fold_transform, rescale
 from ...derive.search import VERSION as SEARCH_VERSION
 from ...derive.search import select_with_repair
+from ...derive.sites import sites_of
 from ...dropping.plan import DropPlan
-from ...models.families import find_anatomy, stream_width
+from ...models.families import family_of, find_anatomy, stream_width
 from ...sources.texts import fingerprint
 from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork, Work
@@ -93,6 +94,25 @@ WAYS: dict[str, Make] = {
     PLAIN: _plain, MAPS: _maps, FOLD: _fold, RESCALED: _rescaled, REPAIR: _repair, REPAIR_MAPS: _repair_maps,
     HEALING: _healing, REPAIR_HEALING: _repair_healing,
 }  # fmt: skip
+
+
+def obstacles(shape: nn.Module) -> dict[str, str]:
+    """Which ways a model's structure does not allow, and why. shape: the model without memory."""
+    anatomy = find_anatomy(shape)
+    family, config = family_of(anatomy.decoder.config), anatomy.decoder.config
+    sites = [sites_of(layer.block, family, kind) for layer in anatomy.layers for kind in ("attention", "mlp")]
+    found: dict[str, str] = {}
+    if family.mlp_input is None:
+        found[FOLD] = f"Attention and MLP of {anatomy.family} models read the same stream."
+    if getattr(config, "_remove_final_layer_norm", False):
+        found[RESCALED] = "The model has no final norm, so the scale of its stream matters."
+    if any(at and at.norm for at in sites):
+        found |= dict.fromkeys((FOLD, RESCALED), f"What {anatomy.family} models add to the stream passes a norm before.")
+    if any(at and at.output is None for at in sites):
+        found |= dict.fromkeys((FOLD, RESCALED), "Its experts have no output projection of their own.")
+    return found
+
+
 VERSIONS = {"repair": REPAIR_VERSION, "healing": HEALING_VERSION, "rivals": RIVALS_VERSION}
 
 
