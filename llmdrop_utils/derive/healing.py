@@ -27,13 +27,13 @@ from transformers.pytorch_utils import Conv1D
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..base.files import locked
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan
 from ..dropping.units import dropped, skipping
 from ..measure.guard import frozen, tokens_for
 from ..measure.passes import SOFTMAX_ROWS
 from ..models.families import Anatomy, find_anatomy, input_device
-from ..sources.texts import fingerprint
 from .adapters import DTYPES, ROUTERS
+from .model import recipe_of
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -90,20 +90,10 @@ def describe_healing(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan,
     A budget in minutes leaves open how many steps were made, and a teacher of its own is not in it; add both:
     describe_healing(...) | {"steps": len(losses), "teacher": "sha256:..."}. Arguments and errors as in `heal`.
     """
-    check_plan(model, plan)
     samples = samples_for(model, tokens)
-    return {
-        "method": "healing",
-        "version": VERSION,
-        "plan": plan.key.to_json(),
-        "tokens": fingerprint(samples),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "learning_rate": settings.learning_rate,
-        "batch_size": settings.batch_size,
-        "budget": {"minutes": settings.minutes} if settings.minutes else {"tokens": settings.tokens or samples.numel()},
-        "positions": POSITIONS,
-        "seed": settings.seed,
-    }
+    budget = {"minutes": settings.minutes} if settings.minutes else {"tokens": settings.tokens or samples.numel()}
+    how = {"learning_rate": settings.learning_rate, "batch_size": settings.batch_size, "seed": settings.seed}
+    return recipe_of("healing", VERSION, model, samples, plan, budget=budget, positions=POSITIONS, **how)
 
 
 def heal(

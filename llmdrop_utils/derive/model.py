@@ -4,17 +4,21 @@ A derived model has the shape of its base, and other weights. Repair, healing an
 shape is the same, a drop plan that was made for the base is accepted on what is derived from it.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..base.errors import LLMDropError
 from ..base.files import building
+from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import left
 from ..models.families import find_anatomy
 from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, locate_folder
 from ..models.names import folder_identity, local_label
+from ..sources.texts import fingerprint
 
 
 def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: LocatedModel, recipe: dict) -> LocatedModel:
@@ -47,6 +51,30 @@ def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: Lo
         about = {"format": DERIVED_FORMAT, "base": bases[0], "bases": bases[1:], "recipe": recipe, "hash": digest}
         (temporary / "derived.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return locate_folder(local_label(folder.absolute()), folder)
+
+
+def recipe_of(method: str, version: int, model: torch.nn.Module, tokens: torch.Tensor, plan: DropPlan, **settings) -> dict:
+    """What every recipe of weights that were changed under a plan says, as plain JSON, and the method's own settings."""
+    check_plan(model, plan)
+    return {
+        "method": method,
+        "version": version,
+        "plan": plan.key.to_json(),
+        "tokens": fingerprint(tokens),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **settings,
+    }
+
+
+@contextlib.contextmanager
+def layers_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the weights of the decoder layers may be changed; afterwards, errors included, they are as they were."""
+    layers = torch.nn.ModuleList([layer.block for layer in find_anatomy(model).layers])
+    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in layers.state_dict().items()}
+    try:
+        yield
+    finally:
+        layers.load_state_dict(kept)
 
 
 def _check(model: torch.nn.Module, base: LocatedModel) -> None:

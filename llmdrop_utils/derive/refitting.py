@@ -36,19 +36,6 @@ def held_out_of(streams: list[torch.Tensor], one_of: int, seed: int) -> tuple[to
     return apart.split(sizes)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, and nothing records gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class Repairing:
     """One repair, layer by layer, of batches whose streams the caller holds."""
 
@@ -66,6 +53,7 @@ class Repairing:
         anatomy = find_anatomy(model)
         self.family = family_of(anatomy.decoder.config)
         self.blocks = [layer.block for layer in anatomy.layers]
+        self.scales = [layer.scale for layer in anatomy.layers]
         self.reference = [*self.blocks[: len(self.blocks) - len(reference)], *reference]
 
     def go_on(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> None:
@@ -89,8 +77,7 @@ class Repairing:
     def refit(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> list[Refitted]:
         """Refit one layer; both lists of streams go on, as in `go_on`."""
         with skipping(self.model, self.plan):
-            layer = find_anatomy(self.model).layers[index]
-            sites = {kind: sites_of(layer.block, self.family, kind) for kind in ("attention", "mlp")}
+            sites = {kind: sites_of(self.blocks[index], self.family, kind) for kind in ("attention", "mlp")}
         call = self._call(index, dense[0])
         sites = {kind: at and read_together(self.reference[index], at, dense[0], call) for kind, at in sites.items()}
         wanted = [self._wanted(index, sites, stream) for stream in dense]
@@ -153,10 +140,10 @@ class Repairing:
         seen = tap(block, stream, call, taps | {"end": (block, "output")})
         for kind, at in sites.items():
             if at is not None and at.output is not None:
-                seen[kind, "output"] = self._before_next(index, kind, sites, seen)
+                seen[kind, "output"] = self._before_next(index, kind, seen)
         return seen
 
-    def _before_next(self, index: int, kind: str, sites: dict[str, Sites | None], seen: dict) -> torch.Tensor:
+    def _before_next(self, index: int, kind: str, seen: dict) -> torch.Tensor:
         """The dense stream where the sub-layer reads it that is the next kept one: past all that is dropped in between."""
         if kind == "attention" and self.family.mlp_input is not None and not self._is_dropped(index, "mlp"):
             return seen["mlp", "stream"]
@@ -191,7 +178,7 @@ class Repairing:
         fit = moments.fit(self.ridges)
         if fit.matrix is not None:
             for module in maps:
-                weight = rows_of(module.weight, module).to(fit.matrix.dtype)
+                weight = rows_of(module).to(fit.matrix.dtype)
                 change(module, weight @ fit.matrix.T)
         return [Refitted(index, f"{kind} input", fit.ridge, fit.explained)]
 
@@ -207,13 +194,13 @@ class Repairing:
         norm = None if at.norm is None else block.get_submodule(at.norm)
         for batch, (stream, target) in enumerate(zip(dropped, wanted, strict=True)):
             with self._at(batch):
-                layer = find_anatomy(self.model).layers[index]
-                within = kind == "attention" and layer.mlp_input is not None
-                taps = {"x": (module, "input"), "stream": (layer.mlp_input, "input") if within else (block, "output")}
+                taps = {"x": (module, "input"), "stream": (block, "output")}
+                if kind == "attention" and self.family.mlp_input is not None:
+                    taps["stream"] = (block.get_submodule(self.family.mlp_input), "input")
                 if norm is not None:
                     taps["y"] = (module, "output")
                 seen = tap(block, stream, self._call(index, stream), taps)
-            lacks = (wide(target.to(seen["stream"].device)) - wide(seen["stream"])) / layer.scale
+            lacks = (wide(target.to(seen["stream"].device)) - wide(seen["stream"])) / self.scales[index]
             x = seen["x"]
             if norm is not None:
                 x = wide(x) / wide(seen["y"]).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)

@@ -26,10 +26,10 @@ from torch import nn
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
-from ..measure.guard import tokens_for
+from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
-from ..sources.texts import fingerprint
-from .refitting import Refitted, Repairing, evaluating, held_out_of
+from .model import recipe_of
+from .refitting import Refitted, Repairing, held_out_of
 from .sites import check_changeable
 from .streams import read_streams
 
@@ -63,15 +63,7 @@ class Repair:
 
 def describe_repair(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Repair) -> dict:
     """All that determines what `repair` makes of a base, as plain JSON: the recipe for `save_derived`."""
-    check_plan(model, plan)
-    return {
-        "method": "ridge",
-        "version": VERSION,
-        "plan": plan.key.to_json(),
-        "tokens": fingerprint(tokens_for(model, tokens)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **dataclasses.asdict(settings),
-    }
+    return recipe_of("ridge", VERSION, model, tokens_for(model, tokens), plan, **dataclasses.asdict(settings))
 
 
 def repair(

@@ -21,10 +21,9 @@ from ..base.errors import LLMDropError
 from ..dropping.maps import LinearMap
 from ..dropping.plan import NAMES, DropPlan, check_plan
 from ..dropping.units import left
-from ..measure.guard import tokens_for
+from ..measure.guard import evaluating, tokens_for
 from ..models.families import Anatomy, family_of, stream_width
-from .moments import Moments, solve
-from .refitting import evaluating
+from .moments import Moments, solve, wide
 from .sites import check_changeable, rows_of, sites_of
 from .streams import advance, read_streams, tap
 
@@ -281,8 +280,8 @@ def _dense(
         for index in range(max(taps) + 1):
             block, call = anatomy.layers[index].block, calls[len(stream)][index]
             if index in taps:  # left and run again: Falcon's layers go on to add into what the MLP returned
-                seen, wide = tap(block, stream, call, taps[index]), torch.promote_types(stream.dtype, torch.float32)
-                yield index, stream.to(wide), {key: tensor.to(wide) for key, tensor in seen.items()}
+                seen = tap(block, stream, call, taps[index])
+                yield index, wide(stream), {key: wide(tensor) for key, tensor in seen.items()}
             stream = advance(block, stream, call)
 
 
@@ -291,7 +290,7 @@ def _multiply(factors: Mapping[nn.Module, torch.Tensor | float]) -> None:
     """Multiply what linear maps give (weights and biases) by a matrix (n_out, n_out) in float64, or a number. All or none."""
     changed = []
     for module, factor in factors.items():
-        for weight in [rows_of(module.weight, module)] + ([] if module.bias is None else [module.bias]):
+        for weight in [rows_of(module)] + ([] if module.bias is None else [module.bias]):
             new = factor @ weight.to(factor) if isinstance(factor, torch.Tensor) else factor * weight.double()
             changed.append((weight, new.to(weight.dtype)))
             if not bool(changed[-1][1].isfinite().all()):

@@ -5,7 +5,6 @@ dropped and the layers around it are refitted on a few samples (repair.py); what
 that is left on other samples. The weights refitted for the best candidate stay, and the next one is looked for.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -19,15 +18,17 @@ from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import skipping
-from ..measure.guard import tokens_for
+from ..measure.guard import evaluating, tokens_for
 from ..measure.importance import KINDS
-from ..measure.passes import replaced
-from ..models.families import find_anatomy, input_device
+from ..measure.passes import given_by
+from ..measure.scoring import divergence_of
+from ..models.families import find_anatomy, input_device, tensor_of
 from ..selection.methods import as_plan, available_layers
 from ..selection.ranking import check_count, check_kind
-from .refitting import Repairing, evaluating, held_out_of
+from .moments import wide
+from .refitting import Repairing, held_out_of
 from .sites import check_changeable
-from .streams import advance, read_streams
+from .streams import read_streams
 
 VERSION = 1  # raise when a change alters what is chosen
 CANDIDATES = 8  # looked at in each step: those that cost least when they were looked at last
@@ -94,6 +95,12 @@ class _Search:
         self.texts = tokens[judged].to(input_device(model)).split(1)
         self.blocks = [layer.block for layer in find_anatomy(self.model).layers]
         self.reference = [layer.block for layer in find_anatomy(model).layers]
+        self.gives_tuple, self.ends = False, list(self.judged)
+        with evaluating(model):
+            for index, block in enumerate(self.reference):
+                args, kwargs = self.calls[1][index]
+                given = [block(stream, *args, **kwargs) for stream in self.ends]
+                self.gives_tuple, self.ends = isinstance(given[0], tuple), [tensor_of(each) for each in given]
         self.best: tuple[float, int, dict[int, dict]] | None = None  # what is left, of which candidate; layer -> its weights
 
     def costs(self, chosen: tuple[int, ...], candidates: Sequence[int]) -> dict[int, float]:
@@ -101,7 +108,7 @@ class _Search:
         found: dict[int, float] = {}
         self.best = None
         now, streams = self._repairing(chosen), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
-        for index in range(len(self.blocks)):
+        for index in range(max(0, max(candidates) - BEFORE) + 1):
             for layer in (layer for layer in candidates if max(0, layer - BEFORE) == index):
                 found[layer] = self._cost((*chosen, layer), _Streams(*(list(each) for each in streams)))
             now.go_on(index, streams.dense, streams.dropped)
@@ -127,8 +134,9 @@ class _Search:
                 trial.go_on_dropped(index, streams.judged)
             with skipping(self.model, trial.plan):
                 pairs = zip(self.texts, streams.judged, strict=True)
-                logits = (_continued(self.model, text, stream, window.stop) for text, stream in pairs)
-                left = float(sum(map(_divergence, self._dense_logits(), logits)) / sum(text.numel() for text in self.texts))
+                logits = (self._continued(self.model, text, stream, window.stop) for text, stream in pairs)
+                total = sum(float(divergence_of(*both).sum()) for both in zip(self._of_dense(), logits, strict=True))
+            left = total / sum(text.numel() for text in self.texts)
             if not math.isfinite(left):
                 raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
             if self.best is None or left < self.best[0]:  # the weights of one candidate alone are held
@@ -141,14 +149,16 @@ class _Search:
     def _repairing(self, layers: Sequence[int]) -> Repairing:
         return Repairing(self.model, as_plan(self.kind, layers), RIDGES, self.reference, self.apart, self.calls)
 
-    def _dense_logits(self) -> Iterator[torch.Tensor]:
-        """Of each judged sample. The last states are kept, not the logits, which are many times as large."""
-        if not hasattr(self, "ends"):
-            self.ends = list(self.judged)
-            for index, block in enumerate(self.reference):
-                self.ends = [advance(block, stream, self.calls[1][index]) for stream in self.ends]
+    def _of_dense(self) -> Iterator[torch.Tensor]:
+        """Log-probabilities of each judged sample. The last states are kept, not these, which are many times as large."""
         for text, stream in zip(self.texts, self.ends, strict=True):
-            yield _continued(self.dense, text, stream, len(self.blocks))
+            yield self._continued(self.dense, text, stream, len(self.blocks))
+
+    def _continued(self, model: nn.Module, tokens: torch.Tensor, stream: torch.Tensor, start: int) -> torch.Tensor:
+        """Log-probabilities (B * T, vocabulary) of a model whose layers from `start` on read this stream."""
+        blocks = [layer.block for layer in find_anatomy(model).layers]
+        with given_by(blocks[:start], (stream,) if self.gives_tuple else stream):
+            return wide(model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)).log_softmax(-1)
 
 
 class _Streams(NamedTuple):
@@ -159,18 +169,3 @@ class _Streams(NamedTuple):
 
 def _weights(block: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in block.state_dict().items()}
-
-
-def _continued(model: nn.Module, tokens: torch.Tensor, stream: torch.Tensor, start: int) -> torch.Tensor:
-    """Logits (B, T, vocabulary) of a model whose layers from `start` on read this stream."""
-    blocks = [layer.block for layer in find_anatomy(model).layers]
-    with contextlib.ExitStack() as stack:
-        for block in blocks[:start]:
-            stack.enter_context(replaced(block, lambda *_, **__: stream))
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-def _divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(dense || other), summed over all positions."""
-    first, second = (logits.float().log_softmax(-1) for logits in (dense, other))
-    return nn.functional.kl_div(second, first, log_target=True, reduction="sum")

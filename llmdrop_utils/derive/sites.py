@@ -86,13 +86,13 @@ def check_changeable(block: nn.Module, index: int) -> None:
             )
 
 
-def rows_of(weight: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def rows_of(module: nn.Module) -> torch.Tensor:
     """The weight of a linear map as a view (n_out, n_in): GPT-2 stores its transpose."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 @torch.no_grad()
 def change(module: nn.Module, update: torch.Tensor) -> None:
     """Add (n_out, n_in) to the weight of a linear map, in place; the sum is rounded to its dtype once."""
-    rows = rows_of(module.weight, module)
+    rows = rows_of(module)
     rows.copy_(rows.to(update.dtype) + update.to(rows.device))

@@ -19,12 +19,12 @@ from torch import nn
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..base.files import locked
-from ..dropping.plan import DropPlan, check_plan
+from ..dropping.plan import DropPlan
 from ..dropping.units import dropped
 from ..measure.guard import frozen
 from ..models.families import find_anatomy
-from ..sources.texts import fingerprint
 from .adapters import adapted, library, merge
+from .model import recipe_of
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -74,15 +74,7 @@ def describe_tuning(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, 
 
     Arguments and errors as in `tune`.
     """
-    check_plan(model, plan)
-    return {
-        "method": "LoRA",
-        "version": VERSION,
-        "plan": plan.key.to_json(),
-        "tokens": fingerprint(samples_for(model, tokens)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **dataclasses.asdict(settings),
-    }
+    return recipe_of("LoRA", VERSION, model, samples_for(model, tokens), plan, **dataclasses.asdict(settings))
 
 
 def tune(

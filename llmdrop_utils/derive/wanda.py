@@ -21,6 +21,7 @@ from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import StandIn
 from ..measure.guard import measuring, tokens_for
 from ..models.families import Anatomy, family_of, find_anatomy
+from .sites import rows_of
 from .streams import advance, read_streams
 
 ROWS = 256  # rows of inputs or weights that are held in float64 at a time
@@ -188,11 +189,6 @@ def _check_in_memory(model: nn.Module, maps: list[Maps]) -> None:
                 )
 
 
-def _rows(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear map as a view (n_out, n_in): GPT-2 stores its transpose."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
-
-
 # ---- layer by layer -------------------------------------------------------------------------------------------------------
 
 
@@ -225,5 +221,5 @@ def _squares_of_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module,
 
 @torch.inference_mode()
 def _prune(module: nn.Module, norms: torch.Tensor, sparsity: float) -> None:
-    for part in _rows(module).split(ROWS):
+    for part in rows_of(module).split(ROWS):
         part.masked_fill_(~wanda_mask(part, norms, sparsity), 0)

@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import re
-import tempfile
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..base import files
 from ..base.errors import LLMDropError
 from ..base.files import building
-from ..derive.healing import Healing, heal
+from ..derive.healing import Healing, describe_healing, heal
 from ..derive.repair import repair
 from ..dropping.plan import DropPlan
 from ..measure.importance import Importance, measure_importance
@@ -115,8 +118,10 @@ def mend(model: nn.Module, dense: nn.Module, tokenizer, plan: DropPlan, repaired
         first = N_CALIBRATION + -(-N_SAMPLES * SEQ_LEN // LENGTH) + 1  # after what quality is measured on
         text = _mixed(tokenizer, first, N_HEALING)
         print(f"healing: {budget_of(healing)}, of {text.numel():,} tokens of other text", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            losses = heal(model, text, plan, folder, healing, teacher=dense)
+        recipe = json.dumps(describe_healing(model, text, plan, healing), sort_keys=True)
+        folder = files.CACHE / "healing" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+        losses = heal(model, text, plan, folder, healing, teacher=dense)  # the same command resumes it after a kill
+        shutil.rmtree(folder)
         read = len(losses) * healing.batch_size * LENGTH
         told.append(f"healed by distillation from the dense model, reading {read:,} tokens of other text of these")
     return f"The weights that are kept were {', then '.join(told)}."

@@ -33,6 +33,19 @@ def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode (no dropout) and nothing records gradients; afterwards modules have their own modes."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode (no dropout) and nothing records gradients. May be nested.
 
@@ -40,18 +53,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
     they read are as they were. Raises LLMDropError if any weight was changed or replaced meanwhile; that is told by which
     tensors a model holds (so also by which of them it shares) and by torch's count of changes in place, so it costs nothing.
     """
-    modes = [(module, module.training) for module in model.modules()]
     rotary = [RotaryState(module) for module in rotary_following(model)]
     before = _tensors(model, rotary)
-    model.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(model):
             if rotary:  # what was read before must not matter: one token takes them back to short texts
                 find_anatomy(model).decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for state in rotary:
             state.restore()
     after = _tensors(model, rotary)

@@ -166,9 +166,7 @@ class Passes:
 
     def _continue_from(self, states: torch.Tensor, start: int, stack: contextlib.ExitStack) -> None:
         """Let the layers before `start` do nothing, and hand `states` to it."""
-        output = (states,) if self.gives_tuple else states
-        for block in self.blocks[:start]:
-            stack.enter_context(replaced(block, lambda *_, **__: output))
+        stack.enter_context(given_by(self.blocks[:start], (states,) if self.gives_tuple else states))
 
     def _keep_input(self, layer: int, kept: dict, i: int):
         def hook(module, args, kwargs):
@@ -204,6 +202,15 @@ def _hooked(handle):
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def given_by(blocks: Sequence[torch.nn.Module], output):
+    """Inside, these layers compute nothing and return `output`: hidden states, in a tuple if that is what they return."""
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replaced(block, lambda *_, **__: output))
+        yield
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def _score_batch(passes: Passes, group: Group, batch: Batch, result: Scores, kl:
             if kl and i == 0:
                 first.append(logprobs)
             elif kl:
-                divergence[i, inside] = _divergence(first[piece], logprobs)[index].cpu().numpy()
+                divergence[i, inside] = divergence_of(first[piece], logprobs)[index].cpu().numpy()
             start += len(logprobs)
     for i in range(len(passes.steps)):
         np.add.at(result.logprob[i], request, logprob[i])
@@ -136,7 +136,7 @@ def _score_batch(passes: Passes, group: Group, batch: Batch, result: Scores, kl:
             np.add.at(result.kl[i], request, divergence[i])
 
 
-def _divergence(first: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+def divergence_of(first: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     """KL(first || other) of each row of log-probabilities (n, vocabulary): (n,). What `first` rules out adds nothing."""
     each = torch.nn.functional.kl_div(logprobs, first, log_target=True, reduction="none")
     if bool((total := each.sum(-1)).isnan().any()):  # 0 x infinity

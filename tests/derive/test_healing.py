@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import functools
 import json
-import random
 import re
 import types
 import warnings
@@ -13,6 +11,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from derive.changing import Stop, assert_as_it_was, changed, drawn, equal, fresh, pristine, seed_all, state, stop_at
 from torch import nn
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text
@@ -39,41 +38,6 @@ def all_positions(monkeypatch):
     monkeypatch.setattr(healing, "POSITIONS", 1.0)
 
 
-@functools.cache
-def pristine(name):
-    return families.tiny(name)
-
-
-def fresh(name="llama"):
-    """A model of its own, with the same weights each time."""
-    return copy.deepcopy(pristine(name))
-
-
-def state(model):
-    """All that a model is: each module, its mode and its attributes; its configuration; each parameter, and which it is."""
-    parameters = {name: (p.detach().clone(), p.dtype, p.requires_grad, id(p)) for name, p in model.named_parameters()}
-    modules = {name: (id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()}
-    return (modules, model.config.to_dict()), parameters
-
-
-def assert_as_it_was(model, before):
-    rest, parameters = state(model)
-    assert rest == before[0]
-    assert parameters.keys() == before[1].keys()
-    for name, (values, *kind) in parameters.items():
-        assert torch.equal(values, before[1][name][0]), name
-        assert kind == list(before[1][name][1:]), name
-
-
-def changed(model, base):
-    """Names of the parameters that differ in any bit."""
-    return {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
-
-
-def equal(model, other):
-    return not changed(model, other)
-
-
 @torch.no_grad()
 def divergence(dense, model, plan, tokens=TOKENS):
     """KL(dense || model under the plan) in float64, at the positions that `score_text` looks at."""
@@ -92,18 +56,6 @@ class Watch:
     def __call__(self, step, loss):
         self.steps.append(step)
         self.losses.append(loss)
-
-
-class Stop(BaseException):  # as KeyboardInterrupt is
-    pass
-
-
-def stop_at(last):
-    def on_step(step, loss):
-        if step == last:
-            raise Stop
-
-    return on_step
 
 
 # ---- what healing does --------------------------------------------------------------------------------------------------
@@ -249,16 +201,6 @@ def test_how_a_model_comes_does_not_matter(tmp_path):
         losses = heal(fresh("gpt2").train(), TOKENS, plan, tmp_path / "train", SHORT)
         with torch.no_grad():
             assert losses == heal(fresh("gpt2"), TOKENS, plan, tmp_path / "eval", SHORT)
-
-
-def seed_all(seed):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-
-
-def drawn():
-    return float(torch.rand(())), random.random(), np.random.rand()  # noqa: NPY002
 
 
 def test_same_seed_same_weights(tmp_path, network, capfd):

@@ -1,9 +1,6 @@
 """Adapters are trained under a drop plan and merged into what it keeps; nothing else changes, whatever happens meanwhile."""
 
-import copy
 import dataclasses
-import functools
-import random
 import re
 import sys
 import warnings
@@ -12,6 +9,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from derive.changing import Stop, assert_as_it_was, changed, drawn, equal, fresh, pristine, seed_all, state, stop_at
 from torch import nn
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, NotAvailable, dropped, load_model, locate_model, score_text
@@ -27,41 +25,6 @@ SHORT = dataclasses.replace(SETTINGS, epochs=1)  # 4 steps
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 KEPT = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 2) for name in ATTENTION]
 KEPT += [f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in MLP]
-
-
-@functools.cache
-def pristine(name):
-    return families.tiny(name)
-
-
-def fresh(name="llama"):
-    """A model of its own, with the same weights each time."""
-    return copy.deepcopy(pristine(name))
-
-
-def state(model):
-    """All that a model is: each module, its mode and its attributes; its configuration; each parameter."""
-    parameters = {name: (p.detach().clone(), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-    modules = {name: (id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()}
-    return (modules, model.config.to_dict()), parameters
-
-
-def assert_as_it_was(model, before):
-    rest, parameters = state(model)
-    assert rest == before[0]
-    assert parameters.keys() == before[1].keys()
-    for name, (values, *kind) in parameters.items():
-        assert torch.equal(values, before[1][name][0]), name
-        assert kind == list(before[1][name][1:]), name
-
-
-def changed(model, base):
-    """Names of the parameters that differ in any bit."""
-    return {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
-
-
-def equal(model, other):
-    return not changed(model, other)
 
 
 class Watch:
@@ -152,16 +115,6 @@ def test_how_a_model_comes_does_not_matter(tmp_path):
             assert losses == tune(fresh("gpt2"), PERIODIC, PLAN, tmp_path / "eval", SHORT)
 
 
-def seed_all(seed):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-
-
-def drawn():
-    return float(torch.rand(())), random.random(), np.random.rand()  # noqa: NPY002
-
-
 def test_same_seed_same_weights(tmp_path, network, capfd):
     """Whatever the caller's random numbers, which go on afterwards; nothing is printed, or asked of the network."""
     models, losses = [fresh() for _ in range(3)], []
@@ -175,18 +128,6 @@ def test_same_seed_same_weights(tmp_path, network, capfd):
     assert equal(models[0], models[1])
     assert not equal(models[0], models[2])
     assert (network.requests, capfd.readouterr()) == ([], ("", ""))
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(last):
-    def on_step(step, loss):
-        if step == last:
-            raise Stop
-
-    return on_step
 
 
 def test_a_stopped_tuning_goes_on(tmp_path):

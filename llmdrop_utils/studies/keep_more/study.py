@@ -190,7 +190,6 @@ def _fresh(item: ImportanceWork, tested: torch.LongTensor, tokenizer, settings: 
 
 def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
     values = {version: run.values(work) for version, work in kept.works.items()}
-    quality = quality_rows(kept.works, values)
     scores: Importance = run.importance(kept.item).first(run.section(Calibration).n_samples)
     most = max(version.n for version in kept.works)
     orders = {COSINE: (select(scores, "attention", most).attention, None)}
@@ -199,7 +198,7 @@ def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
         orders[SEARCH] = (found["layers"][:most], found["divergence"])
     return {
         "made": made_rows(kept.works, values),
-        "quality": quality,
+        "quality": quality_rows(kept.works, values),
         "regained": regained_rows(kept.works, values),
         "orders": order_rows(orders),
     }

@@ -16,6 +16,7 @@ from ...base import files
 from ...base.provenance import code_provenance
 from ...derive.healing import VERSION as HEALING_VERSION
 from ...derive.healing import Healing, heal
+from ...derive.model import layers_restored
 from ...derive.repair import VERSION as REPAIR_VERSION
 from ...derive.repair import repair
 from ...derive.rivals import VERSION as RIVALS_VERSION
@@ -160,10 +161,8 @@ class MadeWork(Work):
         return {"made by": self.way, "read": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
-        layers = nn.ModuleList([layer.block for layer in find_anatomy(model).layers])  # the only weights that are changed
-        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in layers.state_dict().items()}
         checkpoints = files.CACHE / "healing" / hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()[:16]
-        try:
+        with layers_restored(model):
             started = time.perf_counter()
             plan = WAYS[self.way](Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing))
             seconds = time.perf_counter() - started
@@ -172,8 +171,6 @@ class MadeWork(Work):
             values = []
             for item in self.items:
                 values += dataclasses.replace(item, plans=(plan,)).measure(model, tokenizer, update)
-        finally:
-            layers.load_state_dict(kept)
         shutil.rmtree(checkpoints, ignore_errors=True)  # a killed run resumes from them
         return [value | {"seconds": seconds, "parameters": more} for value in values]
 

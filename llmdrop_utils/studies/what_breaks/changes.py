@@ -17,13 +17,13 @@ from ...base import files
 from ...base.errors import LLMDropError
 from ...base.provenance import code_provenance
 from ...base.settings import Counts, Positive, PositiveNumber, Settings
+from ...derive.model import layers_restored
 from ...derive.quantise import GROUPS, quantise, round_weights
 from ...derive.tuning import VERSION as TUNING_VERSION
 from ...derive.tuning import Tuning, tune
 from ...derive.wanda import prune_by_wanda, sparsity_for
 from ...dropping.plan import DropPlan
 from ...measure.speed import Load, measure_speed
-from ...models.families import find_anatomy
 from ...sources.texts import fingerprint
 from ..profile import CountsByKind, known, section
 from ..work import DENSE, ImportanceWork, TaskWork, TextWork, Work
@@ -86,9 +86,8 @@ class ChangedWork(Work):
         return {"change": self.change, "read": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
-        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in _layers(model).state_dict().items()}
         checkpoints = files.CACHE / "tuning" / hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()[:16]
-        try:
+        with layers_restored(model):
             if self.change == WANDA:
                 prune_by_wanda(model, self.tokens, sparsity_for(model, self.plan))
             elif self.change == LORA:
@@ -97,15 +96,8 @@ class ChangedWork(Work):
                 round_weights(model, int(self.change.split()[0]))
             update(self._read)
             values = [value for item in self.items for value in item.measure(model, tokenizer, update)]
-        finally:
-            _layers(model).load_state_dict(kept)
         shutil.rmtree(checkpoints, ignore_errors=True)  # a killed run resumes from them
         return values
-
-
-def _layers(model: nn.Module) -> nn.Module:
-    """The decoder layers, the only weights that a change touches."""
-    return nn.ModuleList([layer.block for layer in find_anatomy(model).layers])
 
 
 @dataclasses.dataclass(frozen=True)
