@@ -187,7 +187,8 @@ class Repairing:
     ) -> list[Refitted]:
         """What the stream lacks is explained by what the map reads: W' = W + S'.
 
-        A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain.
+        A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain, but
+        for the share of it that points along y: a norm takes that away.
         """
         block, moments = self.blocks[index], Moments()
         module = block.get_submodule(at.output)

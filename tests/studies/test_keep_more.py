@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 from pathlib import Path
 
 import families
@@ -13,9 +14,12 @@ import torch
 from llmdrop_utils import DropPlan, LLMDropError, dropped, score_text
 from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.derive.repair import repair
+from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.report.rules import decide
 from llmdrop_utils.report.verdicts import ADVICE, CHECKS
+from llmdrop_utils.sources.texts import _places, load_tokens
+from llmdrop_utils.studies.curves import held_out
 from llmdrop_utils.studies.keep_more import work as kept_module
 from llmdrop_utils.studies.keep_more.rows import (
     DENSE_VERSION,
@@ -25,9 +29,10 @@ from llmdrop_utils.studies.keep_more.rows import (
     quality_rows,
     regained_rows,
 )
+from llmdrop_utils.studies.keep_more.study import _fresh
 from llmdrop_utils.studies.keep_more.work import FOLD, MAPS, PLAIN, REPAIR, RESCALED, WAYS, MadeWork, obstacles
 from llmdrop_utils.studies.what_breaks.work import ConfidenceWork, ProbeWork
-from llmdrop_utils.studies.work import TextWork
+from llmdrop_utils.studies.work import ImportanceWork, TextWork
 
 TOKENS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
 MODEL = LocatedModel("hand", Path("here"), "sha256:hand")
@@ -178,6 +183,21 @@ def test_ways_that_a_structure_does_not_allow_are_known_before(name):
                 made(way, DropPlan((1, 2)), text("web")).measure(model, None, lambda n: None)
         else:
             made(way, DropPlan((1, 2)), text("web")).measure(model, None, lambda n: None)
+
+
+def test_healing_reads_none_of_the_text_that_is_measured_on():
+    tokenizer = byte_tokenizer()
+    read = load_tokens("random-words", tokenizer, 4, 32)
+    item = ImportanceWork(**SHARED, corpus="random-words", tokens=read, batch_size=4)
+    tested, asked = held_out(item, tokenizer, 6, 16), held_out(item, tokenizer, 3, 48)
+    settings = types.SimpleNamespace(probes=3, context=48, healing_samples=5)
+    fresh = _fresh(item, tested, tokenizer, settings)
+    assert fresh.shape == (5, 32)
+    whole = load_tokens("random-words", tokenizer, 64, 32).flatten()
+    (start,) = _places(fresh.flatten(), whole).tolist()
+    for used in (read, tested, asked):
+        (place,) = _places(used.flatten(), whole).tolist()
+        assert place + used.numel() <= start
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------------
