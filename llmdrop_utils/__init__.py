@@ -47,7 +47,7 @@ _HOME = {
     "select_with_repair": "derive.search",
     "heal": "derive.healing",
     "Healing": "derive.healing",
-    "fit_maps": "derive.rivals",
+    "fit_maps": "derive.nbl",
     "tune": "derive.tuning",
     "Tuning": "derive.tuning",
     "save_dropped": "export.checkpoint",

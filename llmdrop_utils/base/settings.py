@@ -14,6 +14,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 Counts = Annotated[list[Positive], Field(min_length=1)]
 Names = Annotated[list[str], Field(min_length=1)]
+NamesByName = Annotated[dict[str, Names], Field(min_length=1)]
 CountsByName = Annotated[dict[str, Counts], Field(min_length=1)]
 S = TypeVar("S", bound="Settings")
 
@@ -60,6 +61,7 @@ def _words(kind: Any) -> str:
         Counts: "a list of positive integers",
         Names: "a list of names",
         CountsByName: "lists of positive integers, by name",
+        NamesByName: "lists of names, by name",
         bool: "true or false",
         str: "text",
     }

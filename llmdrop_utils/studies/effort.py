@@ -147,7 +147,7 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
     if "08" in notebooks and "changes" in profile:  # a changed copy is timed beside the model
         files = max(files, device.bytes_per_number * shape.parameters)
     if "10" in notebooks and "keep_more" in profile:  # a copy of the model; trained weights take 16 bytes each beside it
-        ways = [*profile["keep_more"]["ways"], *(profile["keep_more"]["searched"] or [])]
+        ways = [way for some in (profile["keep_more"]["chosen"] or {}).values() for way in some] + profile["keep_more"]["ways"]
         trained = 16 * any("healing" in way for way in ways)
         files = max(files, (device.bytes_per_number + trained) * shape.parameters)
     if "07" in notebooks:

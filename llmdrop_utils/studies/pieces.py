@@ -8,6 +8,7 @@ from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
+from .keep_more.work import ORDERS
 
 ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")  # notebooks that this file has an estimate for
 TOKENS = 100  # of one question with its choices, and of one example before it
@@ -230,15 +231,16 @@ def _changes(profile: dict, model: str, shape: Shape) -> list[Piece]:
 
 
 def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """Making each version (a step of healing counts as four passes), a search, and what each version is asked."""
+    """Making each version (a step of healing counts as four passes), choosing layers, and what each version is asked."""
     part, seq_len, corpora = profile["keep_more"], profile["calibration"]["seq_len"], len(profile["calibration"]["corpora"])
     counts = [n for n in part["n_drop"] if n < shape.layers]
-    ways = [*part["ways"], *(part["searched"] or [])] * len(counts)
+    chosen = part["chosen"] or {}
+    ways = [*part["ways"], *(way for some in chosen.values() for way in some)] * len(counts)
     versions = 1 + len(counts) + len(ways)
     healed = 4 * part["healing_tokens"] * sum("healing" in way for way in ways)
     fitted = corpora * part["n_samples"] * seq_len * sum(6 if "repair" in way else 1 for way in ways if way != "plain")
-    looked_at = 3 * max(counts, default=0) * part["candidates"] * corpora * part["search_samples"] * seq_len
-    tokens = healed + fitted + (looked_at if part["searched"] else 0)
+    passes = sum(ORDERS[by].passes(max(counts, default=0), part["candidates"]) for by in chosen)
+    tokens = healed + fitted + passes * corpora * part["search_samples"] * seq_len
     some = profile["text"] | {"n_samples": min(profile["text"]["n_samples"], part["text_samples"])}
     asked = part["probes"] * part["context"] + part["prompts"] * (part["prompt"] + part["new_tokens"])
     choices = [name for name in profile["tasks"]["names"] if name != "gsm8k"]

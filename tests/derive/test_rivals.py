@@ -7,13 +7,15 @@ import accelerate
 import families
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, drop, dropped, find_anatomy
-from llmdrop_utils.derive import rivals
-from llmdrop_utils.derive.rivals import canonical_correlation_bound, fit_maps, fold_transform, rescale
+from llmdrop_utils.derive import folds, nbl, rivals
+from llmdrop_utils.derive.folds import fold_scaling, fold_transform, rescale, rotation
+from llmdrop_utils.derive.nbl import canonical_correlation_bound, fit_maps
 from llmdrop_utils.measure.text import score_text
 
 TOKENS = torch.randint(3, 97, (7, 20), generator=torch.Generator().manual_seed(3))
@@ -142,7 +144,7 @@ def test_maps_of_every_family_give_what_least_squares_gives(name):
 
 def test_inputs_that_vary_little_around_a_large_mean():
     """Float32 holds seven digits: sums of squares of 1e3 would leave nothing of a variance of 1e-4."""
-    sums, generator = rivals._Covariance(), torch.Generator().manual_seed(0)
+    sums, generator = nbl._Covariance(), torch.Generator().manual_seed(0)
     x = 1e3 + 1e-2 * torch.randn(500, 3, generator=generator)
     y = torch.randn(500, 3, generator=generator)
     for part in (slice(0, 200), slice(200, 500)):
@@ -315,9 +317,9 @@ def test_nothing_is_folded_where_no_kept_mlp_precedes_dropped_attention(plan):
 
 
 def test_a_fold_rounds_once(monkeypatch):
-    model, transforms, solve = fresh(dtype=torch.bfloat16), [], rivals.solve
+    model, transforms, solve = fresh(dtype=torch.bfloat16), [], folds.solve
     before = copy.deepcopy(model)
-    monkeypatch.setattr(rivals, "solve", lambda *args: transforms.append(solve(*args)) or transforms[-1])
+    monkeypatch.setattr(folds, "solve", lambda *args: transforms.append(solve(*args)) or transforms[-1])
     fold_transform(model, TOKENS, DropPlan((1,)))
     expected = transforms[0].T @ before.model.layers[0].mlp.down_proj.weight.double()
     assert transforms[0].dtype == torch.float64
@@ -333,6 +335,50 @@ def test_statistics_that_are_singular_without_a_ridge():
     assert changed(model, before) == set()
     fold_transform(model, TOKENS, DropPlan((2, 1)))
     assert changed(model, before) == names_of("llama", model, 0, 1)
+
+
+# ---- LinearPatch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rotation_is_orthogonal_and_spreads_each_channel():
+    for n in (1, 2, 8, 12, 576, 7):
+        turn = rotation(n)
+        torch.testing.assert_close(turn @ turn.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
+    half = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
+    torch.testing.assert_close(rotation(4), half)
+    assert float(rotation(12).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_scaling_aligns_the_magnitudes_of_rotated_channels(name):
+    model = fresh(name)
+    folded, states = copy.deepcopy(model).train(), [streams(name, model, index) for index in range(3)]
+    fold_scaling(folded, TOKENS, DropPlan((2, 1)), batch_size=3)
+    for mlp in (0, 1):
+        _, between, end = states[mlp]
+        turn = scipy.linalg.hadamard(32) / np.sqrt(32)
+        before, now = (np.abs(part.numpy() @ turn).mean(1) for part in (end - between, states[mlp + 1][1] - between))
+        scale = turn @ np.diag((now / before).mean(0)) @ turn.T
+        old, new = (projection_of(name, each, mlp) for each in (model, folded))
+        expected = scale @ rows_of(old)
+        np.testing.assert_allclose(rows_of(new), expected, atol=1e-6 * abs(expected).max())
+    assert changed(folded, bits(model)) == names_of(name, model, 0, 1)
+    assert (folded.training, hooks_of(folded)) == (True, 0)
+
+
+def test_nothing_is_scaled_if_what_is_dropped_adds_nothing():
+    model = fresh()
+    families.silence("llama", model, [1], [])
+    before = copy.deepcopy(model)
+    fold_scaling(model, TOKENS, DropPlan((1,)))
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, before.get_parameter(name))
+
+
+def test_an_mlp_that_adds_nothing_in_some_direction():
+    model = fresh()
+    model.model.layers[0].mlp.down_proj.weight.data[:] = 0
+    refused(fold_scaling, model, "The MLP of layer 0 adds nothing in some direction")
 
 
 # ---- Prune&Comp ---------------------------------------------------------------------------------------------------------
@@ -447,7 +493,7 @@ def test_tokens_whose_stream_is_zero_do_not_count():
 
 def test_magnitudes_of_a_model_in_bfloat16_are_not_rounded(monkeypatch):
     model, factors = fresh(dtype=torch.bfloat16), {}
-    monkeypatch.setattr(rivals, "_multiply", factors.update)
+    monkeypatch.setattr(folds, "multiply", factors.update)
     rescale(model, TOKENS, DropPlan((1,)), batch_size=7)
     x, a = record(model, TOKENS, blocks_of(model)[1])[0], record(model, TOKENS, unit_of("llama", model, 1))[1]
     alpha = float(((x + a).norm(dim=-1) / x.norm(dim=-1)).mean())
@@ -473,7 +519,8 @@ def test_a_stream_that_is_zero():
 # ---- what is refused ----------------------------------------------------------------------------------------------------
 
 PLAN = DropPlan((1,))
-CHANGE = [fold_transform, rescale]
+CHANGE = [fold_transform, fold_scaling, rescale]
+FOLDS = [fold_transform, fold_scaling]
 PLANNED = [fit_maps, *CHANGE]
 
 
@@ -506,7 +553,7 @@ def test_input_that_cannot_be_used(work, nothing_read):
     refused(work, short, "Some attention or MLP of this model is dropped or replaced already")
     if work in PLANNED:
         refused(work, fresh(), "holds layer 3, but this model has 3 layers", plan=DropPlan((3,)))
-    if work is not rescale:
+    if work not in (fold_scaling, rescale):
         refused(work, fresh(), "Statistics of 32 inputs take more tokens than that: 32 are too few", tokens=TOKENS[:2, :16])
 
 
@@ -528,8 +575,9 @@ def test_plans_with_maps(work, nothing_read):
 
 
 @pytest.mark.parametrize("name", PARALLEL)
-def test_parallel_families_are_not_folded(name, nothing_read):
-    refused(fold_transform, fresh(name), "attention and MLP read the same stream")
+@pytest.mark.parametrize("work", FOLDS)
+def test_parallel_families_are_not_folded(work, name, nothing_read):
+    refused(work, fresh(name), "attention and MLP read the same stream")
 
 
 @pytest.mark.parametrize("name", NORMS_AFTER)
@@ -541,7 +589,7 @@ def test_terms_that_pass_a_norm(work, name, nothing_read):
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("work", CHANGE)
 def test_experts(work, name, nothing_read):
-    plan = DropPlan((2,), (2,)) if work is fold_transform else DropPlan((1,))  # both would change the MLP of layer 1
+    plan = DropPlan((2,), (2,)) if work in FOLDS else DropPlan((1,))  # both would change the MLP of layer 1
     refused(work, fresh(name, torch.float32), "The MLP of layer 1 of this .* model has experts", plan=plan)
 
 
@@ -602,5 +650,5 @@ def test_all_weights_are_changed_or_none():
     large.weight.data[1, 1] = 6e4
     before = [bits(module) for module in (small, large)]
     with pytest.raises(LLMDropError, match="New weights are not finite in torch.float16"):
-        rivals._multiply({small: 2.0, large: 2.0})
+        rivals.multiply({small: 2.0, large: 2.0})
     assert [changed(module, old) for module, old in zip((small, large), before, strict=True)] == [set(), set()]

@@ -13,11 +13,14 @@ import torch
 
 from llmdrop_utils import DropPlan, LLMDropError, dropped, score_text
 from llmdrop_utils.derive.healing import Healing
+from llmdrop_utils.derive.nbl import canonical_correlation_bound
 from llmdrop_utils.derive.repair import repair
+from llmdrop_utils.derive.search import select_with_repair
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.report.rules import decide
 from llmdrop_utils.report.verdicts import ADVICE, CHECKS
+from llmdrop_utils.selection.methods import Context, select_at_random, select_by
 from llmdrop_utils.sources.texts import _places, load_tokens
 from llmdrop_utils.studies.curves import held_out
 from llmdrop_utils.studies.keep_more import work as kept_module
@@ -30,7 +33,18 @@ from llmdrop_utils.studies.keep_more.rows import (
     regained_rows,
 )
 from llmdrop_utils.studies.keep_more.study import _fresh
-from llmdrop_utils.studies.keep_more.work import FOLD, MAPS, PLAIN, REPAIR, RESCALED, WAYS, MadeWork, obstacles
+from llmdrop_utils.studies.keep_more.work import (
+    FOLD,
+    MAPS,
+    ORDERS,
+    PLAIN,
+    REPAIR,
+    RESCALED,
+    WAYS,
+    ChoiceWork,
+    MadeWork,
+    obstacles,
+)
 from llmdrop_utils.studies.what_breaks.work import ConfidenceWork, ProbeWork
 from llmdrop_utils.studies.work import ImportanceWork, TextWork
 
@@ -185,6 +199,22 @@ def test_ways_that_a_structure_does_not_allow_are_known_before(name):
             made(way, DropPlan((1, 2)), text("web")).measure(model, None, lambda n: None)
 
 
+def test_orders_are_those_of_their_functions():
+    model = families.tiny("llama")
+    orders = {}
+    for by in ORDERS:
+        item = ChoiceWork(**SHARED, by=by, tokens=TOKENS, n_drop=2, candidates=2)
+        (value,) = item.measure(model, None, lambda n: None)
+        orders[by] = value["layers"]
+        assert len(value["divergence"]) == (2 if by == "search with repair" else 0)
+    bounds = canonical_correlation_bound(model, TOKENS)
+    assert orders["NBL's bound"] == sorted(range(3), key=bounds.__getitem__)[:2]
+    for by, chosen in (("greedy KL", select_by("greedy KL", Context(model, TOKENS), "attention", 2)),
+                       ("random", select_at_random(3, "attention", 2, 0)),
+                       ("search with repair", select_with_repair(model, TOKENS, "attention", 2, 2))):  # fmt: skip
+        assert tuple(orders[by]) == chosen.attention
+
+
 def test_healing_reads_none_of_the_text_that_is_measured_on():
     tokenizer = byte_tokenizer()
     read = load_tokens("random-words", tokenizer, 4, 32)
@@ -226,7 +256,7 @@ def test_a_repair_regains_half(share, expected):
 
 @pytest.mark.parametrize(("low", "expected"), [(0.05, "reproduced"), (-0.2, "inconclusive")])
 def test_a_repair_beats_each_published_one(low, expected):
-    rows = [row(REPAIR, way) for way in (MAPS, "ReplaceMe")]
+    rows = [row(REPAIR, way) for way in (MAPS, "ReplaceMe", "LinearPatch")]
     rows.append(row(REPAIR, "Prune&Comp", less=(0.1, low, 0.25)))
     rows.append(row(REPAIR, "repair, linear maps", less=(-1, -1, -1)))  # not published
     assert verdict("repair_beats_published", rows) == expected

@@ -79,6 +79,7 @@ VALUES = {  # of the fields of items; a new one of text or a whole number needs 
     "model": MODEL, "dtype": torch.float32, "tokens": TOKENS, "plans": (PLAN,), "load": LOAD, "fill": False, "members": (),
     "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
     "requests": (([1], [2]),), "settings": Tuning(), "way": "repair, healing", "text": TOKENS, "healing": Healing(),
+    "by": "search with repair",
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
@@ -100,6 +101,7 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "learning_rate": [1e-3],
     "what": ["generation"],
     "room": [120, None],
+    "by": ["NBL's bound", "greedy KL", "random"],
 }
 MACHINE = {"processor": "P", "gpus": ["G"], "cpu_threads": 2}
 LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
@@ -242,8 +244,7 @@ def test_kinds_of_values_are_apart():
         ("ChangedWork", changes_module, "VERSION"),
         ("ChangedSpeedWork", changes_module, "VERSION"),
         ("MadeWork", kept_module, "VERSION"),
-        ("SearchWork", kept_module, "VERSION"),
-        ("SearchWork", kept_module, "SEARCH_VERSION"),
+        ("ChoiceWork", kept_module, "VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -257,7 +258,7 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork"}
-ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "SearchWork"}
+ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_random_weights_depend_on_the_kind_of_device(monkeypatch):
 def test_times_depend_on_the_machine_and_nothing_else_does(machine, change):
     before = {cls: addresses(build(cls)) for cls in classes()}
     machine |= change
-    timed = {"SpeedWork", "OrderWork", "ChangedSpeedWork", "MadeWork", "SearchWork"} | (
+    timed = {"SpeedWork", "OrderWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"} | (
         set() if "gpus" in change else {"ServedWork"}
     )  # llama.cpp runs on the CPU
     assert {cls.__name__ for cls in classes() if addresses(build(cls)) != before[cls]} == timed

@@ -68,7 +68,7 @@ LESS = {
     "keep_more": {
         "n_drop": [2],
         "ways": ["Prune&Comp", "repair", "healing"],
-        "searched": ["repair"],
+        "chosen": {"search with repair": ["repair"]},
         "n_samples": 2,
         "search_samples": 2,
         "candidates": 2,

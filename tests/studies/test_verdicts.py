@@ -306,7 +306,12 @@ def tuned(*number):
     return {"recovered": frame(kind=["attention", "attention", "mlp"], n=8, measure=["text", "tasks", "text"], **shares)}
 
 
-def regained(way, *number, share=(0.6, 0.5, 0.7), others=("plain", "linear maps (NBL)", "ReplaceMe", "Prune&Comp", "healing")):
+def regained(
+    way,
+    *number,
+    share=(0.6, 0.5, 0.7),
+    others=("plain", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp", "healing"),
+):
     """The number is that against the last; other layers, and other ways, are beside the point."""
     known = [*[(0.2, 0.1, 0.3)] * (len(others) - 1), number or (0.2, 0.1, 0.3), (-1, -1.1, -0.9), (-1, -1.1, -0.9)]
     differences = ends("difference", "difference_low", "difference_high", known) if number else {}
@@ -316,7 +321,7 @@ def regained(way, *number, share=(0.6, 0.5, 0.7), others=("plain", "linear maps 
     return {"regained": frame(n=8, **rows, **differences, **shares)}
 
 
-PUBLISHED = ("plain", "healing", "linear maps (NBL)", "ReplaceMe", "Prune&Comp")
+PUBLISHED = ("plain", "healing", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp")
 
 
 CASES = [  # rule, and tables by which it is reproduced, deviates, and is inconclusive

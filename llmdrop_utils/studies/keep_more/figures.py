@@ -8,10 +8,10 @@ import seaborn as sns
 from ...report.style import WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 from .rows import CHOICES, ERROR, MEAN
-from .study import COSINE, SEARCH
-from .work import HEALING, PLAIN, REPAIR, REPAIR_HEALING
+from .study import COSINE
+from .work import HEALING, PLAIN, REPAIR, REPAIR_HEALING, SEARCH
 
-MARKS = {COSINE: "o"}  # layers chosen by the search are squares
+MARKS = "osD^v"  # of orders of layers, cosine first
 OTHERS = [CHOICES, ERROR, "copy", "continuation"]
 
 
@@ -19,13 +19,15 @@ OTHERS = [CHOICES, ERROR, "copy", "continuation"]
 def figS32_keep_more(tables: Tables) -> Drawing:
     """Perplexity over the dense model's with n attention layers dropped, as a mean over corpora, by what makes up for them.
 
-    Circles: layers as cosine ranks them. Squares: layers that the search with repair chose. Bars: 95 % intervals.
+    Circles: layers as cosine ranks them. Other marks: layers that were chosen otherwise. Bars: 95 % intervals.
     """
     data = tables["quality"].query("n > 0").loc[lambda rows: rows["measure"] == MEAN]
     panels = list(data[["model", "n"]].drop_duplicates().itertuples(index=False))
     if not panels:
         return nothing_to_show("Nothing was dropped", data)
     ways = sorted(data["way"].unique(), key=lambda way: data.loc[data["way"] == way, "value"].mean(), reverse=True)
+    n_orders = data["layers"].nunique()
+    step = min(0.3, 0.8 / n_orders)
     n_columns = min(2, len(panels))
     n_lines = -(-len(panels) // n_columns)
     shape = {"figsize": (WIDTH, n_lines * (0.7 + 0.24 * len(ways))), "squeeze": False, "sharey": True}
@@ -35,9 +37,9 @@ def figS32_keep_more(tables: Tables) -> Drawing:
     for ax, (model, n) in zip(axes.flat, panels, strict=False):
         of_panel = data[(data["model"] == model) & (data["n"] == n)]
         for i, (layers, rows) in enumerate(of_panel.groupby("layers", sort=False)):
-            places = [ways.index(way) + (0.15 if layers != COSINE else -0.15) for way in rows["way"]]
+            places = [ways.index(way) + step * (i - (n_orders - 1) / 2) for way in rows["way"]]
             error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
-            ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker=MARKS.get(str(layers), "s"), capsize=2,
+            ax.errorbar(rows["value"], places, xerr=error, linestyle="", marker=MARKS[i % len(MARKS)], capsize=2,
                         color=sns.color_palette("colorblind")[i], label=f"layers by {layers}")  # fmt: skip
         ax.axvline(1, color="0.7", linewidth=0.8)
         ax.set(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import torch
 
 from ...base.errors import NotApplicable, NotAvailable
-from ...base.settings import Counts, Names, Positive, PositiveNumber, Settings
+from ...base.settings import Counts, Names, NamesByName, Positive, PositiveNumber, Settings
 from ...derive.healing import Healing
 from ...dropping.plan import DropPlan
 from ...measure.importance import Importance
@@ -22,9 +22,9 @@ from ..speedup.loads import n_layers_of
 from ..what_breaks.work import ConfidenceWork, GenerationWork, ProbeWork
 from ..work import DENSE, ImportanceWork, Work
 from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
-from .work import PLAIN, WAYS, MadeWork, SearchWork, obstacles
+from .work import ORDERS, PLAIN, WAYS, ChoiceWork, MadeWork, obstacles
 
-COSINE, SEARCH = "cosine", "search with repair"
+COSINE = "cosine"
 DROPPED = Key("n", "Dropped", "d")
 TABLES = {
     "made": table(
@@ -53,10 +53,10 @@ class KeepMore(Settings):
 
     n_drop: Counts  # attention layers
     ways: Annotated[Names, known("way", WAYS)]  # beside dropping alone
-    searched: Annotated[Names | None, known("way", WAYS)]  # for layers that the search chose; null: it is not run
+    chosen: Annotated[NamesByName, known("order", ORDERS)] | None  # layers that something else than cosine chose: ways
     n_samples: Positive  # calibration samples of each corpus that fits read
-    search_samples: Positive  # of each corpus
-    candidates: Positive  # layers that each step of the search looks at
+    search_samples: Positive  # of each corpus, for these orders
+    candidates: Positive  # layers that each step of the search with repair looks at
     healing_samples: Positive  # of each corpus, of the length of calibration samples
     healing_tokens: Positive
     healing_batch: Positive
@@ -75,7 +75,7 @@ class Kept:
     """One model: its versions, and the items that they are measured by."""
 
     item: ImportanceWork
-    search: SearchWork | None
+    choices: dict[str, ChoiceWork]
     works: dict[Version, MadeWork]
 
 
@@ -84,8 +84,8 @@ def keep_more(run: Run) -> Tables:
     """Notebook 10: each way to make up for dropped attention, at equal numbers dropped."""
     settings, (scoring, tasks) = run.section(KeepMore), rank_layers(run)
     choices = {name: members for name, members in tasks.items() if members[0].OUTPUT_TYPE == "multiple_choice"}
-    # 1. What the search chooses, and what the dense model writes: both are read by what follows.
-    searches: dict[str, SearchWork] = {}
+    # 1. What is chosen otherwise, and what the dense model writes: both are read by what follows.
+    choosing: dict[str, dict[str, ChoiceWork]] = {}
     written: dict[str, GenerationWork] = {}
     others: dict[str, list[ImportanceWork]] = {}
     for item in scoring:
@@ -99,17 +99,17 @@ def keep_more(run: Run) -> Tables:
             if not most:
                 there, least = n_layers_of(item.model), min(settings.n_drop)
                 raise NotApplicable(f"{item.model.name} has {there} layers, and the profile drops {least} or more.")
-            if settings.searched:
-                tokens = _mixed(others[item.model.name], settings.search_samples)
-                searches[item.model.name] = SearchWork(
-                    **item.identity, tokens=tokens, n_drop=most, candidates=settings.candidates
-                )
-    run.measure([*written.values(), *searches.values()])
+            looked_at = {"tokens": _mixed(others[item.model.name], settings.search_samples), "candidates": settings.candidates}
+            choosing[item.model.name] = {
+                by: ChoiceWork(**item.identity, **looked_at, by=by, n_drop=most) for by in settings.chosen or {}
+            }
+    orders = [work for of_model in choosing.values() for work in of_model.values()]
+    run.measure([*written.values(), *orders])
     # 2. Versions of each model.
     kept: list[Kept] = []
     for item in run.measured(scoring):
         with run.one_of(item.model):
-            kept.append(_versions(run, item, others[item.model.name], written, searches.get(item.model.name), choices))
+            kept.append(_versions(run, item, others[item.model.name], written, choosing[item.model.name], choices))
     run.measure([work for each in kept for work in each.works.values()])
     kept = [each for each in kept if each.item.model.name not in run.not_run]
     if not kept:
@@ -119,7 +119,7 @@ def keep_more(run: Run) -> Tables:
     for each in kept:
         for name, rows in _rows(run, each).items():
             tables[name] += [{"model": each.item.model.name} | row for row in rows]
-    work: list[Work] = [*scoring, *written.values(), *searches.values(), *(w for each in kept for w in each.works.values())]
+    work: list[Work] = [*scoring, *written.values(), *orders, *(w for each in kept for w in each.works.values())]
     return run.write(tables, run.measured(work))
 
 
@@ -133,8 +133,8 @@ def _versions(
     item: ImportanceWork,
     corpora: list[ImportanceWork],
     written: dict[str, GenerationWork],
-    searched: SearchWork | None,
-    choices: dict[str, list],
+    choosing: dict[str, ChoiceWork],
+    tasks: dict[str, list],
 ) -> Kept:
     settings, tokenizer = run.section(KeepMore), load_tokenizer(item.model)
     begin = len(text_beginning(tokenizer))
@@ -149,7 +149,7 @@ def _versions(
     copied = copy_probes(held_out(item, tokenizer, settings.probes, context), begin)
     asked: list[Any] = [  # each has plans
         *texts,
-        *task_work(run, item.model, choices, [DENSE], settings.task_limit, ConfidenceWork),
+        *task_work(run, item.model, tasks, [DENSE], settings.task_limit, ConfidenceWork),
         ProbeWork(**item.identity, probe="copy", requests=tuple(copied), plans=(DENSE,)),
         ProbeWork(**item.identity, probe="continuation", requests=continued, plans=(DENSE,)),
     ]
@@ -163,17 +163,17 @@ def _versions(
         return MadeWork(**shared, way=way, plan=plan, items=tuple(dataclasses.replace(each, plans=(plan,)) for each in asked))
 
     reasons = obstacles(model_of_shape(item.model, torch.bfloat16, "meta"))
-    asked_for = {*settings.ways, *(settings.searched or ())}
+    asked_for = {*settings.ways, *(way for ways in (settings.chosen or {}).values() for way in ways)}
     run.not_run |= {f"{item.model.name}, {way}": reason for way, reason in reasons.items() if way in asked_for}
     scores = run.importance(item).first(run.section(Calibration).n_samples)
     works = {DENSE_VERSION: made(PLAIN, DENSE)}
     for n in (n for n in settings.n_drop if n < n_layers_of(item.model)):
         plan = select(scores, "attention", n)
         works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways) if way not in reasons}
-        if searched:
-            plan = DropPlan(attention=tuple(run.values(searched)[0]["layers"][:n]))
-            works |= {Version(SEARCH, way, n): made(way, plan) for way in settings.searched or () if way not in reasons}
-    return Kept(item, searched, works)
+        for by, ways in (settings.chosen or {}).items():
+            plan = DropPlan(attention=tuple(run.values(choosing[by])[0]["layers"][:n]))
+            works |= {Version(by, way, n): made(way, plan) for way in ways if way not in reasons}
+    return Kept(item, choosing, works)
 
 
 def _fresh(item: ImportanceWork, tested: torch.LongTensor, tokenizer, settings: KeepMore) -> torch.LongTensor:
@@ -193,9 +193,9 @@ def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
     scores: Importance = run.importance(kept.item).first(run.section(Calibration).n_samples)
     most = max(version.n for version in kept.works)
     orders = {COSINE: (select(scores, "attention", most).attention, None)}
-    if kept.search:
-        (found,) = run.values(kept.search)
-        orders[SEARCH] = (found["layers"][:most], found["divergence"])
+    for by, work in kept.choices.items():
+        (found,) = run.values(work)
+        orders[by] = (found["layers"][:most], found["divergence"] or None)
     return {
         "made": made_rows(kept.works, values),
         "quality": quality_rows(kept.works, values),

@@ -7,7 +7,7 @@ from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
 from .rows import CHOICES, ERROR, MEAN
 from .study import COSINE
-from .work import FOLD, HEALING, MAPS, PLAIN, REPAIR, REPAIR_HEALING, RESCALED
+from .work import FOLD, HEALING, MAPS, PLAIN, REPAIR, REPAIR_HEALING, RESCALED, SCALED
 
 
 @check
@@ -23,7 +23,7 @@ def repair_regains(tables: Tables, share: float) -> Iterator[Finding]:
 
 @check
 def repair_beats_published(tables: Tables) -> Iterator[Finding]:
-    yield from _less_lost(tables, REPAIR, (MAPS, FOLD, RESCALED))
+    yield from _less_lost(tables, REPAIR, (MAPS, FOLD, SCALED, RESCALED))
 
 
 @check

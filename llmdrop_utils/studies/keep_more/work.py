@@ -1,4 +1,4 @@
-"""Notebook 10, what is measured: models made from the dense one, read by the items of other notebooks; and a search."""
+"""Notebook 10, what is measured: models made from the dense one, read by the items of other notebooks; and orders of layers."""
 
 import copy
 import dataclasses
@@ -14,24 +14,29 @@ from torch import nn
 
 from ...base import files
 from ...base.provenance import code_provenance
+from ...derive.folds import fold_scaling, fold_transform, rescale
 from ...derive.healing import VERSION as HEALING_VERSION
 from ...derive.healing import Healing, heal
 from ...derive.model import layers_restored
+from ...derive.nbl import canonical_correlation_bound, fit_maps
 from ...derive.repair import VERSION as REPAIR_VERSION
 from ...derive.repair import repair
 from ...derive.rivals import VERSION as RIVALS_VERSION
-from ...derive.rivals import fit_maps, fold_transform, rescale
 from ...derive.search import VERSION as SEARCH_VERSION
 from ...derive.search import select_with_repair
 from ...derive.sites import sites_of
 from ...dropping.plan import DropPlan
+from ...measure.importance import drop_order
+from ...measure.text import VERSION as TEXT_VERSION
 from ...models.families import family_of, find_anatomy, stream_width
+from ...selection.methods import Context, select_at_random, select_by
 from ...sources.texts import fingerprint
 from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
-PLAIN, MAPS, FOLD, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "Prune&Comp"
+SEARCH = "search with repair"
+PLAIN, MAPS, FOLD, SCALED, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp"
 REPAIR, REPAIR_MAPS, HEALING, REPAIR_HEALING = "repair", "repair, linear maps", "healing", "repair, healing"
 Part = TextWork | ConfidenceWork | ProbeWork
 
@@ -60,6 +65,11 @@ def _maps(given: Making) -> DropPlan:
 
 def _fold(given: Making) -> DropPlan:
     fold_transform(given.model, given.tokens, given.plan)
+    return given.plan
+
+
+def _scaled(given: Making) -> DropPlan:
+    fold_scaling(given.model, given.tokens, given.plan)
     return given.plan
 
 
@@ -92,8 +102,8 @@ def _repair_healing(given: Making) -> DropPlan:
 
 
 WAYS: dict[str, Make] = {
-    PLAIN: _plain, MAPS: _maps, FOLD: _fold, RESCALED: _rescaled, REPAIR: _repair, REPAIR_MAPS: _repair_maps,
-    HEALING: _healing, REPAIR_HEALING: _repair_healing,
+    PLAIN: _plain, MAPS: _maps, FOLD: _fold, SCALED: _scaled, RESCALED: _rescaled, REPAIR: _repair,
+    REPAIR_MAPS: _repair_maps, HEALING: _healing, REPAIR_HEALING: _repair_healing,
 }  # fmt: skip
 
 
@@ -104,13 +114,15 @@ def obstacles(shape: nn.Module) -> dict[str, str]:
     sites = [sites_of(layer.block, family, kind) for layer in anatomy.layers for kind in ("attention", "mlp")]
     found: dict[str, str] = {}
     if family.mlp_input is None:
-        found[FOLD] = f"Attention and MLP of {anatomy.family} models read the same stream."
+        found |= dict.fromkeys((FOLD, SCALED), f"Attention and MLP of {anatomy.family} models read the same stream.")
     if getattr(config, "_remove_final_layer_norm", False):
         found[RESCALED] = "The model has no final norm, so the scale of its stream matters."
     if any(at and at.norm for at in sites):
-        found |= dict.fromkeys((FOLD, RESCALED), f"What {anatomy.family} models add to the stream passes a norm before.")
+        found |= dict.fromkeys(
+            (FOLD, SCALED, RESCALED), f"What {anatomy.family} models add to the stream passes a norm before."
+        )
     if any(at and at.output is None for at in sites):
-        found |= dict.fromkeys((FOLD, RESCALED), "Its experts have no output projection of their own.")
+        found |= dict.fromkeys((FOLD, SCALED, RESCALED), "Its experts have no output projection of their own.")
     return found
 
 
@@ -146,7 +158,7 @@ class MadeWork(Work):
     @property
     def _read(self) -> int:
         """Tokens that making the model takes, as forward passes: a step of healing is one, a teacher's, and a backward pass."""
-        passes = {PLAIN: 0, MAPS: 1, FOLD: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
+        passes = {PLAIN: 0, MAPS: 1, FOLD: 1, SCALED: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
         healed = 4 * (self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0
         return passes.get(self.way, 6 if self.way == REPAIR_HEALING else 0) * self.tokens.numel() + healed
 
@@ -176,28 +188,30 @@ class MadeWork(Work):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchWork(Work):
-    """The order in which attention layers go if each step looks at what a repair leaves (derive/search.py)."""
+class ChoiceWork(Work):
+    """The order in which attention layers go if they are not ranked by cosine."""
 
+    by: str  # in ORDERS
     tokens: torch.LongTensor
     n_drop: int
-    candidates: int
+    candidates: int  # layers that each step of the search looks at
 
     @property
     def keys(self) -> list[dict]:
         code = code_provenance()
         machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}
-        more = {"tokens": fingerprint(self.tokens), "n_drop": self.n_drop, "candidates": self.candidates, "machine": machine,
-                "search": SEARCH_VERSION}  # fmt: skip
-        return [self._key("search with repair", VERSION, **more)]
+        more = {"tokens": fingerprint(self.tokens), "n_drop": self.n_drop, "machine": machine} | ORDERS[self.by].versions
+        if self.by == SEARCH:
+            more["candidates"] = self.candidates
+        return [self._key(self.by, VERSION, **more)]
 
     @property
     def tokens_to_pass(self) -> int:
-        return 3 * self.n_drop * self.candidates * self.tokens.numel()
+        return ORDERS[self.by].passes(self.n_drop, self.candidates) * self.tokens.numel()
 
     @property
     def about(self) -> dict:
-        return {"searched with": "repair", "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
+        return {"layers by": self.by, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         left: list[float] = []
@@ -207,5 +221,40 @@ class SearchWork(Work):
             update(self.tokens_to_pass / self.n_drop)
 
         started = time.perf_counter()
-        plan = select_with_repair(model, self.tokens, "attention", self.n_drop, self.candidates, on_step=step)
+        plan = ORDERS[self.by].choose(model, self, step)
         return [{"layers": list(plan.attention), "divergence": left, "seconds": time.perf_counter() - started}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A way to choose layers: what chooses, which calls `step` for each layer if it looks at what is left; its versions, which
+    are part of a result's key; and how often it passes the tokens, of n dropped and of so many candidates."""
+
+    choose: Callable[[nn.Module, ChoiceWork, Callable[[int, float], None]], DropPlan]
+    versions: dict[str, int]
+    passes: Callable[[int, int], int]
+
+
+def _search(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+    return select_with_repair(model, given.tokens, "attention", given.n_drop, given.candidates, on_step=step)
+
+
+def _bound(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+    order = drop_order(canonical_correlation_bound(model, given.tokens))
+    return DropPlan(order[: given.n_drop])
+
+
+def _greedy(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+    return select_by("greedy KL", Context(model, given.tokens), "attention", given.n_drop)
+
+
+def _random(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+    return select_at_random(len(find_anatomy(model)), "attention", given.n_drop, seed=0)
+
+
+ORDERS = {
+    SEARCH: Order(_search, {"search": SEARCH_VERSION}, lambda n, candidates: 3 * n * candidates),
+    "NBL's bound": Order(_bound, {"rivals": RIVALS_VERSION}, lambda n, candidates: 2),
+    "greedy KL": Order(_greedy, {"text": TEXT_VERSION}, lambda n, candidates: 10 * n),
+    "random": Order(_random, {}, lambda n, candidates: 0),
+}
