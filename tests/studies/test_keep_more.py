@@ -27,6 +27,7 @@ from llmdrop_utils.studies.keep_more import work as kept_module
 from llmdrop_utils.studies.keep_more.rows import (
     DENSE_VERSION,
     Version,
+    cached_share,
     made_rows,
     order_rows,
     quality_rows,
@@ -41,6 +42,7 @@ from llmdrop_utils.studies.keep_more.work import (
     REPAIR,
     RESCALED,
     WAYS,
+    WINDOW,
     ChoiceWork,
     MadeWork,
     obstacles,
@@ -48,6 +50,7 @@ from llmdrop_utils.studies.keep_more.work import (
 from llmdrop_utils.studies.what_breaks.work import ConfidenceWork, ProbeWork
 from llmdrop_utils.studies.work import ImportanceWork, TextWork
 
+CONFIG = families.tiny("llama").config
 TOKENS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
 MODEL = LocatedModel("hand", Path("here"), "sha256:hand")
 SHARED = {"model": MODEL, "dtype": torch.float32, "attention": "sdpa"}
@@ -130,10 +133,19 @@ def test_nothing_is_regained_where_nothing_is_lost():
 
 
 def test_what_each_version_took():
-    (repaired, mapped) = [row for row in made_rows(WORKS, VALUES) if row["way"] in (REPAIR, MAPS)]
-    assert repaired == {"layers": "cosine", "way": REPAIR, "n": 2, "seconds": 9.0, "parameters": 5, "tokens": 16 * 16}
+    (repaired, mapped) = [row for row in made_rows(WORKS, VALUES, CONFIG) if row["way"] in (REPAIR, MAPS)]
+    took = {"seconds": 9.0, "parameters": 5, "tokens": 16 * 16, "cache": 2 / 3}
+    assert repaired == {"layers": "cosine", "way": REPAIR, "n": 2} | took
     assert mapped["tokens"] == 16 * 16
     assert made("repair, healing", PLAN).tokens_read == 16 * 16 + 64
+
+
+def test_a_cache_holds_what_is_kept_and_windows():
+    """Of three layers with 32 numbers a token each, one is dropped, or keeps 128 of 2,048 tokens."""
+    assert cached_share(CONFIG, made(REPAIR, DropPlan((1,)))) == pytest.approx(2 / 3)
+    assert cached_share(CONFIG, made(WINDOW, DropPlan((1,)))) == pytest.approx((2 + 128 / 2048) / 3)
+    sliding = families.tiny("gemma3").config  # two layers of three with a window of 4
+    assert cached_share(sliding, made(WINDOW, DropPlan((0, 1)))) == pytest.approx((8 + 128) / (2048 + 8))
 
 
 def test_orders():
@@ -270,7 +282,7 @@ def test_repair_and_healing():
 def test_advice_names_the_best_that_costs_nothing():
     tables = {"quality": pd.DataFrame([{"model": "m"} | each for each in quality_rows(WORKS, VALUES)])}
     values = VALUES | {REPAIRED: [value | {"parameters": 0} for value in VALUES[REPAIRED]]}
-    tables["made"] = pd.DataFrame([{"model": "m"} | each for each in made_rows(WORKS, values)])
+    tables["made"] = pd.DataFrame([{"model": "m"} | each for each in made_rows(WORKS, values, CONFIG)])
     text = ADVICE["10_keep_more"](tables)
     assert (
         "the least is lost by repair on layers chosen by cosine: perplexity 1.22 times the dense model's, instead of 1.65"

@@ -8,10 +8,12 @@ import numpy as np
 
 from ...base import stats
 from ...measure.confidence import binned_gaps, calibration_error
+from ...models.families import cache_geometry
 from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork
-from .work import PLAIN, MadeWork
+from .work import PLAIN, WIDTH, WINDOW, MadeWork
 
+CONTEXT = 2048  # tokens, of which a cache is counted
 MEAN, CHOICES, ERROR = "perplexity over dense (mean)", "choices", "calibration error"
 
 
@@ -124,13 +126,26 @@ def regained_rows(works: Mapping[Version, MadeWork], values: Mapping[Version, Se
     return rows
 
 
-def made_rows(works: Mapping[Version, MadeWork], values: Mapping[Version, Sequence[dict]]) -> list[dict]:
-    """What each version took: seconds, parameters added, and tokens read."""
+def made_rows(works: Mapping[Version, MadeWork], values: Mapping[Version, Sequence[dict]], config) -> list[dict]:
+    """What each version took, and what it takes: seconds, tokens read, parameters added, and its cache of a text of CONTEXT
+    tokens as a share of the dense model's."""
     return [
         version._asdict() | {"seconds": values[version][0]["seconds"], "parameters": values[version][0]["parameters"],
-                             "tokens": work.tokens_read}
-        for version, work in works.items() if version.way != PLAIN
+                             "tokens": work.tokens_read, "cache": cached_share(config, work)}
+        for version, work in works.items() if work.way != PLAIN or work.plan.n_drop
     ]  # fmt: skip
+
+
+def cached_share(config, work: MadeWork) -> float:
+    """A layer with a window keeps that many tokens, and one without attention none."""
+    geometry = cache_geometry(config.get_text_config())
+    dense = [numbers * min(window or CONTEXT, CONTEXT) for numbers, window in geometry]
+    left = WIDTH if work.way == WINDOW else 0
+    kept = [
+        numbers * min(left, window or CONTEXT) if index in work.plan.attention else whole
+        for index, ((numbers, window), whole) in enumerate(zip(geometry, dense, strict=True))
+    ]
+    return sum(kept) / sum(dense)
 
 
 def order_rows(orders: Mapping[str, tuple[Sequence[int], Sequence[float] | None]]) -> list[dict]:

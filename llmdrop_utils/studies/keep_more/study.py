@@ -10,7 +10,7 @@ from ...base.settings import Counts, Names, NamesByName, Positive, PositiveNumbe
 from ...derive.healing import Healing
 from ...dropping.plan import DropPlan
 from ...measure.importance import Importance
-from ...models.load import load_tokenizer, model_of_shape
+from ...models.load import load_config, load_tokenizer, model_of_shape
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import select
 from ...sources.probes import copy_probes
@@ -30,7 +30,7 @@ TABLES = {
     "made": table(
         "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED,
         Column("seconds", "Seconds", ".0f"), Column("parameters", "Parameters more", ",d"),
-        Column("tokens", "Tokens read", ",d"),
+        Column("tokens", "Tokens read", ",d"), Column("cache", "Cache of 2,048 tokens, share of the dense", ".1%"),
     ),
     "quality": table(
         "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED, "measure",
@@ -197,7 +197,7 @@ def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
         (found,) = run.values(work)
         orders[by] = (found["layers"][:most], found["divergence"] or None)
     return {
-        "made": made_rows(kept.works, values),
+        "made": made_rows(kept.works, values, load_config(kept.item.model)),
         "quality": quality_rows(kept.works, values),
         "regained": regained_rows(kept.works, values),
         "orders": order_rows(orders),

@@ -7,7 +7,7 @@ from ...report.tables import Tables
 from ...report.verdicts import advice, check, triple
 from .rows import CHOICES, ERROR, MEAN
 from .study import COSINE
-from .work import FOLD, HEALING, MAPS, PLAIN, REPAIR, REPAIR_HEALING, RESCALED, SCALED
+from .work import FOLD, HEALING, MAPS, PLAIN, REPAIR, REPAIR_HEALING, RESCALED, SCALED, WINDOW
 
 
 @check
@@ -50,7 +50,7 @@ def what_to_do(tables: Tables) -> str:
         took = tables["made"][tables["made"]["model"] == model].set_index(["layers", "way", "n"])
         for n in sorted(rows["n"].unique())[1:]:
             versions = rows[(rows["n"] == n) & (rows["measure"] == MEAN)]
-            free = versions[~versions["way"].isin([HEALING, REPAIR_HEALING])]
+            free = versions[~versions["way"].isin([WINDOW, HEALING, REPAIR_HEALING])]
             free = free[[took["parameters"].get((r.layers, r.way, n), 0) == 0 for r in free.itertuples()]]
             best = free.loc[free["value"].idxmin()]
             told = (

@@ -1,5 +1,6 @@
 """Notebook 10, what is measured: models made from the dense one, read by the items of other notebooks; and orders of layers."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -26,6 +27,7 @@ from ...derive.search import VERSION as SEARCH_VERSION
 from ...derive.search import select_with_repair
 from ...derive.sites import sites_of
 from ...dropping.plan import DropPlan
+from ...dropping.windows import windowed
 from ...measure.importance import drop_order
 from ...measure.text import VERSION as TEXT_VERSION
 from ...models.families import family_of, find_anatomy, stream_width
@@ -36,7 +38,9 @@ from ..work import TextWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
 SEARCH = "search with repair"
+WIDTH = 128  # of a window, in tokens
 PLAIN, MAPS, FOLD, SCALED, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp"
+WINDOW = f"window of {WIDTH} tokens"  # in the layers that are otherwise dropped
 REPAIR, REPAIR_MAPS, HEALING, REPAIR_HEALING = "repair", "repair, linear maps", "healing", "repair, healing"
 Part = TextWork | ConfidenceWork | ProbeWork
 
@@ -50,6 +54,7 @@ class Making(NamedTuple):
     text: torch.LongTensor  # for healing
     checkpoints: str  # where healing stores its own
     healing: Healing
+    measuring: contextlib.ExitStack  # left once the model is measured
 
 
 Make = Callable[[Making], DropPlan]  # changes the model, and returns the plan that it is measured under
@@ -57,6 +62,11 @@ Make = Callable[[Making], DropPlan]  # changes the model, and returns the plan t
 
 def _plain(given: Making) -> DropPlan:
     return given.plan
+
+
+def _window(given: Making) -> DropPlan:
+    given.measuring.enter_context(windowed(given.model, given.plan.attention, WIDTH))
+    return dataclasses.replace(given.plan, attention=())
 
 
 def _maps(given: Making) -> DropPlan:
@@ -102,7 +112,7 @@ def _repair_healing(given: Making) -> DropPlan:
 
 
 WAYS: dict[str, Make] = {
-    PLAIN: _plain, MAPS: _maps, FOLD: _fold, SCALED: _scaled, RESCALED: _rescaled, REPAIR: _repair,
+    PLAIN: _plain, WINDOW: _window, MAPS: _maps, FOLD: _fold, SCALED: _scaled, RESCALED: _rescaled, REPAIR: _repair,
     REPAIR_MAPS: _repair_maps, HEALING: _healing, REPAIR_HEALING: _repair_healing,
 }  # fmt: skip
 
@@ -145,7 +155,7 @@ class MadeWork(Work):
         code = code_provenance()
         machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}  # seconds are among what is stored
         how: dict = {"way": self.way, "plan": self.plan.key.to_json(), "machine": machine}
-        if self.way != PLAIN:
+        if self.way not in (PLAIN, WINDOW):
             how |= {"tokens": fingerprint(self.tokens), "versions": VERSIONS}
         if self.way in (HEALING, REPAIR_HEALING):
             how |= {"text": fingerprint(self.text), "healing": dataclasses.asdict(self.healing)}
@@ -158,14 +168,14 @@ class MadeWork(Work):
     @property
     def _read(self) -> int:
         """Tokens that making the model takes, as forward passes: a step of healing is one, a teacher's, and a backward pass."""
-        passes = {PLAIN: 0, MAPS: 1, FOLD: 1, SCALED: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
+        passes = {PLAIN: 0, WINDOW: 0, MAPS: 1, FOLD: 1, SCALED: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
         healed = 4 * (self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0
         return passes.get(self.way, 6 if self.way == REPAIR_HEALING else 0) * self.tokens.numel() + healed
 
     @property
     def tokens_read(self) -> int:
         """Tokens of text that making the model reads; those of healing again and again, if it has few."""
-        fitted = 0 if self.way in (PLAIN, HEALING) else self.tokens.numel()
+        fitted = 0 if self.way in (PLAIN, WINDOW, HEALING) else self.tokens.numel()
         return fitted + ((self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0)
 
     @property
@@ -174,9 +184,9 @@ class MadeWork(Work):
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         checkpoints = files.CACHE / "healing" / hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()[:16]
-        with layers_restored(model):
+        with layers_restored(model), contextlib.ExitStack() as measuring:
             started = time.perf_counter()
-            plan = WAYS[self.way](Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing))
+            plan = WAYS[self.way](Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing, measuring))
             seconds = time.perf_counter() - started
             update(self._read)
             more = len(plan.maps) * stream_width(model.config) * (stream_width(model.config) + 1)
