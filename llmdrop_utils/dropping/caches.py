@@ -47,21 +47,21 @@ def watch_caches(anatomy: Anatomy, dropped: frozenset[int]) -> list:
     """Hooks by which every cache that the decoder takes or makes holds nothing for the attention that is dropped."""
     if not dropped:
         return []
-    n_layers = len(anatomy)
+    n_layers, is_left = len(anatomy), len(dropped) < len(anatomy.with_attention)
     return [
-        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, dropped, n_layers), with_kwargs=True),
+        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, dropped, n_layers, is_left), with_kwargs=True),
         anatomy.decoder.register_forward_hook(functools.partial(_fit_returned, dropped, n_layers)),
     ]
 
 
-def _fit_given(dropped: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, kwargs: dict):
+def _fit_given(dropped: frozenset[int], n_layers: int, is_left: bool, decoder: nn.Module, args: tuple, kwargs: dict):
     cache = _find_cache((*args, *kwargs.values()))
-    if len(dropped) < n_layers:
+    if is_left:
         _fit(cache, dropped, n_layers)
         return None
     if cache is not None:  # no layer would know how many tokens the cache has seen
         raise LLMDropError(
-            f"The attention of all {n_layers} layers is dropped, so nothing is left to cache. Pass use_cache=False (to "
+            f"The attention of all {len(dropped)} layers is dropped, so nothing is left to cache. Pass use_cache=False (to "
             "generate() as well) and no past_key_values."
         )
     return args, {**kwargs, "use_cache": False}
