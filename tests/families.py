@@ -124,7 +124,10 @@ EXPERTS = MOE | {"n_routed_experts": 4, "moe_topk": 2, "num_experts_per_token": 
 SHARED = EXPERTS | {"n_shared_experts": 1, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 16}
 LATENT = DEEPSEEK | {"n_group": 1}
 INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}
-ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+ROPES = {
+    kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    for kind in ("full_attention", "sliding_attention")
+}
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
 CONVOLUTION = {"layer_types": ["conv", "full_attention", "full_attention"], "conv_L_cache": 2}
 DELTA = HYBRID | {

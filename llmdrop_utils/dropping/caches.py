@@ -17,7 +17,7 @@ class NoCache(_Base):
     """Stands for the cache of an attention that was dropped; a cache takes its length from the others."""
 
     # Masks are made for the first layer that is True (sliding) or False (full); this is neither.
-    is_sliding = "neither"
+    is_sliding: str | bool = "neither"
     is_compileable = is_croppable = is_initialized = True
     supports_early_init = False
     keys = values = None
@@ -84,3 +84,10 @@ def _fit(cache: cache_utils.Cache | None, dropped: frozenset[int], n_layers: int
     for index in dropped:
         if not isinstance(cache.layers[index], NoCache):
             cache.layers[index] = NoCache(index)
+    first = cache.layers[0]
+    if isinstance(first, NoCache) and any(
+        not isinstance(layer, NoCache | cache_utils.CacheLayerMixin) for layer in cache.layers
+    ):
+        # A hybrid. Older transformers ask the first layer that is False for the length, and a mixer knows none; in place of
+        # layer 0 they ask the first attention that is left.
+        first.is_sliding = False

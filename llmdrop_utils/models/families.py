@@ -80,7 +80,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     family = family_of(config)
     try:
         blocks = decoder.get_submodule(family.layers)
-        kinds = getattr(config, "layer_types", None) if family.mixer else None
+        kinds = _layer_types(config) if family.mixer else None
         layers = tuple(
             _take_apart(block, family, kinds is None or kinds[index] not in MIXERS) for index, block in enumerate(blocks)
         )
@@ -102,6 +102,14 @@ def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
     return LLMDropError(
         f"A {model_type} model is not built as FAMILIES in llmdrop_utils/models/layouts.py says ({error}). "
         "transformers may have renamed a module: correct the entry."
+    )
+
+
+def _layer_types(config) -> list[str]:
+    if kinds := getattr(config, "layer_types", None):
+        return kinds
+    raise LLMDropError(
+        f"This transformers does not say which layers of {config.model_type} models have attention. Install a later one."
     )
 
 

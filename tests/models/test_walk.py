@@ -77,7 +77,10 @@ def test_tables_agree():
 TOKENS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(2))  # longer than the windows, which are 4
 MASK = torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
 POSITIONS = (MASK.cumsum(1) - 1).clamp(min=0)
-NAMES = [name for name in families.MORE if name in CONFIG_MAPPING]  # older transformers lack some
+LATENT = {"axk2", "deepseek_v32"}  # older transformers cache their expanded keys and values
+# Older transformers lack some families, and do not say which layers of RecurrentGemma have attention.
+OLD = {"recurrent_gemma"} if "layer_types" not in CONFIG_MAPPING["recurrent_gemma"].attribute_map else set()
+NAMES = [name for name in families.MORE if name in CONFIG_MAPPING and name not in OLD]
 every_family = pytest.mark.parametrize("name", NAMES)
 
 
@@ -183,8 +186,9 @@ def test_dropping_equals_silenced_projections(name):
         close(logits, expected)
         if name != "recurrent_gemma":  # its output has no cache to go on with
             assert model.generate(TOKENS[:, :7], **how).tolist() == twin.generate(TOKENS[:, :7], **how).tolist()
-    assert cache_bytes(cache) == kv_bytes(model.config, plan, 2, 12, 4) < kv_bytes(model.config, DropPlan(), 2, 12, 4)
-    assert cache_bytes(step_by_step(model)[1]) == kv_bytes(model.config, DropPlan(), 2, 12, 4)
+    if name not in LATENT or Version(transformers.__version__) >= Version("5.20"):
+        assert cache_bytes(cache) == kv_bytes(model.config, plan, 2, 12, 4) < kv_bytes(model.config, DropPlan(), 2, 12, 4)
+        assert cache_bytes(step_by_step(model)[1]) == kv_bytes(model.config, DropPlan(), 2, 12, 4)
     assert torch.equal(padded(model), whole)
 
 
