@@ -101,6 +101,7 @@ def _kept_maps(anatomy: Anatomy) -> dict[str, nn.Module]:
         ".".join(filter(None, (str(index), unit, name))): module
         for index, layer in enumerate(anatomy.layers)
         for unit in units
+        if unit != family.attention_unit[0] or layer.has_attention  # another mixer stays as it is
         for name, module in layer.block.get_submodule(unit).named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not ROUTERS & {*name.split(".")}
     }

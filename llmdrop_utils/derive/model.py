@@ -80,7 +80,8 @@ def layers_restored(model: torch.nn.Module) -> Iterator[None]:
 def _check(model: torch.nn.Module, base: LocatedModel) -> None:
     anatomy = find_anatomy(model)
     for kind, name in (("attention", "attention"), ("mlp", "MLP")):
-        if lacks := sorted(set(range(len(anatomy))) - set(left(anatomy, kind))):
+        built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
+        if lacks := sorted(set(built) - set(left(anatomy, kind))):
             raise LLMDropError(
                 f"The {name} of layer {lacks[0]} is dropped, so its weights could not be stored. Save the whole model, outside "
                 "of `dropped`, and save the drop plan beside it."

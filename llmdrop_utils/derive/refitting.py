@@ -83,10 +83,10 @@ class Repairing:
         wanted = [self._wanted(index, sites, stream) for stream in dense]
         # 1. The attention; what it gives once it is refitted is kept, so that it is computed once for all that follows.
         found = self._refit_kind(index, "attention", sites, dropped, wanted)
-        attention = self.blocks[index].get_submodule(self.family.attention_unit[0])
-        given = [None] * len(dropped) if sites["attention"] is None else self._outputs(index, attention, dropped)
+        if sites["attention"] is not None:
+            attention = self.blocks[index].get_submodule(self.family.attention_unit[0])
+            self.given = {attention: self._outputs(index, attention, dropped)}
         # 2. The MLP, and the whole layer.
-        self.given = {attention: given}
         found += self._refit_kind(index, "mlp", sites, dropped, wanted)
         for batch, each in enumerate(wanted):
             dense[batch] = each["end"]

@@ -37,6 +37,11 @@ def checked(
     """All that can be told before anything is computed. With a ridge, a regression is made, which takes enough tokens."""
     anatomy, tokens, batch_size = check_plan(model, plan), tokens_for(model, tokens), whole(batch_size, "The batch size")
     width, whole_model = stream_width(anatomy.decoder.config), list(range(len(anatomy)))
+    if family_of(anatomy.decoder.config).adds_stream:
+        why = "attention or MLP returns its term and the stream together"
+        raise LLMDropError(f"Published repairs do not fit this {anatomy.family} model: {why}.")
+    if anatomy.other_mixers:
+        raise LLMDropError(f"Published repairs do not fit this {anatomy.family} model: {anatomy.other_mixers}.")
     if any(left(anatomy, kind) != whole_model for kind in NAMES):
         raise LLMDropError("Some attention or MLP of this model is dropped or replaced already. Give the whole model.")
     if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, float | int) or not 0 <= ridge < math.inf):

@@ -17,13 +17,13 @@ from torch import nn
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
-from ..dropping.units import skipping
+from ..dropping.units import available, skipping
 from ..measure.guard import evaluating, tokens_for
 from ..measure.importance import KINDS
 from ..measure.passes import given_by
 from ..measure.scoring import divergence_of
 from ..models.families import find_anatomy, input_device, tensor_of
-from ..selection.methods import as_plan, available_layers
+from ..selection.methods import as_plan
 from ..selection.ranking import check_count, check_kind
 from .moments import wide
 from .refitting import Repairing, held_out_of
@@ -60,7 +60,7 @@ def select_with_repair(
     Returns a plan whose first layers are the plan for fewer. Takes a copy of the model. Raises LLMDropError as `repair` does.
     """
     check_kind(kind, KINDS)
-    left = available_layers(model, kind)
+    left = available(find_anatomy(model), kind)
     n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
     tokens = tokens_for(model, tokens)
     if len(tokens) < 4:

@@ -26,9 +26,11 @@ class Sites:
 
 
 def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
-    """The maps of the "attention" or "mlp" of a layer as it is; None where it is dropped or replaced."""
+    """The maps of the "attention" or "mlp" of a layer as it is; None where it is dropped or replaced, or another mixer."""
     unit = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind]
     term = {"attention": family.attention, "mlp": family.mlp}[kind]
+    if kind == "attention" and family.mixer and getattr(block, unit[0], None) is None:
+        return None
     module = block.get_submodule(unit[0])
     if isinstance(module, StandIn):
         return None
@@ -40,7 +42,7 @@ def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
         unit[0],
         tuple(f"{unit[0]}.{name}" for name in children if name != output and name not in ROUTERS),
         None if output is None else f"{unit[0]}.{output}",
-        None if term == unit[0] else term,
+        None if term.startswith(unit[0]) else term,  # (a map inside of the module may make it)
     )
 
 

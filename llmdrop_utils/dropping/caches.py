@@ -17,7 +17,7 @@ class NoCache(_Base):
     """Stands for the cache of an attention that was dropped; a cache takes its length from the others."""
 
     # Masks are made for the first layer that is True (sliding) or False (full); this is neither.
-    is_sliding = "neither"
+    is_sliding: str | bool = "neither"
     is_compileable = is_croppable = is_initialized = True
     supports_early_init = False
     keys = values = None
@@ -47,21 +47,21 @@ def watch_caches(anatomy: Anatomy, dropped: frozenset[int]) -> list:
     """Hooks by which every cache that the decoder takes or makes holds nothing for the attention that is dropped."""
     if not dropped:
         return []
-    n_layers = len(anatomy)
+    n_layers, is_left = len(anatomy), len(dropped) < len(anatomy.with_attention)
     return [
-        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, dropped, n_layers), with_kwargs=True),
+        anatomy.decoder.register_forward_pre_hook(functools.partial(_fit_given, dropped, n_layers, is_left), with_kwargs=True),
         anatomy.decoder.register_forward_hook(functools.partial(_fit_returned, dropped, n_layers)),
     ]
 
 
-def _fit_given(dropped: frozenset[int], n_layers: int, decoder: nn.Module, args: tuple, kwargs: dict):
+def _fit_given(dropped: frozenset[int], n_layers: int, is_left: bool, decoder: nn.Module, args: tuple, kwargs: dict):
     cache = _find_cache((*args, *kwargs.values()))
-    if len(dropped) < n_layers:
+    if is_left:
         _fit(cache, dropped, n_layers)
         return None
     if cache is not None:  # no layer would know how many tokens the cache has seen
         raise LLMDropError(
-            f"The attention of all {n_layers} layers is dropped, so nothing is left to cache. Pass use_cache=False (to "
+            f"The attention of all {len(dropped)} layers is dropped, so nothing is left to cache. Pass use_cache=False (to "
             "generate() as well) and no past_key_values."
         )
     return args, {**kwargs, "use_cache": False}
@@ -84,3 +84,10 @@ def _fit(cache: cache_utils.Cache | None, dropped: frozenset[int], n_layers: int
     for index in dropped:
         if not isinstance(cache.layers[index], NoCache):
             cache.layers[index] = NoCache(index)
+    first = cache.layers[0]
+    if isinstance(first, NoCache) and any(
+        not isinstance(layer, NoCache | cache_utils.CacheLayerMixin) for layer in cache.layers
+    ):
+        # A hybrid. Older transformers ask the first layer that is False for the length, and a mixer knows none; in place of
+        # layer 0 they ask the first attention that is left.
+        first.is_sliding = False

@@ -137,6 +137,11 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
         raise LLMDropError(f"Expected a drop plan, found {plan!r}. Make one: DropPlan(attention=(3,)), select(...).")
     for kind, name in NAMES.items():
         _check_range(getattr(plan, kind), name, len(anatomy))
+    if missing := sorted(set(plan.attention) - set(anatomy.with_attention)):
+        raise LLMDropError(
+            f"The attention drop list holds layer {missing[0]}, but that layer of this {anatomy.family} model has another "
+            f"mixer of tokens in its place, which cannot be dropped. The layers that have attention: {anatomy.with_attention}."
+        )
     if plan.n_layers not in (None, len(anatomy)):
         raise LLMDropError(
             f"The drop plan was made for a model with {plan.n_layers} layers, but this one has {len(anatomy)}. "

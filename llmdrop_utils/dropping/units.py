@@ -1,11 +1,12 @@
 """A model that really lacks sub-layers: no forward, no parameters and no key-value cache of what was dropped.
 
 Norm and sub-layer are one unit (paper, section 3). Their modules are replaced by stand-ins without parameters that add
-zero to the residual stream; `families.FAMILIES` says which modules these are. Where the plan has a linear map for a place,
+zero to the residual stream; `layouts.FAMILIES` says which modules these are. Where the plan has a linear map for a place,
 the norms stay, and the map replaces the attention or MLP module between them. Layers keep their indices.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
-from ..models.families import Anatomy, family_of, not_as_stated
+from ..models.families import Anatomy, Family, family_of, not_as_stated
 from .caches import watch_caches
 from .maps import LinearMap
 from .plan import NAMES, DropPlan, check_plan
@@ -48,7 +49,7 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
     anatomy = check_plan(model, plan)
     swaps, without_attention = _stand_ins(anatomy, plan, for_good=True)
     for block, name, _, stand_in in swaps:
-        setattr(block, name, stand_in)
+        block.set_submodule(name, stand_in)
     watch_caches(anatomy, without_attention)
     return model
 
@@ -61,14 +62,14 @@ def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
     handles = []
     try:
         for block, name, _, stand_in in swaps:
-            setattr(block, name, stand_in)
+            block.set_submodule(name, stand_in)
         handles += watch_caches(anatomy, without_attention)
         yield [module for _, _, module, _ in swaps]
     finally:
         for handle in handles:
             handle.remove()
         for block, name, module, _ in swaps:
-            setattr(block, name, module)
+            block.set_submodule(name, module)
 
 
 @contextlib.contextmanager
@@ -107,8 +108,19 @@ def left(anatomy: Anatomy, kind: str) -> list[int]:
     """Indices of the layers whose "attention", or "mlp", is in its place now: neither dropped nor replaced by a map."""
     family = family_of(anatomy.decoder.config)
     name = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind][0]
-    blocks = enumerate(layer.block for layer in anatomy.layers)
-    return [index for index, block in blocks if not isinstance(block.get_submodule(name), StandIn)]
+    there = anatomy.with_attention if kind == "attention" else range(len(anatomy))
+    return [index for index in there if not isinstance(anatomy.layers[index].block.get_submodule(name), StandIn)]
+
+
+def available(anatomy: Anatomy, kind: str) -> list[int]:
+    """Indices of the layers that have something of this kind to drop: "attention", "mlp" or "block".
+
+    A block can be dropped if its parts can, so none whose attention is another mixer.
+    """
+    if kind != "block":
+        return left(anatomy, kind)
+    parts = {*left(anatomy, "attention"), *left(anatomy, "mlp")}
+    return sorted(parts & set(anatomy.with_attention))
 
 
 def mapped(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], "Mapped"]]:
@@ -116,6 +128,8 @@ def mapped(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], "Mapped"]]:
     family = family_of(anatomy.decoder.config)
     for index, layer in enumerate(anatomy.layers):
         for kind, unit in (("attention", family.attention_unit), ("mlp", family.mlp_unit)):
+            if kind == "attention" and not layer.has_attention:
+                continue
             if isinstance(module := layer.block.get_submodule(unit[0]), Mapped):
                 yield (kind, index), module
 
@@ -123,24 +137,38 @@ def mapped(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], "Mapped"]]:
 # ---- stand-ins ----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a layer expects of the module that stands here."""
+
+    returns: int  # how many values; attention: output and weights; some MLPs: output and router scores
+    term: str = ""  # the module inside of it that makes the term, where it adds the stream (its second input) itself
+    full: bool = False  # the layer adds in place, so that the output needs its full shape
+
+
 class StandIn(nn.Module):
     """Stands in the place of an attention or MLP module, and returns what the layer expects."""
 
-    def __init__(self, in_pair: bool):
+    def __init__(self, place: "Place"):
         super().__init__()
-        self.in_pair = in_pair  # attention: output and weights; some MLPs: output and router scores
+        self.returns = place.returns
+        self.term = place.term
+        if self.term:  # where the term is seen, as in the module that stood here
+            self.add_module(self.term, nn.Identity())
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         output = self.output(hidden_states)
-        return (output, None) if self.in_pair else output
+        if self.term:
+            output = args[0] + self.get_submodule(self.term)(output)
+        return output if self.returns == 1 else (output, *[None] * (self.returns - 1))
 
 
 class Dropped(StandIn):
     """Adds zero."""
 
-    def __init__(self, in_pair: bool, full: bool):
-        super().__init__(in_pair)
-        self.full = full  # a layer that adds in place needs the full shape; for the others a single zero is cheaper
+    def __init__(self, place: Place):
+        super().__init__(place)
+        self.full = place.full  # for other layers a single zero is cheaper
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x) if self.full else x.new_zeros(())
@@ -153,8 +181,8 @@ class Mapped(StandIn):
     """Adds W x + b."""
 
     @torch.inference_mode(False)  # as in `LinearMap.tensors`
-    def __init__(self, in_pair: bool, linear: LinearMap, like: torch.Tensor, for_good: bool):
-        super().__init__(in_pair)
+    def __init__(self, place: Place, linear: LinearMap, like: torch.Tensor, for_good: bool):
+        super().__init__(place)
         self.fingerprint = linear.fingerprint  # of the map as it was given; training changes the parameters, not this
         device = like.device if like.device.type != "meta" else torch.device("cpu")  # offloaded by accelerate
         if for_good:
@@ -186,17 +214,18 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tupl
         child = functools.partial(_child, anatomy, layer.block)
         kept: set[str] = set()  # modules that something still reads or writes
         idle: list[str] = []  # and those that a dropped unit leaves idle
-        for kind, unit, in_pair, full in (
-            ("attention", family.attention_unit, True, False),
-            ("mlp", family.mlp_unit, family.mlp_returns_router, family.mlp_is_added_to),
-        ):
+        for kind, unit in (("attention", family.attention_unit), ("mlp", family.mlp_unit)):
+            if kind == "attention" and not layer.has_attention:  # `check_plan` refuses to drop another mixer
+                kept.update(unit)
+                continue
             now, planned, linear = child(unit[0]), index in getattr(plan, kind), plan.map_of(kind, index)
             if isinstance(now, StandIn):
                 _check_standing(now, linear, kind, index)
                 stand_in = now
             elif planned:
                 like = _weights(now, layer.block)
-                stand_in = Dropped(in_pair, full) if linear is None else Mapped(in_pair, linear, like, for_good)
+                place = _place(family, kind, now)
+                stand_in = Dropped(place) if linear is None else Mapped(place, linear, like, for_good)
                 swaps.append((layer.block, unit[0], now, stand_in))
             else:
                 kept.update(unit)
@@ -210,6 +239,14 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tupl
         names = dict.fromkeys(name for name in idle if name not in kept)  # a set, in order
         swaps += [(layer.block, name, child(name), nn.Identity()) for name in names if not isinstance(child(name), nn.Identity)]
     return swaps, frozenset(lacks_attention)
+
+
+def _place(family: Family, kind: str, now: nn.Module) -> Place:
+    unit, term = (family.attention_unit, family.attention) if kind == "attention" else (family.mlp_unit, family.mlp)
+    inside = term.removeprefix(f"{unit[0]}.") if term.startswith(f"{unit[0]}.") else ""
+    if kind == "attention":
+        return Place(family.attention_returns, inside)
+    return Place(2 if family.mlp_returns_router and hasattr(now, "router") else 1, inside, family.mlp_is_added_to)
 
 
 def _weights(module: nn.Module, block: nn.Module) -> torch.Tensor:

@@ -51,7 +51,8 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
     folder = Path(folder)
     anatomy = check_plan(model, plan)
     for kind, name in NAMES.items():
-        lacks = set(range(len(anatomy))) - set(left(anatomy, kind)) - set(getattr(plan, kind))
+        built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
+        lacks = set(built) - set(left(anatomy, kind)) - set(getattr(plan, kind))
         if lacks:
             raise LLMDropError(
                 f"The model lacks the {name} of layer {min(lacks)}, which the plan does not drop. Save it with the plan that "

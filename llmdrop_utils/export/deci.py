@@ -17,7 +17,7 @@ from ..base.errors import LLMDropError, NotAvailable
 from ..base.files import building
 from ..dropping.plan import DropPlan
 from ..dropping.units import skipping
-from ..models.families import head_size, is_full_attention
+from ..models.cache_shape import head_size, is_full_attention
 from .checkpoint import with_both_rope_forms
 from .deci_reader import DeciReader
 from .gate import EXACT, Parity, check, compare_logits

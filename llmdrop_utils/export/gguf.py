@@ -27,7 +27,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..base.errors import LLMDropError
 from ..base.files import replacing
 from ..dropping.plan import DropPlan
-from ..models.families import cache_geometry, find_anatomy, head_size
+from ..models.cache_shape import cache_geometry, head_size
+from ..models.families import find_anatomy
 from . import llamacpp
 from .gate import EXACT, Parity, check, compare
 from .gguf_vocabulary import add_vocabulary, find_split

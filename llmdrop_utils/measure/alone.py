@@ -33,6 +33,13 @@ def measure_without_residual(
         raise LLMDropError(
             f"The MLP of {anatomy.family} models is no module of its own, so it has no input and output to compare."
         )
+    if family.adds_stream:
+        raise LLMDropError(
+            f"Attention or MLP of {anatomy.family} models returns its term and the stream together, so there is no output "
+            "of its own to compare."
+        )
+    if anatomy.other_mixers:
+        raise LLMDropError(f"Attention of this {anatomy.family} model cannot be compared with itself: {anatomy.other_mixers}.")
     tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
     sums = {kind: np.zeros(len(anatomy)) for kind in ("attention", "mlp")}
 

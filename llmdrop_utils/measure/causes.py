@@ -16,7 +16,8 @@ from torch import nn
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import left, skipping
-from ..models.families import Anatomy, cache_geometry, family_of, find_anatomy, input_device, stream_of, tensor_of
+from ..models.cache_shape import cache_geometry
+from ..models.families import Anatomy, family_of, find_anatomy, input_device, stream_of, tensor_of
 from .guard import measuring, tokens_for
 from .metrics import dots
 from .weights import value_output_norm
@@ -72,6 +73,8 @@ def measure_causes(
     model that lacks attention in some layer.
     """
     anatomy, tokens = find_anatomy(model), _several_tokens(model, tokens)
+    if anatomy.other_mixers:
+        raise LLMDropError(f"Causes cannot be measured on this {anatomy.family} model: {anatomy.other_mixers}.")
     if len(left(anatomy, "attention")) < len(anatomy):
         raise LLMDropError("Causes are measured on a model that has all its attention layers: give the dense model.")
     found: dict[str, list[list[float]]] = {name: [] for name in OF_TEXT}

@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError, NotAvailable
-from ..dropping.caches import NoCache
 from ..models.families import find_anatomy
 from .guard import finite_generation, measuring, tokens_for
 
@@ -99,6 +98,8 @@ def rewinder(cache: Cache, length: int) -> Callable[[], None]:
         for layer in layers:
             if isinstance(layer, DynamicLayer) and layer.keys.shape[-2] > length:
                 layer.keys, layer.values = (x[:, :, :length].contiguous() for x in (layer.keys, layer.values))
+            if isinstance(keys := getattr(layer, "indexer_keys", None), torch.Tensor):  # of sparse attention: (B, T, d)
+                layer.indexer_keys = keys[:, :length].contiguous()
             if isinstance(count := getattr(layer, "cumulative_length", None), torch.Tensor):
                 count.fill_(length)
             elif count is not None:
@@ -108,8 +109,8 @@ def rewinder(cache: Cache, length: int) -> Callable[[], None]:
 
 
 def holding_layers(cache: Cache) -> list:
-    """The layers that hold something."""
-    return [layer for layer in cache.layers if not isinstance(layer, NoCache) and layer.is_initialized]
+    """The layers that hold keys and values. (Other mixers of hybrids hold states, whose content changes no time.)"""
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
 def _length(cache: Cache) -> int:

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache
 from ..base.checks import whole
 from ..dropping.plan import DropPlan
 from ..dropping.units import left
-from ..models.families import cache_geometry, find_anatomy, numbers_multiplied
+from ..models.cache_shape import cache_geometry, numbers_multiplied
+from ..models.families import find_anatomy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ def kv_bytes(config, plan: DropPlan, batch_size: int, length: int, bytes_per_num
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values in a live cache, counted from its tensors."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    """Bytes of keys and values in a live cache (and of the keys of sparse attention's index), counted from its tensors."""
+    names = "keys", "values", "indexer_keys"  # mixers of hybrids have none of them, but states that do not grow
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
@@ -70,9 +72,8 @@ def parts_of_pass(model: nn.Module, batch_size: int, n_new: int, context: int) -
             parts.append(Part(read * weight.element_size(), 2.0 * rows * used))
     width = next(p for p in anatomy.decoder.parameters() if p.is_floating_point()).element_size()
     kept = cache_geometry(config)
-    multiplied = numbers_multiplied(config)
     for layer in left(anatomy, "attention"):
-        per_token, window = kept[layer]
+        (per_token, window), multiplied = kept[layer], numbers_multiplied(config.per_layer_config[layer])
         seen = context + n_new if window is None else min(context + n_new, window)
         each = context + (n_new + 1) / 2 if window is None else min(context + (n_new + 1) / 2, window)
         parts.append(Part(batch_size * seen * per_token * width, 2.0 * tokens * each * multiplied))

@@ -16,7 +16,7 @@ import torch
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..dropping.units import left
+from ..dropping.units import available
 from ..models.families import find_anatomy, input_device
 from .guard import measuring, tokens_for
 from .metrics import BIN_EDGES, KINDS, METRICS
@@ -34,7 +34,8 @@ class Importance:
     weights: int64 (n_samples,), tokens counted in each sample
     histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
     model: identity of the model, where `load_model` loaded it
-    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked, or had a map for: it cannot be dropped again
+    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked, or had a map for: it cannot be dropped again.
+        Also what is no attention (Mamba, a convolution): its importance stands under "attention", and no method chooses it
     """
 
     per_sample: dict[str, np.ndarray]
@@ -115,7 +116,7 @@ def measure_importance(
 
     Parameters
     ----------
-    model: a transformers causal language model of a family in `families.FAMILIES`, of any dtype, on any device or
+    model: a transformers causal language model of a family in `layouts.FAMILIES`, of any dtype, on any device or
         several, offloaded or not. It is left as it was.
     tokens: LongTensor (n_samples, seq_len), or other integers of that shape, or what a tokenizer returns with its mask.
     batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
@@ -163,9 +164,8 @@ def measure_importance(
             histogram += counts
             start += len(tokens[rows])
             on_batch(tokens[rows].numel())
-    available = {kind: left(anatomy, kind) for kind in ("attention", "mlp")}
-    available["block"] = sorted({*available["attention"], *available["mlp"]})
-    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in available[kind])
+    there = {kind: available(anatomy, kind) for kind in KINDS}
+    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
     by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
     return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
 

@@ -129,7 +129,7 @@ class Probe:
             self.sums.append((index, name, whole_name, torch.stack([(value - whole).abs().max(), tolerance])))
 
     def _check_sums(self) -> None:
-        """x + attention + MLP must be the layer's output; otherwise `families.FAMILIES` is wrong about this model.
+        """x + attention + MLP must be the layer's output; otherwise `layouts.FAMILIES` is wrong about this model.
 
         Likewise, an MLP that comes after attention must read x + attention.
         """
@@ -139,7 +139,7 @@ class Probe:
                 raise LLMDropError(
                     f"Layer {index} of this {self.anatomy.family} model does not add up: {name} differs from {whole_name} by "
                     f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in FAMILIES "
-                    "(llmdrop_utils/models/families.py) is wrong for this model."
+                    "(llmdrop_utils/models/layouts.py) is wrong for this model."
                 )
 
 

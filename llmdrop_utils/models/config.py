@@ -18,6 +18,13 @@ TEXT_WEIGHTS = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head\.)": "model.",
 }
+# Text parts of transformers' own, and the model that each is on text alone, where images move no positions.
+SAME_ON_TEXT = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}  # names of the paper's own code
 OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 
@@ -88,12 +95,23 @@ def _unusable(name: str, error: Exception) -> LLMDropError:
 def text_part(config):
     """The configuration of the text part of a multimodal model, if that is a language model by itself; otherwise the same."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return config if model.config_class is type(config) else config.get_text_config()  # Llama 4: a model of its text alone
     text = config.get_text_config()
+    if text.model_type in SAME_ON_TEXT:
+        text = _same_on_text(text)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
         return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
     text.tie_word_embeddings = config.tie_word_embeddings  # the whole model says whether the head is tied
     return text
+
+
+def _same_on_text(text):
+    """The language model that a text part with positions in time, height and width is where all three are the same."""
+    settings = text.to_dict()
+    rope = {key: value for key, value in settings["rope_parameters"].items() if not key.startswith("mrope_") and key != "type"}
+    settings |= {"rope_parameters": rope, "norm_topk_prob": True}  # of experts: Qwen3-VL always normalises their weights
+    return AutoConfig.for_model(SAME_ON_TEXT[settings.pop("model_type")], **settings)
 
 
 def _refuse_other_kinds(name: str, config, text) -> None:

@@ -15,9 +15,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from ..base.errors import LLMDropError, NotAvailable
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, unpacked_files
+from .cache_shape import cache_geometry
 from .config import check_settings, config_of, read_config
 from .convert import UNREADABLE, converted_folder, first_line, generated_folder
-from .families import cache_geometry, stream_width
+from .families import stream_width
 from .locate import (
     adapter_error,
     check_folder,

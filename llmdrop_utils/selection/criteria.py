@@ -7,13 +7,14 @@ from torch import nn
 
 from ..base.errors import LLMDropError, NotApplicable
 from ..dropping.plan import DropPlan
+from ..dropping.units import available
 from ..measure.alone import measure_without_residual
 from ..measure.importance import KINDS, drop_order
 from ..measure.taylor import measure_taylor
 from ..measure.text import score_text
 from ..measure.weights import has_plain_queries, query_key_norm, weight_norm
 from ..models.families import Anatomy, family_of, find_anatomy
-from .methods import Context, as_plan, available_layers, by_order, method
+from .methods import Context, as_plan, by_order, method
 from .ranking import check_count, check_kind
 
 Criterion = Callable[[Context, str], np.ndarray]  # context, kind -> float64 (n_layers,)
@@ -56,11 +57,19 @@ def _angular(context: Context, kind: str) -> np.ndarray:
     return context.importance("angular distance").importance[kind]
 
 
-def _no_mlp_module(anatomy: Anatomy) -> str | None:
+def _other_mixers(anatomy: Anatomy) -> str | None:
+    return anatomy.other_mixers
+
+
+def _not_alone(anatomy: Anatomy) -> str | None:
+    if anatomy.other_mixers:
+        return anatomy.other_mixers
+    if family_of(anatomy.decoder.config).adds_stream:
+        return "attention or MLP returns its term and the stream together"
     return None if family_of(anatomy.decoder.config).mlp_is_one_module else "their MLP is no module of its own"
 
 
-@criterion("without residual", ("attention", "mlp"), _no_mlp_module)
+@criterion("without residual", ("attention", "mlp"), _not_alone)
 def _without_residual(context: Context, kind: str) -> np.ndarray:
     return measure_without_residual(context.model, context.tokens, context.batch_size)[kind]
 
@@ -74,19 +83,21 @@ def _taylor(context: Context, kind: str) -> np.ndarray:
 def _output_change(context: Context, kind: str) -> np.ndarray:
     """KL of the model without this layer alone from the model as it is, in nats per token."""
     scores = np.zeros(len(find_anatomy(context.model)))
-    layers = available_layers(context.model, kind)
+    layers = available(find_anatomy(context.model), kind)
     alone = [as_plan(kind, (layer,)) for layer in layers]
     scores[layers] = score_text(context.model, context.tokens, [DropPlan(), *alone]).kl[1:].mean(1)
     return scores
 
 
-@criterion("weight norm")
+@criterion("weight norm", obstacle=_other_mixers)
 def _weight_norm(context: Context, kind: str) -> np.ndarray:
     anatomy = find_anatomy(context.model)
     return np.array([weight_norm(layer.block, anatomy.decoder.config, kind) for layer in anatomy.layers])
 
 
 def _no_plain_queries(anatomy: Anatomy) -> str | None:
+    if anatomy.other_mixers:
+        return anatomy.other_mixers
     plain = all(has_plain_queries(layer.block, anatomy.decoder.config) for layer in anatomy.layers)
     return None if plain else "queries and keys are normalised, or their weights are not named as in Llama"
 
@@ -115,7 +126,7 @@ def select_greedily(context: Context, kind: str, n_drop: int) -> DropPlan:
     layers below the first one where they differ.
     """
     check_kind(kind, KINDS)
-    candidates = available_layers(context.model, kind)
+    candidates = available(find_anatomy(context.model), kind)
     check_count(n_drop, len(candidates), kind)
     chosen: list[int] = []
     while len(chosen) < n_drop:

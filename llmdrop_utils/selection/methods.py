@@ -10,7 +10,7 @@ import torch
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
-from ..dropping.units import left, skipping
+from ..dropping.units import available, skipping
 from ..measure.guard import measuring, not_finite_error, tokens_for
 from ..measure.importance import KINDS, Importance, measure_importance
 from ..models.families import find_anatomy, input_device, stream_of, tensor_of
@@ -95,15 +95,9 @@ def _random(context: Context, kind: str, n_drop: int) -> DropPlan:
 def by_order(context: Context, kind: str, n_drop: int, order: Iterable[int]) -> DropPlan:
     """The first n layers of an order, without what the model lacks already."""
     check_kind(kind, KINDS)
-    there = available_layers(context.model, kind)
+    there = available(find_anatomy(context.model), kind)
     plan = _by_layer([layer for layer in order if layer in there], len(find_anatomy(context.model)), kind, n_drop)
     return dataclasses.replace(plan, model=getattr(context.model, "llmdrop_identity", None))
-
-
-def available_layers(model: torch.nn.Module, kind: str) -> list[int]:
-    """Layers that have something of this kind to drop."""
-    anatomy = find_anatomy(model)
-    return sorted({layer for part in (("attention", "mlp") if kind == "block" else (kind,)) for layer in left(anatomy, part)})
 
 
 # ---- the methods themselves ---------------------------------------------------------------------------------------------
@@ -146,6 +140,11 @@ def select_consecutive_blocks(model: torch.nn.Module, tokens: torch.LongTensor, 
     """
     anatomy = find_anatomy(model)
     n_drop = check_count(n_drop, len(anatomy), "block")
+    if len(anatomy.with_attention) < len(anatomy):
+        raise LLMDropError(
+            f"Some layers of this {anatomy.family} model have another mixer of tokens in place of attention, so that blocks "
+            f"in a row cannot be dropped. The layers that have attention: {anatomy.with_attention}."
+        )
     tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
     if n_drop == 0:
         return DropPlan(n_layers=len(anatomy))

@@ -147,8 +147,12 @@ class Run:
 
 
 def identity_of(model: LocatedModel, profile: Profile) -> dict:
-    """What every item about a model begins with. An unknown family is refused before its weights are loaded."""
-    family_of(load_config(model))
+    """What every item about a model begins with. A family that cannot be studied is refused before its weights are loaded."""
+    if family_of(config := load_config(model)).mixer:
+        raise LLMDropError(
+            f"{model.name} is a hybrid ({config.model_type}): some layers have another mixer of tokens in place of attention, "
+            "so notebooks cannot compare attention with MLP layer by layer. Measure and drop it in Python (docs/python.md)."
+        )
     return {"model": model, "dtype": profile.dtype, "attention": attention_implementation(model)}
 
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from llmdrop_utils import DropPlan, Load, cache_bytes, dropped, kv_bytes, measure_speed
 from llmdrop_utils.dropping.maps import LinearMap
 from llmdrop_utils.measure.floors import Part, floor_seconds, parts_of_pass
-from llmdrop_utils.models.families import is_full_attention
+from llmdrop_utils.models.cache_shape import is_full_attention
 
 BATCH, LENGTH = 3, 11
 LATENT = {"deepseek-v2", "deepseek-v3"}  # older transformers cache the expanded keys and values

@@ -11,7 +11,8 @@ from ...base.provenance import code_provenance
 from ...dropping.plan import DropPlan
 from ...dropping.units import dropped
 from ...measure.floors import cache_bytes, kv_bytes
-from ...models.families import find_anatomy, is_full_attention
+from ...models.cache_shape import is_full_attention
+from ...models.families import find_anatomy
 from ...models.load import load_config, model_of_shape
 from ...models.locate import LocatedModel, locate_model
 from ...report.tables import Column, Key, Tables, table

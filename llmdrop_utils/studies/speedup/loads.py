@@ -11,7 +11,8 @@ from ...base.settings import Counts, Positive, Settings
 from ...dropping.plan import DropPlan, PlanKey
 from ...measure.metrics import KINDS
 from ...measure.speed import VERSION, Load, device_limits, largest_batch, measure_speed
-from ...models.families import cache_geometry, input_device, learned_positions
+from ...models.cache_shape import cache_geometry
+from ...models.families import input_device, learned_positions
 from ...models.load import load_config
 from ...models.locate import LocatedModel, locate_available, locate_model
 from ...selection.methods import select_last

@@ -1,0 +1,38 @@
+"""Families of transformers' causal language models that are known, and why they cannot be taken apart."""
+
+POST_NORM = "its norms act on the residual stream itself, so a sub-layer adds no term of its own"
+ENCODER = "it is an encoder, and its norms act on the residual stream itself"
+HALF = "it is the decoder of an encoder-decoder, made to read what an encoder gives"
+STREAMS = "it mixes several residual streams (hyper-connections), so a sub-layer adds to none of them alone"
+SCALED = "its layers multiply the residual stream itself by learned numbers, so that it is no sum of terms"
+NO_ATTENTION = "it has no attention"
+DRAFT = "it drafts tokens for another model, whose cache it reads"
+THREE = "a third term is added to the residual stream in each layer, beside attention and MLP"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"], ENCODER),
+    **dict.fromkeys(["rembert", "roberta", "roc_bert", "roformer", "xlm-roberta", "xmod"], ENCODER),
+    **dict.fromkeys(["megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl"], "it is an encoder"),
+    **dict.fromkeys(["git", "xlm", "xlnet", "openai-gpt", "minimax"], POST_NORM),
+    **dict.fromkeys(["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"], HALF),
+    **dict.fromkeys(["musicgen_decoder", "musicgen_melody_decoder", "plbart", "prophetnet", "trocr", "whisper"], HALF),
+    **dict.fromkeys(["deepseek_v4", "hy_v4", "qwen4_exp_text"], STREAMS),
+    **dict.fromkeys(["beam", "doge", "gemma4_text", "gemma4_unified_text", "zaya"], SCALED),
+    **dict.fromkeys(["falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"], NO_ATTENTION),
+    **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], DRAFT),
+    "falcon_h1": f"{THREE}: Mamba",
+    "gemma3n_text": "it has four residual streams, which its layers predict and correct",
+    "inkling_text": "convolutions follow attention and MLP, and keep a cache of their own",
+    "inkling2_text": "its sub-layers read a mixture of earlier layers instead of one residual stream",
+    "nemotron_h": "each of its layers holds attention, MLP or Mamba alone, and not a pair of attention and MLP",
+    **dict.fromkeys(["zamba", "zamba2"], "its layers share one attention, which reads the embeddings as well"),
+    "olmo_hybrid": "its layers with attention and those without are built in two ways",
+    "longcat_flash": "each of its layers holds two attentions and three MLPs",
+    "hrm_text": "it passes the same layers several times",
+    "glm_moe_dsa": "layers use the tokens that the attention of an earlier layer chose",
+    "blt": "it reads bytes by three decoders in a row",
+    "mllama_text_model": "some of its layers attend to images alone",
+    "cpmant": "its modules add their terms to the residual stream themselves, without letting them be seen",
+    "gpt_neox_japanese": "a bias outside of its attention is a part of what the attention adds",
+    "reformer": "it has two residual streams, and its attention shares queries and keys by hashing",
+}
