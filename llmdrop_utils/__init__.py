@@ -13,6 +13,7 @@ _HOME = {
     "load_profile": "studies.profile",
     "Page": "studies.page",
     "load_model": "models.load",
+    "load_encoder": "models.encoders",
     "load_located": "models.load",
     "locate_model": "models.locate",
     "locate_available": "models.locate",
