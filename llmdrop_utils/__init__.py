@@ -14,6 +14,7 @@ _HOME = {
     "Page": "studies.page",
     "load_model": "models.load",
     "load_encoder": "models.encoders",
+    "load_located_encoder": "models.encoders",
     "load_located": "models.load",
     "locate_model": "models.locate",
     "locate_available": "models.locate",

@@ -39,7 +39,11 @@ def load_encoder(name: str, dtype: torch.dtype | None = None, device: str | None
     for images `ImageSettings`. `model.llmdrop_pooling` is the published `Pooling`, None if there is none. The pooler of
     BERT and the like is not kept. Raises what `locate_model` raises.
     """
-    located = locate_model(name, ENCODERS)
+    return load_located_encoder(locate_model(name, ENCODERS), dtype, device)
+
+
+def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None, device: str | None = None):
+    """`load_encoder` for files that are on this machine already."""
     try:
         config = read_config(located.name, located.folder, ENCODERS)
         if kind_of(config) == "vision encoder":
@@ -99,9 +103,8 @@ def read_image_settings(located: LocatedModel) -> ImageSettings:
         size = _sides(value["size"])
         final = _sides(value["crop_size"]) if value.get("do_center_crop") else size
         height, width = int(final["height"]), int(final["width"])
-        mean, std = (0.0,) * 3, (1.0,) * 3
-        if value.get("do_normalize", True):
-            mean, std = (tuple(map(float, value[key])) for key in ("image_mean", "image_std"))
+        normal = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3} | (value if value.get("do_normalize", True) else {})
+        mean, std = (tuple(float(number) for number in normal[key]) for key in ("image_mean", "image_std"))
         return ImageSettings(height, width, size.get("shortest_edge"), mean, std, int(value.get("resample", 2)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LLMDropError(

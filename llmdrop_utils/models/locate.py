@@ -80,12 +80,12 @@ def locate_model(name: str, kinds: tuple[str, ...] = DECODERS) -> LocatedModel:
         raise not_on_hub(name, error) from error
 
 
-def locate_available(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
+def locate_available(names: list[str], kinds: tuple[str, ...] = DECODERS) -> tuple[list[LocatedModel], dict[str, str]]:
     """`locate_model` for several models: those that are available, and for each of the others why not (name -> reason).
 
     Raises LLMDropError if none is.
     """
-    located, reasons = each_available(names, locate_model, "models")
+    located, reasons = each_available(names, lambda name: locate_model(name, kinds), "models")
     names_here = [model.name for model in located]
     if twice := {name for name in names_here if names_here.count(name) > 1}:
         raise LLMDropError(f"The model {twice.pop()!r} is given twice in one run: leave one out.")
