@@ -15,7 +15,7 @@ from llmdrop_utils.base import files
 from llmdrop_utils.base.files import PACKAGE, ROOT
 from llmdrop_utils.base.settings import build
 from llmdrop_utils.measure import metrics
-from llmdrop_utils.models import families as known_families
+from llmdrop_utils.models import layouts as known_families
 from llmdrop_utils.report import style, verdicts
 from llmdrop_utils.report.tables import read_tables
 from llmdrop_utils.selection import criteria, methods

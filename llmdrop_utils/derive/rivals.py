@@ -85,6 +85,7 @@ def canonical_correlation_bound(
     if kind not in NAMES:
         raise LLMDropError(f"The kind of sub-layer must be 'attention' or 'mlp', but is {kind!r}.")
     anatomy, tokens, batch_size = _checked(model, tokens, DropPlan(), batch_size, 0.0)
+    _need_plain_stream(anatomy)
     beside = family_of(anatomy.decoder.config).mlp_input is None  # the MLP reads the stream that attention reads
     sums = [_Covariance() for _ in anatomy.layers]
     with evaluating(model):
@@ -150,6 +151,7 @@ def fold_transform(
     passes a norm, and experts where T would go. After any error the model is as it was.
     """
     anatomy, tokens, batch_size = _checked(model, tokens, plan, batch_size, ridge)
+    _need_plain_stream(anatomy)
     if family_of(anatomy.decoder.config).mlp_input is None:
         why = "so the MLP beside a dropped attention would read what an earlier one adds for it. Use `repair` or `fit_maps`."
         raise LLMDropError(f"In this {anatomy.family} model, attention and MLP read the same stream, {why}")
@@ -197,6 +199,7 @@ def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_si
     anatomy, tokens, batch_size = _checked(model, tokens, plan, batch_size)
     if by not in ("token", "channel"):
         raise LLMDropError(f"Magnitudes are compared by 'token' or by 'channel', not by {by!r}.")
+    _need_plain_stream(anatomy)
     if getattr(anatomy.decoder.config, "_remove_final_layer_norm", False):  # some OPT models
         raise LLMDropError("This model has no final norm, so the scale of its stream matters. Use `repair` or `fit_maps`.")
     places = [(kind, index) for index in range(len(anatomy)) for kind in ("attention", "mlp")]
@@ -237,6 +240,12 @@ def _checked(
     if ridge is not None and tokens.numel() <= width:
         raise LLMDropError(f"Statistics of {width} inputs take more tokens than that: {tokens.numel()} are too few.")
     return anatomy, tokens, batch_size
+
+
+def _need_plain_stream(anatomy: Anatomy) -> None:
+    """Raise LLMDropError for a post-norm model: what is added there passes a norm together with the stream."""
+    if family_of(anatomy.decoder.config).stream_norms:
+        raise LLMDropError(f"Norms act on the stream itself in this {anatomy.family} model. Use `repair` or `fit_maps`.")
 
 
 def _projection(anatomy: Anatomy, place: Place, plan: DropPlan) -> nn.Module:

@@ -1,8 +1,9 @@
 """A model that really lacks sub-layers: no forward, no parameters and no key-value cache of what was dropped.
 
 Norm and sub-layer are one unit (paper, section 3). Their modules are replaced by stand-ins without parameters that add
-zero to the residual stream; `families.FAMILIES` says which modules these are. Where the plan has a linear map for a place,
-the norms stay, and the map replaces the attention or MLP module between them. Layers keep their indices.
+zero to the residual stream; `layouts.FAMILIES` says which modules these are. Norms that act on the stream itself belong to
+no unit, and stay. Where the plan has a linear map for a place, all norms stay, and the map replaces the attention or MLP
+module between them. Layers keep their indices.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
     anatomy = check_plan(model, plan)
     swaps, without_attention = _stand_ins(anatomy, plan, for_good=True)
     for block, name, _, stand_in in swaps:
-        setattr(block, name, stand_in)
+        block.set_submodule(name, stand_in)
     watch_caches(anatomy, without_attention)
     return model
 
@@ -61,14 +62,14 @@ def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
     handles = []
     try:
         for block, name, _, stand_in in swaps:
-            setattr(block, name, stand_in)
+            block.set_submodule(name, stand_in)
         handles += watch_caches(anatomy, without_attention)
         yield [module for _, _, module, _ in swaps]
     finally:
         for handle in handles:
             handle.remove()
         for block, name, module, _ in swaps:
-            setattr(block, name, module)
+            block.set_submodule(name, module)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tupl
         kept: set[str] = set()  # modules that something still reads or writes
         idle: list[str] = []  # and those that a dropped unit leaves idle
         for kind, unit, in_pair, full in (
-            ("attention", family.attention_unit, True, False),
+            ("attention", family.attention_unit, family.attention_returns == 2, False),
             ("mlp", family.mlp_unit, family.mlp_returns_router, family.mlp_is_added_to),
         ):
             now, planned, linear = child(unit[0]), index in getattr(plan, kind), plan.map_of(kind, index)

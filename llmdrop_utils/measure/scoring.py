@@ -50,7 +50,7 @@ def score(
 
     Parameters
     ----------
-    model: a transformers causal language model of a family in `families.FAMILIES`, in any mode: it is measured in eval mode.
+    model: a transformers causal language model of a family in `layouts.FAMILIES`, in any mode: it is measured in eval mode.
     requests: (context, continuation) as token ids; neither may be empty.
     plans: drop plans; `DropPlan()` is the dense model.
     max_length: tokens that the model reads at most; longer requests lose their beginning. None: what its config says.
