@@ -27,6 +27,8 @@ _HOME = {
     "Importance": "measure.importance",
     "measure_importance": "measure.importance",
     "measure_causes": "measure.causes",
+    "prepare": "measure.encoding",
+    "embed": "measure.encoding",
     "DropPlan": "dropping.plan",
     "PlanKey": "dropping.plan",
     "LinearMap": "dropping.maps",

@@ -59,13 +59,18 @@ def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
 
 
+def attention_of(config) -> str:
+    """How attention is computed in an encoder of this configuration: "sdpa" or "eager"."""
+    return "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager"
+
+
 def _load_weights(located: LocatedModel, config, pooling, dtype: torch.dtype | None, device: str | None) -> nn.Module:
     is_part = config.model_type != full_config(located.name, located.folder).model_type
     model, found = AutoModel.from_pretrained(
         located.folder,
         config=config,
         dtype=dtype or default_dtype(),
-        attn_implementation="sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager",
+        attn_implementation=attention_of(config),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

