@@ -142,6 +142,7 @@ class Probe:
             sums.append(("stream + attention", x + attention, "what the MLP reads", mlp_stream))
         if self.anatomy.layers[index].stream_norms:
             (after_attention, normed), (after_mlp, last) = self.normed
+            tolerance = 8 * torch.finfo(self.dtype).eps * torch.stack([x, attention, mlp_stream, mlp]).abs().max()
             sums = [
                 ("stream + attention", x + attention, "what the norm after attention reads", after_attention),
                 ("the norm after attention", normed, "what the MLP reads", mlp_stream),

@@ -227,6 +227,15 @@ def test_wrong_entries_are_noticed(name, fields, message, monkeypatch):
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
 
 
+def test_what_cancels_is_rounded():
+    """A stream and a term that are large and cancel leave the rounding of large numbers, as in all-mpnet-base-v2."""
+    model = tiny("bert")
+    with torch.no_grad():
+        model.encoder.layer[1].attention.output.LayerNorm.bias[4] = -1e3
+        model.encoder.layer[1].output.dense.bias[4] = 1e3
+    measure_importance(model, inputs("bert"))
+
+
 def test_a_module_that_is_not_there(monkeypatch):
     with pytest.raises(LLMDropError, match="bert model is not built as ENCODERS .*models/encoder_layouts.py. says"):
         find_anatomy(changed("bert", monkeypatch, mlp="output.renamed"))
