@@ -75,7 +75,7 @@ def says_dropped(settings: Any) -> bool:
     return isinstance(settings, dict) and any(settings.get(key) for key in ("llmdrop", *DROP_LISTS.values()))
 
 
-def config_of(name: str, settings: Any):
+def config_of(name: str, settings: Any, kinds: tuple[str, ...] = DECODERS):
     """The configuration that the content of a config.json describes. Raises what `read_config` raises."""
     check_settings(name, settings)
     more = dict(settings)
@@ -83,7 +83,7 @@ def config_of(name: str, settings: Any):
         config = AutoConfig.for_model(more.pop("model_type"), **more)
     except Exception as error:
         raise _unusable(name, error) from error
-    return _part(name, config, DECODERS)
+    return _part(name, config, kinds)
 
 
 def check_settings(name: str, settings: Any) -> None:

@@ -1,25 +1,18 @@
 """What kind of transformer a name stands for, from its configuration alone: no weights are brought here."""
 
-from collections.abc import Callable
-
 from transformers import AutoConfig
 
 from ..base.errors import LLMDropError
 from ..sources.catalogue import catalogue
-from ..sources.fetch import fetch_hub
+from ..sources.sizes import Hub
 from .config import kind_of, read_settings
 from .names import HUB_ID, holds_gguf, local_path, plain_name
 
 
-def _fetched(repository: str, revision: str | None) -> dict | None:
-    return read_settings(repository, fetch_hub(repository, revision, patterns=["config.json"]))
-
-
-def kind_of_model(name: str, settings_on_hub: Callable[[str, str | None], dict | None] = _fetched) -> str | None:
+def kind_of_model(name: str, hub: Hub | None = None) -> str | None:
     """What a model is (`config.kind_of`). name: whatever `locate_model` takes.
 
-    settings_on_hub: repository and revision -> the content of its config.json. None for what cannot be told: loading the model
-    then says what is wrong.
+    None for what cannot be told, such as a model on a hub that is away: loading the model says what is wrong with it.
     """
     name = plain_name(name)
     source = catalogue()["models"].get(name) or catalogue()["encoders"].get(name)
@@ -34,8 +27,11 @@ def kind_of_model(name: str, settings_on_hub: Callable[[str, str | None], dict |
             settings = read_settings(name, path)
         else:
             hub_id = HUB_ID.fullmatch(name)
-            settings = settings_on_hub(hub_id["id"], hub_id["revision"]) if hub_id else None
+            settings = (hub or Hub()).config(hub_id["id"], hub_id["revision"]) if hub_id else None
+    except LLMDropError:
+        return None
+    try:
         more = dict(settings or {})
         return kind_of(AutoConfig.for_model(more.pop("model_type"), **more))
-    except (LLMDropError, KeyError, TypeError, ValueError):
+    except Exception:  # a family checks its settings as it likes
         return None

@@ -11,10 +11,20 @@ from ..base import files
 from ..base.errors import LLMDropError
 from ..base.files import building
 from ..sources.fetch import remembered_sha256
-from .convert import converted_gguf
-from .onnx_weights import converted_onnx
+from .convert import converted_folder, converted_gguf
+from .onnx_weights import converted_onnx, onnx_folder
 
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # no pickles, no Python code
+
+
+def kept_folder(parts: list[Path], name: str, source: dict) -> Path:
+    """Where `packaged_folder` has the folder of a model, or puts it."""
+    if parts[0].suffix == ".onnx":
+        return onnx_folder(parts[0], name)
+    if _is_zip(parts[0]):
+        return zip_folder(parts, name)
+    configs = [part for part in parts if part.name == "config.json"]
+    return min(configs, key=lambda path: len(path.parts)).parent if configs else converted_folder(parts, name)
 
 
 def packaged_folder(parts: list[Path], name: str, source: dict) -> Path:
@@ -24,10 +34,21 @@ def packaged_folder(parts: list[Path], name: str, source: dict) -> Path:
     """
     if parts[0].suffix == ".onnx":
         return converted_onnx(parts[0], name, source["config"], source["images"])
-    if parts[0].suffix == ".zip" or parts[0].suffixes[-2:-1] == [".zip"]:
+    if _is_zip(parts[0]):
         return unzipped(parts, name)
-    configs = [part for part in parts if part.name == "config.json"]
-    return min(configs, key=lambda path: len(path.parts)).parent if configs else converted_gguf(parts, name)
+    is_ready = any(part.name == "config.json" for part in parts)
+    return kept_folder(parts, name, source) if is_ready else converted_gguf(parts, name)
+
+
+def _is_zip(part: Path) -> bool:
+    """Is it a zip file, or a piece of one?"""
+    return part.suffix == ".zip" or part.suffixes[-2:-1] == [".zip"]
+
+
+def zip_folder(parts: list[Path], name: str) -> Path:
+    """Where the model in a zip file is unpacked."""
+    hashes = hashlib.sha256("".join(remembered_sha256(part) for part in parts).encode()).hexdigest()
+    return files.CACHE / "models" / f"{name}-zip-{hashes[:12]}"
 
 
 def unzipped(parts: list[Path], name: str) -> Path:
@@ -35,8 +56,7 @@ def unzipped(parts: list[Path], name: str) -> Path:
 
     What stands beside its config.json is taken, and the folders in it: none but `MODEL_FILES`.
     """
-    hashes = hashlib.sha256("".join(remembered_sha256(part) for part in parts).encode()).hexdigest()
-    folder = files.CACHE / "models" / f"{name}-zip-{hashes[:12]}"
+    folder = zip_folder(parts, name)
     if folder.exists():
         return folder
     with building(folder) as temporary:

@@ -20,6 +20,7 @@ from ..models.load import attention_implementation, load_config, load_tokenizer
 from ..models.locate import LocatedModel, locate_available
 from ..models.names import label
 from ..report.tables import Declaration, Tables, frame, table, write_tables
+from ..sources.sizes import Hub
 from ..sources.texts import load_documents, load_tokens
 from .profile import Calibration, Profile
 from .queue import measure_missing
@@ -201,9 +202,9 @@ class Study:
             profile.section(section)
         return self.measure(Run(self.notebook, profile, self.tables, force))
 
-    def passes_over(self, model: str | None) -> str | None:
+    def passes_over(self, model: str | None, hub: Hub | None = None) -> str | None:
         """Why a study has nothing to say of the model that a run is for, if it is of another kind than the study measures."""
-        if model is None or (kind := kind_of_model(model)) is None or kind in self.kinds:
+        if model is None or (kind := kind_of_model(model, hub)) is None or kind in self.kinds:
             return None
         if kind in ENCODERS:
             return f"{label(model)} is a {kind}: it predicts no next token. Notebook 12 measures it."
