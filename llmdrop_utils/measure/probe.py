@@ -49,6 +49,7 @@ class Probe:
         self.shape: torch.Size | None = None
         self.values: dict[tuple[str, int], torch.Tensor] = {}
         self.sums.clear()
+        self.normed.clear()  # by a batch that did not fit into memory
         dtype = self.dtype_read if given.is_floating_point() else given.dtype
         inputs = {self.takes[0]: given.to(device, dtype), "use_cache": False}
         if mask is not None:

@@ -227,6 +227,29 @@ def test_wrong_entries_are_noticed(name, fields, message, monkeypatch):
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
 
 
+def test_a_layer_that_changes_what_its_norm_gives():
+    model = tiny("bert")
+    model.encoder.layer[1].register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(LLMDropError, match="Layer 1 .*the norm after the MLP differs from the layer's output"):
+        measure_importance(model, inputs("bert"))
+
+
+def test_out_of_memory_within_a_layer(capsys):
+    """What the first batch had seen of its first layer is forgotten."""
+    model, given = tiny("bert"), inputs("bert")
+    expected = measure_importance(model, given, batch_size=1)
+
+    def too_large(module, args):
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError
+
+    model.encoder.layer[0].intermediate.register_forward_pre_hook(too_large)
+    found = measure_importance(model, given, batch_size=2)
+    assert "batch of 1" in capsys.readouterr().err
+    for kind in KINDS:
+        np.testing.assert_array_equal(found.per_sample[kind], expected.per_sample[kind])
+
+
 def test_what_cancels_is_rounded():
     """A stream and a term that are large and cancel leave the rounding of large numbers, as in all-mpnet-base-v2."""
     model = tiny("bert")
