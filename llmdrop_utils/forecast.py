@@ -261,7 +261,7 @@ def _is_at_hand(needed: Needed, number: str) -> bool:
     if not all(download.is_stored for download in downloads):
         return False
     if is_of_models(number):
-        models = [needed.models.get(name) for name in needed.profile.models]
+        models = [needed.models.get(name) for name in needed.models_of(number)]
         return all(model is not None and model.identity for model in models)
     known = all(
         s.identities and not s.to_train and (len(s.identities) >= s.n_stages - 1 or not s.checkpoint) for s in needed.series

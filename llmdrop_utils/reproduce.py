@@ -15,6 +15,7 @@ from .base import files
 from .base.errors import DiskFull, LLMDropError, NotApplicable, NotAvailable, each_available
 from .base.files import RunFolders, shown, write_text
 from .base.imports import made_of
+from .models.config import DECODERS
 from .models.load import load_tokenizer
 from .models.locate import forget_converted
 from .models.names import label
@@ -112,7 +113,7 @@ def is_up_to_date(source: Path, profile: Profile, parameters: dict) -> bool:
 
 def _check_tokenizer(notebook: str, profile: Profile) -> None:
     """Raise LLMDropError before work starts, if a run's only model has no tokenizer: the live examples load it."""
-    if notebook in STUDIES and not profile.several:
+    if notebook in STUDIES and STUDIES[notebook].kinds == DECODERS and not profile.several:
         located, _ = STUDIES[notebook].models(profile)
         for model in located[-1:]:  # of a series the last stage, whose tokenizer serves all
             if not model.is_random:
@@ -142,7 +143,7 @@ def _figures_of(notebook: str, folders: RunFolders) -> list[Path]:
 
 
 def _lacking(notebook: str, profile: Profile) -> str | None:
-    """Why a profile does not run a notebook at all: it has no section for it, or runs it for each model."""
+    """Why a profile does not run a notebook at all: it has no section for it, runs it for each model, or it is for others."""
     if profile.one_by_one and not (notebook in STUDIES and STUDIES[notebook].compares):
         return "Each model has a run of its own for it."
     try:
@@ -150,7 +151,7 @@ def _lacking(notebook: str, profile: Profile) -> str | None:
             profile.section(section)
     except NotAvailable as reason:
         return str(reason)
-    return None
+    return STUDIES[notebook].passes_over(profile.model) if notebook in STUDIES else None
 
 
 def redraw(run: str | None = None, pages: bool = False) -> None:

@@ -26,6 +26,8 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 SMALLER = {  # what examples name -> what is small and needs no download
     "smollm2-135m": "tiny-llama",
+    "minilm-l6": "tiny-bert",
+    "vit-s-focus": "tiny-vit",
     '"web"': '"random-words"',
     "512": "32",
     "n_drop=8": "n_drop=2",

@@ -67,6 +67,7 @@ class Case:
     attention: str = "o_proj"  # parameters whose names match this make attention's output; zero turns it off
     mlp: str = "down_proj"
     parallel: bool = False
+    norms: tuple[str, str] | None = None  # post-norm: they act on the stream, after attention and after the MLP
 
     @property
     def modules(self) -> dict[str, str | None]:
@@ -98,6 +99,13 @@ CASES = {
     "gpt-j": Case("gptj", GPT | {"rotary_dim": 4}, "out_proj", "fc_out", parallel=True),
     "gpt2": Case("gpt2", GPT, "attn.c_proj", "mlp.c_proj"),
     "opt": Case("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}, "out_proj", "fc2"),
+    "opt-350m": Case(
+        "opt",
+        SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "do_layer_norm_before": False},
+        "out_proj",
+        "fc2",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+    ),
     "falcon-7b": Case("falcon", FALCON | {"new_decoder_architecture": False}, "attention.dense", "dense_4h_to_h", True),
     "falcon-40b": Case(
         "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, "attention.dense", "dense_4h_to_h", True

@@ -16,6 +16,7 @@ from llmdrop_utils.base.files import PACKAGE, ROOT
 from llmdrop_utils.base.settings import build
 from llmdrop_utils.measure import metrics
 from llmdrop_utils.models import layouts
+from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.report import style, verdicts
 from llmdrop_utils.report.tables import read_tables
 from llmdrop_utils.selection import criteria, methods
@@ -98,8 +99,8 @@ def test_english(path):
 def test_every_family_is_named():
     letters = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())  # noqa: E731
     said = letters(section(TEXTS["python.md"], "## Known families"))
-    for family in layouts.FAMILIES:
-        assert letters(re.sub(r"(_text|_moe|(?<!ol)moe|_?v?\d)+$", "", family)) in said, family
+    for family in layouts.FAMILIES | ENCODERS:
+        assert letters(re.sub(r"(_text|_moe|(?<!ol)moe|_vision_model|_?v?\d)+$", "", family)) in said, family
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------

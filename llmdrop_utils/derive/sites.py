@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import LLMDropError
 from ..dropping.units import StandIn
-from ..models.families import Family, stream_of
+from ..models.families import stream_of
+from ..models.layouts import Family
 from .adapters import DTYPES, ROUTERS
 from .streams import Call, advance
 

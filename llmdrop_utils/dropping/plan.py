@@ -160,10 +160,12 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
                 f"The map for the {NAMES[kind]} of layer {layer} is {linear.width} numbers wide, but this model's residual "
                 f"stream is {width} wide. Fit a map to this model."
             )
-        if kind == "mlp" and not family_of(anatomy.decoder.config).mlp_is_one_module:
+        family = family_of(anatomy.decoder.config)
+        if not {"attention": family.attention_is_one_module, "mlp": family.mlp_is_one_module}[kind]:
+            other = " Use a plan with maps for attention only." if family.attention_is_one_module else ""
             raise LLMDropError(
-                f"The layers of the family {anatomy.family} have no module of its own for the MLP, so no map can stand in its "
-                f"place (layer {layer}). Use a plan with maps for attention only."
+                f"The layers of the family {anatomy.family} have no module of its own for the {NAMES[kind]}, so no map can "
+                f"stand in its place (layer {layer}).{other}"
             )
     return anatomy
 

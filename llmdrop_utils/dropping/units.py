@@ -1,8 +1,9 @@
 """A model that really lacks sub-layers: no forward, no parameters and no key-value cache of what was dropped.
 
 Norm and sub-layer are one unit (paper, section 3). Their modules are replaced by stand-ins without parameters that add
-zero to the residual stream; `layouts.FAMILIES` says which modules these are. Where the plan has a linear map for a place,
-the norms stay, and the map replaces the attention or MLP module between them. Layers keep their indices.
+zero to the residual stream; `layouts.FAMILIES` says which modules these are. Norms that act on the stream itself belong to
+no unit, and stay. Where the plan has a linear map for a place, all norms stay, and the map replaces the attention or MLP
+module between them. Layers keep their indices.
 """
 
 import contextlib

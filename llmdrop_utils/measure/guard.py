@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
-from ..models.families import find_anatomy, input_device, position_limit, stream_of, tensor_of
+from ..models.families import family_of, find_anatomy, input_device, position_limit, stream_of, tensor_of
 from ..sources.texts import as_tokens
 from .rotary import RotaryState, rotary_following
 
@@ -27,6 +27,33 @@ def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
             "another model's tokenizer?"
         )
     return tokens
+
+
+def input_for(model: nn.Module, given: object) -> torch.Tensor:
+    """What the model can read: `tokens_for` it; of a vision encoder pixels float (n_samples, channels, height, width).
+
+    Raises LLMDropError otherwise.
+    """
+    config = find_anatomy(model).decoder.config
+    family = family_of(config)
+    if family.takes[0] != "pixel_values":
+        return tokens_for(model, given)
+    try:
+        pixels = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LLMDropError(f"Expected pixels (n_samples, channels, height, width) of images, found {error}.") from None
+    if not pixels.is_floating_point() or pixels.ndim != 4 or not len(pixels) or pixels.shape[1] != config.num_channels:
+        raise LLMDropError(
+            f"Expected pixels of images, float (n_samples, {config.num_channels}, height, width), as their settings say; found "
+            f"{pixels.dtype} {tuple(pixels.shape)}. One image alone is pixels[None]."
+        )
+    size, known = " x ".join(map(str, pixels.shape[2:])), config.image_size
+    known = f"{known} x {known}" if isinstance(known, int) else " x ".join(map(str, known))
+    if not family.interpolates and size != known:
+        raise LLMDropError(f"Images of {size} pixels cannot be read by this model, which knows {known}.")
+    if not bool(pixels.isfinite().all()):
+        raise LLMDropError("Some pixels are not finite: correct what reads the images.")
+    return pixels
 
 
 # ---- the model is left as it was ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.units import available
 from ..models.families import find_anatomy, input_device
-from .guard import measuring, tokens_for
+from .guard import input_for, measuring
 from .metrics import BIN_EDGES, KINDS, METRICS
 from .probe import Probe
 from .rotary import rotary_following
@@ -106,7 +106,7 @@ def drop_order(importance: np.ndarray) -> tuple[int, ...]:
 
 def measure_importance(
     model: torch.nn.Module,
-    tokens: torch.LongTensor,
+    tokens: torch.Tensor,
     batch_size: int = 4,
     attention_mask: torch.Tensor | None = None,
     on_batch: Callable[[int], None] = lambda n_tokens: None,
@@ -116,9 +116,11 @@ def measure_importance(
 
     Parameters
     ----------
-    model: a transformers causal language model of a family in `layouts.FAMILIES`, of any dtype, on any device or
-        several, offloaded or not. It is left as it was.
-    tokens: LongTensor (n_samples, seq_len), or other integers of that shape, or what a tokenizer returns with its mask.
+    model: a transformers causal language model or encoder of a family in `layouts.FAMILIES` or `encoder_layouts.ENCODERS`, of
+        any dtype, on any device or several, offloaded or not. It is left as it was.
+    tokens: LongTensor (n_samples, seq_len), or other integers of that shape, or what a tokenizer returns with its mask. For a
+        vision encoder pixels, float (n_samples, channels, height, width), or what an image processor returns; its tokens are
+        the patches of an image and those that the model adds (a class token, registers).
     batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
     attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
         positions are counted from the first token that counts.
@@ -132,16 +134,16 @@ def measure_importance(
     """
     anatomy = find_anatomy(model)
     if attention_mask is None and isinstance(tokens, Mapping):
-        tokens, attention_mask = tokens.get("input_ids"), tokens.get("attention_mask")
-    tokens, batch_size = tokens_for(model, tokens), whole(batch_size, "The batch size")
-    attention_mask = None if attention_mask is None else _as_mask(attention_mask, tokens)
+        tokens, attention_mask = tokens.get("input_ids", tokens.get("pixel_values")), tokens.get("attention_mask")
+    given, batch_size = input_for(model, tokens), whole(batch_size, "The batch size")
+    attention_mask = None if attention_mask is None else _as_mask(attention_mask, given)
     if metric not in METRICS:
         raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
     if attention_mask is not None:
         attention_mask = attention_mask.to("cpu", torch.long)
         if rotary_following(model):
             batch_size = 1  # samples of other lengths would change each other
-    n_samples, n_bins = len(tokens), len(BIN_EDGES) - 1
+    n_samples, n_bins = len(given), len(BIN_EDGES) - 1
     means = np.zeros((len(KINDS), n_samples, len(anatomy)))
     weights = np.zeros(n_samples, dtype=np.int64)
     histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
@@ -151,19 +153,18 @@ def measure_importance(
         while start < n_samples:
             rows = slice(start, start + batch_size)
             mask = None if attention_mask is None else attention_mask[rows]
-            if not probe.run(tokens[rows], mask, device):
+            if not probe.run(given[rows], mask, device):
                 if batch_size == 1:
-                    raise LLMDropError(
-                        f"Out of GPU memory with a single sample of {tokens.shape[1]} tokens. Use shorter samples."
-                    )
+                    what = f"image of {tuple(given.shape[1:])}" if given.ndim == 4 else f"sample of {given.shape[1]} tokens"
+                    raise LLMDropError(f"Out of GPU memory with a single {what}. Use smaller ones.")
                 batch_size //= 2
                 torch.cuda.empty_cache()
                 print(f"out of GPU memory: going on with a batch of {batch_size}", file=sys.stderr)
                 continue
             means[:, rows], weights[rows], counts = probe.finish(mask)
             histogram += counts
-            start += len(tokens[rows])
-            on_batch(tokens[rows].numel())
+            start += len(given[rows])
+            on_batch(probe.shape.numel())
     there = {kind: available(anatomy, kind) for kind in KINDS}
     gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
     by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
@@ -175,6 +176,8 @@ def _as_mask(given: object, tokens: torch.Tensor) -> torch.Tensor:
         mask = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise LLMDropError(f"The attention mask must have the shape of the tokens {tuple(tokens.shape)}: {error}.") from None
+    if tokens.is_floating_point():
+        raise LLMDropError("Images have no padding: leave the attention mask away.")
     if mask.shape != tokens.shape or not bool(mask.bool().any(1).all()):
         raise LLMDropError(
             f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..models.families import Anatomy, stream_of, tensor_of
+from ..models.families import Anatomy, family_of, stream_of, table_of, tensor_of
 from .metrics import BIN_EDGES, KINDS, METRICS, dots
 
 
@@ -16,10 +16,13 @@ class Probe:
 
     def __init__(self, anatomy: Anatomy, metric: str):
         self.anatomy = anatomy
+        self.takes = family_of(anatomy.decoder.config).takes
+        self.dtype_read = next(p.dtype for p in anatomy.decoder.parameters() if p.is_floating_point())  # of pixels
         self.metric = METRICS[metric]
         self.handles: list = []
         self.checked = False  # the sum of parts is compared with the whole in the first batch
         self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # kind -> a few rows of x and of what is added
+        self.normed: list[tuple[torch.Tensor, torch.Tensor]] = []  # a few rows of what each norm on the stream reads and gives
         self.sums: list[tuple[int, str, str, torch.Tensor]] = []  # layer, parts, whole; how far they are apart, and may be
 
     def __enter__(self):
@@ -32,6 +35,7 @@ class Probe:
             ]
             if layer.mlp_input is not None:
                 self.handles.append(layer.mlp_input.register_forward_pre_hook(self._enter_mlp, with_kwargs=True))
+            self.handles += [norm.register_forward_hook(self._after_norm) for norm in layer.stream_norms or ()]
         return self
 
     def __exit__(self, *_):
@@ -39,17 +43,19 @@ class Probe:
             handle.remove()
         self.block_input = self.mlp_input = None
 
-    def run(self, tokens: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> bool:
-        """Pass a batch of tokens (B, T) through the decoder; False if the GPU ran out of memory."""
-        self.shape = tokens.shape
+    def run(self, given: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> bool:
+        """Pass a batch of tokens (B, T), or of pixels (B, channels, height, width), through the model without its head; False
+        if the GPU ran out of memory."""
+        self.shape: torch.Size | None = None
         self.values: dict[tuple[str, int], torch.Tensor] = {}
         self.sums.clear()
-        padding = {}
+        self.normed.clear()  # by a batch that did not fit into memory
+        dtype = self.dtype_read if given.is_floating_point() else given.dtype
+        inputs = {self.takes[0]: given.to(device, dtype), "use_cache": False}
         if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            padding = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
+            inputs |= {"attention_mask": mask.to(device), "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device)}
         try:
-            self.anatomy.decoder(input_ids=tokens.to(device), use_cache=False, **padding)
+            self.anatomy.decoder(**{name: value for name, value in inputs.items() if name in self.takes})
         except torch.OutOfMemoryError:
             self.values.clear()
             self.block_input = self.mlp_input = None
@@ -57,7 +63,11 @@ class Probe:
         return True
 
     def finish(self, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Means over tokens (kinds, B, layers), tokens per sample (B,), histograms (kinds, layers, bins) of the batch."""
+        """Means over tokens (kinds, B, layers), tokens per sample (B,), histograms (kinds, layers, bins) of the batch.
+
+        The tokens of an image are its patches, and those that the model adds to them.
+        """
+        assert self.shape is not None  # (B, T): a layer ran
         if not self.checked:
             self._check_sums()
         values = _fetch([self.values[kind, layer] for kind in KINDS for layer in range(len(self.anatomy))])
@@ -80,9 +90,14 @@ class Probe:
 
     def _enter_block(self, module, args, kwargs) -> None:
         self.block_input = self.mlp_input = stream_of(args, kwargs)  # the MLP's stream, unless it reads its own (below)
+        self.shape = self.block_input.shape[:-1]
 
     def _enter_mlp(self, module, args, kwargs) -> None:
         self.mlp_input = stream_of(args, kwargs)
+
+    def _after_norm(self, module, args, output) -> None:
+        if not self.checked:
+            self.normed.append((_first_rows(args[0]), _first_rows(output)))
 
     def _after_attention(self, index: int, scale: float):
         def hook(module, args, output):
@@ -103,6 +118,7 @@ class Probe:
             if not self.checked:
                 self._add_sums(index, _first_rows(output))
                 self.seen.clear()
+                self.normed.clear()
             self.block_input = self.mlp_input = None  # not held while the next layer's input is still being made
 
         return hook
@@ -125,21 +141,31 @@ class Probe:
         sums = [("stream + attention + MLP", x + attention + mlp, "the layer's output", output)]
         if self.anatomy.layers[index].mlp_input is not None:
             sums.append(("stream + attention", x + attention, "what the MLP reads", mlp_stream))
+        if self.anatomy.layers[index].stream_norms:
+            (after_attention, normed), (after_mlp, last) = self.normed
+            tolerance = 8 * torch.finfo(self.dtype).eps * torch.stack([x, attention, mlp_stream, mlp]).abs().max()
+            sums = [
+                ("stream + attention", x + attention, "what the norm after attention reads", after_attention),
+                ("the norm after attention", normed, "what the MLP reads", mlp_stream),
+                ("stream + MLP", mlp_stream + mlp, "what the norm after the MLP reads", after_mlp),
+                ("the norm after the MLP", last, "the layer's output", output),
+            ]
         for name, value, whole_name, whole in sums:
             self.sums.append((index, name, whole_name, torch.stack([(value - whole).abs().max(), tolerance])))
 
     def _check_sums(self) -> None:
         """x + attention + MLP must be the layer's output; otherwise `layouts.FAMILIES` is wrong about this model.
 
-        Likewise, an MLP that comes after attention must read x + attention.
+        Likewise, an MLP that comes after attention must read x + attention. Where norms act on the stream, each must read the
+        sum before it and give what comes next.
         """
         found = _fetch([pair for *_, pair in self.sums]).tolist() if self.sums else []
         for (index, name, whole_name, _), (error, tolerance) in zip(self.sums, found, strict=True):
             if np.isfinite(error) and error > tolerance:
                 raise LLMDropError(
                     f"Layer {index} of this {self.anatomy.family} model does not add up: {name} differs from {whole_name} by "
-                    f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in FAMILIES "
-                    "(llmdrop_utils/models/layouts.py) is wrong for this model."
+                    f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in {table_of(self.anatomy.family)} is wrong "
+                    "for this model."
                 )
 
 

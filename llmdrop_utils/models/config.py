@@ -1,6 +1,8 @@
-"""config.json of a model -> its configuration; one clear error for whatever is no causal language model.
+"""config.json of a model -> its configuration, and what kind of transformer it describes; one clear error for another kind
+than the one that is wanted.
 
-Of a multimodal model whose text part is a language model by itself, this is the configuration of the text part.
+Of a multimodal model whose text part is a language model by itself, this is the configuration of the text part; of a pair of
+encoders, one for text and one for images, that of the vision encoder.
 """
 
 import json
@@ -8,7 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+)
 
 from ..base.errors import LLMDropError
 from .convert import first_line
@@ -26,19 +33,31 @@ SAME_ON_TEXT = {
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}  # names of the paper's own code
+DECODERS = ("decoder",)  # causal language models
+ENCODERS = ("text encoder", "vision encoder")
 OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 
 
-def read_config(name: str, folder: Path):
-    """The configuration of the causal language model in a folder.
+def read_config(name: str, folder: Path, kinds: tuple[str, ...] = DECODERS):
+    """The configuration of the model in a folder, which must be of one of these kinds (see `kind_of`).
 
     name: of the model, for messages. Raises LLMDropError for a config.json that is damaged, that contradicts itself, or that
     describes another kind of model.
     """
-    config = full_config(name, folder)
-    text = text_part(config)
-    _refuse_other_kinds(name, config, text)
-    return text
+    return _part(name, full_config(name, folder), kinds)
+
+
+def kind_of(config) -> str | None:
+    """What kind of transformer a configuration describes: "decoder" (a causal language model, or one is its text part),
+    "text encoder", "vision encoder" (of a pair of encoders for text and images it is the one that counts) or
+    "encoder-decoder"; None for something else."""
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return "text encoder"
+    if type(text_part(config)) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "decoder"
+    return "vision encoder" if getattr(vision_part(config), "patch_size", None) is not None else None
 
 
 def full_config(name: str, folder: Path):
@@ -63,7 +82,7 @@ def says_dropped(settings: Any) -> bool:
     return isinstance(settings, dict) and any(settings.get(key) for key in ("llmdrop", *DROP_LISTS.values()))
 
 
-def config_of(name: str, settings: Any):
+def config_of(name: str, settings: Any, kinds: tuple[str, ...] = DECODERS):
     """The configuration that the content of a config.json describes. Raises what `read_config` raises."""
     check_settings(name, settings)
     more = dict(settings)
@@ -71,9 +90,7 @@ def config_of(name: str, settings: Any):
         config = AutoConfig.for_model(more.pop("model_type"), **more)
     except Exception as error:
         raise _unusable(name, error) from error
-    text = text_part(config)
-    _refuse_other_kinds(name, config, text)
-    return text
+    return _part(name, config, kinds)
 
 
 def check_settings(name: str, settings: Any) -> None:
@@ -114,26 +131,48 @@ def _same_on_text(text):
     return AutoConfig.for_model(SAME_ON_TEXT[settings.pop("model_type")], **settings)
 
 
-def _refuse_other_kinds(name: str, config, text) -> None:
-    """Raise LLMDropError for a model that does not predict the next token, saying what it is."""
+def vision_part(config):
+    """The configuration of the vision encoder of a pair of encoders (CLIP, SigLIP); otherwise the same."""
+    return config.vision_config if type(config) in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING else config
+
+
+def _part(name: str, config, kinds: tuple[str, ...]):
+    """The part of a configuration that is of one of these kinds. Raises LLMDropError if none is, saying what the model is."""
+    kind = kind_of(config)
     heads = [head for head in config.architectures or [] if isinstance(head, str)]
-    if other := next((head for head in heads if OTHER_HEADS.search(head)), None):
+    if kinds == DECODERS and (other := next((head for head in heads if OTHER_HEADS.search(head)), None)):
         raise LLMDropError(
             f"{name} is a sequence classifier or reward model ({other}): its head gives scores, not next tokens. Give the "
             "causal language model that it was made from."
         )
-    if config.is_encoder_decoder or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)):
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
-        raise LLMDropError(
-            f"{name} is {kind} ({config.model_type}), no causal language model. Give a model that predicts the next token from "
-            "those before it, such as Qwen/Qwen3-8B."
+    if kind not in kinds:
+        raise other_kind(name, kind, kinds, config)
+    return {"decoder": text_part, "vision encoder": vision_part}.get(kind, lambda config: config)(config)
+
+
+def other_kind(name: str, kind: str | None, kinds: tuple[str, ...], config=None) -> LLMDropError:
+    """The error to raise for a model that is not of one of the kinds that are wanted. config: its configuration, if known."""
+    what = "" if config is None else f" ({config.model_type})"
+    if kind == "decoder":
+        return LLMDropError(f"{name} is a causal language model{what}, no encoder. load_model loads it.")
+    if kind == "encoder-decoder":
+        wanted = "encoder" if kinds == ENCODERS else "causal language model"
+        return LLMDropError(
+            f"{name} is an encoder-decoder{what}, no {wanted}. Encoder-decoders cannot be measured yet. Give a model such as "
+            f"{'answerdotai/ModernBERT-base' if kinds == ENCODERS else 'Qwen/Qwen3-8B'}."
         )
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        part = config.get_text_config()
-        what = (
-            f"is multimodal ({config.model_type}), and its text part ({part.model_type}) cannot be taken by itself. "
-            "Give a text model of the same family"
-            if part is not config
-            else f"is a {config.model_type} model, for which transformers has no causal language model. Give one"
+    if kind in ENCODERS:
+        return LLMDropError(
+            f"{name} is {'an encoder' if kind == 'text encoder' else 'a vision encoder'}{what}, no causal language model. "
+            "load_encoder loads it, and notebook 12 measures such models. Where next tokens are predicted, give a model such "
+            "as Qwen/Qwen3-8B."
         )
-        raise LLMDropError(f"{name} {what}, such as Qwen/Qwen3-8B.")
+    model_type, wanted, example = config.model_type, "causal language model", "Qwen/Qwen3-8B"
+    if kinds == ENCODERS:
+        wanted, example = "encoder that can be measured", "answerdotai/ModernBERT-base or facebook/dinov2-small"
+    elif (text := config.get_text_config()) is not config:
+        return LLMDropError(
+            f"{name} is multimodal ({model_type}), and its text part ({text.model_type}) cannot be taken by itself. Give a "
+            f"text model of the same family, such as {example}."
+        )
+    return LLMDropError(f"{name} is a {model_type} model, for which transformers has no {wanted}. Give one, such as {example}.")

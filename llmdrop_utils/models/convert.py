@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import building, disk_error, short_name
+from ..base.files import building, disk_error, short_name, write_text
 from ..sources.fetch import remembered_sha256
 from .gguf_weights import write_weights
 
@@ -225,8 +225,8 @@ def generated_folder(name: str, recipe: dict) -> Path:
     return files.CACHE / "models" / f"{name.replace(':', '-')}-{digest[:12]}"
 
 
-def generated(name: str, recipe: dict) -> Path:
-    """A model with random weights and a byte tokenizer, made from a recipe: nothing is downloaded."""
+def generated(name: str, recipe: dict, kind: str = "decoder") -> Path:
+    """A model with random weights, made from a recipe: nothing is downloaded. It reads bytes, or images as the recipe says."""
     folder = generated_folder(name, recipe)
     if folder.exists():
         return folder
@@ -234,8 +234,11 @@ def generated(name: str, recipe: dict) -> Path:
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with building(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
-        AutoModelForCausalLM.from_config(config).save_pretrained(temporary)
-        byte_tokenizer().save_pretrained(temporary)
+        (AutoModelForCausalLM if kind == "decoder" else AutoModel).from_config(config).save_pretrained(temporary)
+        if "images" in recipe:
+            write_text(temporary / "preprocessor_config.json", json.dumps(recipe["images"]))
+        else:
+            byte_tokenizer().save_pretrained(temporary)
     return folder
 
 

@@ -1,6 +1,6 @@
-"""A model taken apart: its decoder, its layers, and the modules at which attention and MLP can be seen.
+"""A model taken apart: its decoder or encoder, its layers, and the modules at which attention and MLP can be seen.
 
-`layouts.FAMILIES` says where they are in each family.
+`layouts.FAMILIES` and `encoder_layouts.ENCODERS` say where they are in each family.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
+from .encoder_layouts import ENCODERS
 from .layouts import FAMILIES, Family
 from .refused import REFUSED
 
@@ -17,7 +18,7 @@ from .refused import REFUSED
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One decoder layer: the block, and the modules at which its two terms can be seen."""
+    """One layer: the block, and the modules at which its two terms can be seen."""
 
     block: nn.Module
     attention: nn.Module
@@ -25,14 +26,15 @@ class Layer:
     mlp_input: nn.Module | None
     scale: float
     has_attention: bool = True  # False: `attention` is another mixer, which a hybrid model has in its place
+    stream_norms: tuple[nn.Module, nn.Module] | None = None  # post-norm: they act on the stream, after attention and after MLP
 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """A causal language model, taken apart."""
+    """A causal language model or an encoder, taken apart."""
 
     family: str  # config.model_type
-    decoder: nn.Module  # embeddings, layers, final norm; no LM head
+    decoder: nn.Module  # or the encoder: embeddings, layers, final norm; no head
     layers: tuple[Layer, ...]
 
     def __len__(self) -> int:
@@ -54,7 +56,7 @@ def family_of(config) -> Family:
     """The family of a configuration. Raises LLMDropError for a refused one, saying why, and for an unknown one, saying what
     to add and where."""
     config = config.get_text_config()
-    family = FAMILIES.get(config.model_type)
+    family = (FAMILIES | ENCODERS).get(config.model_type)
     if callable(family):
         family = family(config)
     reason = REFUSED.get(config.model_type) if family is None else family.unsupported
@@ -66,7 +68,7 @@ def family_of(config) -> Family:
             "list of layers, the modules whose outputs are added to the residual stream as attention and as MLP, the module "
             "that reads the stream for the MLP, and the modules to remove when attention or MLP is dropped. If it is "
             "built like Llama, its name alone is enough. "
-            f"Then add it to tests/families.py. Known: {', '.join(sorted(FAMILIES))}."
+            f"Then add it to tests/families.py. Known: {', '.join(sorted(FAMILIES | ENCODERS))}."
         )
     return family
 
@@ -90,19 +92,26 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 
 
 def _decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder without the LM head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    """The decoder or encoder without its head."""
+    is_decoder = hasattr(model, "get_decoder") and model.config.model_type not in ENCODERS
+    decoder = model.get_decoder() if is_decoder else model.base_model
     if hasattr(decoder, "lm_head") or not hasattr(decoder, "config"):  # Llama 4 gives all of it; ModernBERT's head is "decoder"
         decoder = model.model
     return decoder
 
 
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
-    """The error to raise when a model lacks a module that `FAMILIES` names."""
+    """The error to raise when a model lacks a module that its family names."""
     return LLMDropError(
-        f"A {model_type} model is not built as FAMILIES in llmdrop_utils/models/layouts.py says ({error}). "
+        f"A {model_type} model is not built as {table_of(model_type)} says ({error}). "
         "transformers may have renamed a module: correct the entry."
     )
+
+
+def table_of(model_type: str) -> str:
+    """Where the entry of a family is, for messages."""
+    table, file = ("ENCODERS", "encoder_layouts") if model_type in ENCODERS else ("FAMILIES", "layouts")
+    return f"{table} (llmdrop_utils/models/{file}.py)"
 
 
 def _layer_types(config) -> list[str]:
@@ -117,6 +126,7 @@ MIXERS = ("linear_attention", "conv")  # layer types that have no attention, and
 
 
 def _take_apart(block: nn.Module, family: Family, has_attention: bool) -> Layer:
+    norms = family.stream_norms
     return Layer(
         block=block,
         attention=block.get_submodule(family.attention if has_attention else family.mixer or ""),
@@ -124,6 +134,7 @@ def _take_apart(block: nn.Module, family: Family, has_attention: bool) -> Layer:
         mlp_input=None if family.mlp_input is None else block.get_submodule(family.mlp_input),
         scale=1.0 if family.scale is None else float(getattr(block, family.scale)),
         has_attention=has_attention,
+        stream_norms=None if norms is None else (block.get_submodule(norms[0]), block.get_submodule(norms[1])),
     )
 
 
@@ -142,7 +153,7 @@ def tensor_of(output) -> torch.Tensor:
 
 def input_device(model: nn.Module) -> torch.device:
     """The device on which a model takes its input."""
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     return device if device.type != "meta" else torch.device("cpu")  # offloaded: accelerate moves inputs itself
 
 
@@ -153,7 +164,12 @@ def stream_width(config) -> int:
 
 def position_limit(config) -> int | None:
     """How many positions a model knows, as its configuration says; None if it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)  # transformers maps GPT-2's n_positions to it
+    config = config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)  # transformers maps GPT-2's n_positions to it
+    return known - config.pad_token_id - 1 if config.model_type in COUNTED_FROM_PADDING else known
+
+
+COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")  # the first position is the one after that of padding
 
 
 LEARNED = {"gpt2", "opt", "gpt_bigcode", "gpt_neo", "biogpt", "ctrl"}  # (those of CTRL are a table of sines that ends)

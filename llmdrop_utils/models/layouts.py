@@ -1,11 +1,19 @@
 """Where attention, MLP and residual stream sit, per model family: one line each.
 
-A decoder layer adds two terms to the residual stream x: attention and MLP. In most families
+A layer adds two terms to the residual stream x: attention and MLP. In most families
 
     x = x + attention(norm(x));  x = x + mlp(norm(x))
 
 as in Llama, and a `Family` states only what differs from it. `importance.measure_importance` checks it on every use: x
 plus the two terms must give the layer's output, and the MLP must read what it is said to read (where a module tells).
+
+In a post-norm family (BERT, OPT-350m) norms act on the stream itself:
+
+    h = norm(x + attention(x));  output = norm(h + mlp(h))
+
+What a sub-layer contributes is the term that is added, before the norm that acts on the stream: its importance is
+1 - cosine(x, x + attention(x)). These norms belong to the stream, and stay when the sub-layer is dropped: without attention
+h = norm(x). For a block, X and Y are the layer's raw input and output, as everywhere.
 """
 
 import dataclasses
@@ -14,7 +22,7 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Names of modules, relative to the decoder (`layers`) or to one of its layers (the rest)."""
+    """Names of modules, relative to the decoder or encoder (`layers`) or to one of its layers (the rest)."""
 
     layers: str = "layers"
     attention: str = "self_attn"  # its output is the term that is added to the stream
@@ -26,10 +34,14 @@ class Family:
     # without it (children of the layer). A module in both units is read by both, so it is removed only with both.
     attention_unit: tuple[str, ...] = ("self_attn", "input_layernorm")
     mlp_unit: tuple[str, ...] = ("mlp", "post_attention_layernorm")
-    mlp_is_one_module: bool = True  # False: the first module of `mlp_unit` is a part of the MLP, so no map can replace it
+    stream_norms: tuple[str, str] | None = None  # post-norm: they act on the stream itself, after attention and after the MLP
+    attention_is_one_module: bool = True  # False: the first module of the unit is a part of attention, so no map can replace it
+    mlp_is_one_module: bool = True  # likewise
     attention_returns: int = 2  # how many values: its output first, then its weights and what else there is
     mlp_returns_router: bool = False  # an MLP that has a router returns a pair: its output and router scores
     mlp_is_added_to: bool = False  # the layer adds into the MLP's output in place or reshapes it, so it needs its full shape
+    takes: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids", "use_cache")  # what its forward reads, input first
+    interpolates: bool = False  # vision: positions are interpolated, so that images of any size can be read
     unsupported: str | None = None  # why this configuration of the family cannot be taken apart
 
     @property
@@ -134,7 +146,13 @@ def _falcon(config) -> Family:
 
 def _opt(config) -> Family:
     if not config.do_layer_norm_before:  # OPT-350m
-        return Family(unsupported="its norms act on the residual stream itself, so a sub-layer adds no term of its own")
+        return dataclasses.replace(
+            OPT,
+            mlp_input="fc1",
+            attention_unit=("self_attn",),
+            mlp_unit=("fc1", "fc2"),
+            stream_norms=("self_attn_layer_norm", "final_layer_norm"),
+        )
     return OPT
 
 

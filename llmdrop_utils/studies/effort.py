@@ -150,6 +150,8 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
         ways = [way for some in (profile["keep_more"]["chosen"] or {}).values() for way in some] + profile["keep_more"]["ways"]
         trained = 16 * any("healing" in way for way in ways)
         files = max(files, (device.bytes_per_number + trained) * shape.parameters)
+    if "12" in notebooks and "others" in profile:  # images of 257 tokens
+        tokens = max(tokens, 257 * profile["others"]["batch_size"])
     if "07" in notebooks:
         tokens = max(tokens, profile["stages"]["seq_len"] * profile["stages"].get("batch_size", 4))
         scored = max(scored, 3072)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..base.errors import LLMDropError
+from ..models.config import DECODERS, ENCODERS
 from ..models.names import folder_identity
 from ..models.outlook import Outlook, Shape, outlook
 from ..models.recipe import load_recipe, series_folder, untrained
@@ -30,6 +31,11 @@ def sections_of(number: str) -> list[str]:
 def is_of_models(number: str) -> bool:
     """Is a notebook about the profile's models? 07 is about series of checkpoints."""
     return "stages" not in sections_of(number)
+
+
+def is_of_encoders(number: str) -> bool:
+    """Is a notebook about encoders, and not about decoders?"""
+    return "others" in sections_of(number)
 
 
 @dataclasses.dataclass
@@ -76,8 +82,15 @@ class Needed:
         return self.of_models.get(model, self.settings)
 
     def is_run(self, number: str, model: str) -> bool:
-        """Does the profile have what a notebook needs, as it is for one of its models?"""
-        return set(sections_of(number)) <= set(self.settings_of(model))
+        """Does the profile have what a notebook needs, as it is for one of its models, and is the model of its kind?"""
+        is_complete = set(sections_of(number)) <= set(self.settings_of(model))
+        return is_complete and (model in self.settings.get("others", {"models": []})["models"]) == is_of_encoders(number)
+
+    def models_of(self, number: str) -> list[str]:
+        """The names of the models that a notebook measures, and of series none."""
+        if is_of_encoders(number):
+            return self.settings["others"]["models"]
+        return self.profile.models if is_of_models(number) else []
 
     def runs(self, number: str) -> list[Profile]:
         """The runs that make a notebook: one, or one for each model, and the one that compares them."""
@@ -107,18 +120,23 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     settings = needed.settings
     needed.not_run = {number: reason for number in needed.sources if (reason := _lacking(needed, number))}
     for number in needed.chosen:
-        for name in profile.models if is_of_models(number) else []:
+        names = needed.models_of(number)
+        for name in names:
             if needed.is_run(number, name):
-                _add_model(needed, name, number, profile.several)
+                _add_model(needed, name, number, len(names) > 1)
     for name in settings["stages"]["series"] if "07" in needed.chosen else []:
         _add_series(needed, name)
     with_scores = any(not model.is_random for model in needed.models.values())
     for number in needed.chosen:
         sections = set(sections_of(number)) | (set(QUALITY) & set(settings) if number == "05" and with_scores else set())
-        for corpus in settings["calibration"]["corpora"] if "calibration" in sections else []:
+        corpora = settings["calibration"]["corpora"] if "calibration" in sections else []
+        for corpus in settings["others"]["texts"] if is_of_encoders(number) else corpora:
             needed.add("text", corpus, _text(corpus, needed.hub), [number])
         for name in settings["tasks"]["names"] if set(QUALITY) <= sections else []:
             needed.add("tasks", *_task_data(name, settings["tasks"]["data"], needed.hub), [number])
+        for name in settings["others"]["images"] if is_of_encoders(number) else []:
+            if packages := catalogue()["images"].get(name, {}).get("packages"):
+                needed.add("images", name, packaged(packages), [number])
         if number == "07":
             trained = [corpus for s in needed.series if s.to_train for corpus in load_recipe(s.name).corpora]
             for corpus in [*trained, settings["stages"]["corpus"]]:
@@ -129,7 +147,12 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
 def _lacking(needed: Needed, number: str) -> str | None:
     """Why a notebook is not run at all."""
     profile = needed.profile
+    study = STUDIES.get(needed.sources[number].stem)
+    if study and (reason := study.passes_over(profile.model, needed.hub)):
+        return reason
     lacking = [key for key in sections_of(number) if key not in needed.settings]
+    if is_of_encoders(number) and not lacking:
+        return None
     if lacking and not (is_of_models(number) and any(needed.is_run(number, model) for model in profile.models)):
         return f"the profile {profile.name} has no section {lacking[0]!r}"
     if is_of_models(number) and all(name in catalogue()["series"] for name in profile.models):
@@ -142,7 +165,8 @@ def _lacking(needed: Needed, number: str) -> str | None:
 def _add_model(needed: Needed, name: str, number: str, several: bool) -> Outlook | None:
     if name not in needed.models:
         try:
-            needed.models[name] = outlook(name, needed.hub)
+            kinds = ENCODERS if is_of_encoders(number) else DECODERS
+            needed.models[name] = outlook(name, needed.hub, kinds)
         except LLMDropError as reason:
             if not several:
                 raise

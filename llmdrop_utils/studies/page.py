@@ -9,6 +9,7 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 from ..base import files
+from ..models.encoders import load_located_encoder
 from ..models.load import load_located
 from ..models.locate import LocatedModel
 from ..report.show import show
@@ -68,8 +69,9 @@ class Page:
         self.say(show(with_exact_names(rows), chosen) if len(rows) else "Nothing to show: this run has no such rows.")
 
     def example_model(self, name: str | None = None):
-        """One model of the run (the first, or the one of this name) and its tokenizer, for a live example."""
-        return load_located(self.located(name), self.profile.dtype)
+        """One model of the run (the first, or the one of this name) and what makes its input, for a live example."""
+        load = load_located if "decoder" in self.study.kinds else load_located_encoder
+        return load(self.located(name), self.profile.dtype)
 
     def located(self, name: str | None = None) -> LocatedModel:
         """One model of the run: the first, or the one of this name."""

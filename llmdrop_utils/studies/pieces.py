@@ -10,12 +10,14 @@ from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
 from .keep_more.work import ORDERS
 
-ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")  # notebooks that this file has an estimate for
+# Notebooks that this file has an estimate for.
+ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12")
 TOKENS = 100  # of one question with its choices, and of one example before it
 GENERATED, TOGETHER = 200, 8  # tokens of an answer that is generated, and answers generated side by side
 SUBJECTS = 57  # of MMLU: a limit counts documents of each
 EXPORTING = 1.6e-7  # seconds of a file for each parameter: written twice, opened in llama.cpp, compared
 COMPILING = 20  # seconds for each plan on the compiled back end
+OF_WORD, OF_IMAGE = 1.4, 257  # tokens of a word, and of an image of 224 x 224 pixels in patches of 14
 
 
 def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random: bool) -> list[Piece]:
@@ -44,6 +46,8 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
         return [_importance(profile, 0, model, shape), *_kept(profile, model, shape)]
     if notebook == "11":
         return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
+    if notebook == "12":
+        return [_embeddings(profile["others"], model, shape)]
     return []
 
 
@@ -95,6 +99,17 @@ def _causes(profile: dict, model: str, shape: Shape) -> list[Piece]:
     tokens = part["n_samples"] * seq_len * plans
     causes = Piece(("causes", model), "importance", shape, basis, 0, tokens, part["n_samples"] * plans)
     return [causes, _text(profile["text"], ("damage", model), shape, 1 + shape.layers)]
+
+
+def _embeddings(part: dict, model: str, shape: Shape) -> Piece:
+    """Importance, and embeddings of all samples under each plan, which has two thirds of the layers on average."""
+    is_text = shape.vocabulary > 0
+    one = 2 * part["words"] * OF_WORD if is_text else OF_IMAGE
+    sets, plans = part["texts" if is_text else "images"], 1 + 3 * min(part["steps"], shape.layers)
+    tokens = len(sets) * one * (part["n_samples"] + part["n_tested"] * (2 + plans * 2 / 3))
+    what = f"passages of 2 x {part['words']} words" if is_text else "images"
+    basis = f"embeddings of {len(sets)} x {part['n_tested']} {what} x {{plans}} plans"
+    return Piece(("embeddings", model), "importance", shape, basis, plans, tokens, plans)
 
 
 def _across(text: dict, model: str, shape: Shape, plans: int, corpora: int) -> Piece:

@@ -131,7 +131,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str, model: str | None = None) -> Profile:
-    """Read data/profiles/<name>.yaml; `model` replaces its models, and its series of checkpoints.
+    """Read data/profiles/<name>.yaml; `model` replaces its models, its series of checkpoints and the models of sections.
 
     A relative path in `model` begins in the working directory, one in a profile in the checkout. A profile that `extends`
     another has its keys, but for those that it gives itself; a section that is null is left out. `models` may be a mapping
@@ -181,11 +181,11 @@ def _from(base: Path | None, model: str) -> str:
 
 
 def _following(part: Settings, model: str | None) -> Settings:
-    """The section, with the series that it follows, if it follows any: its own, or the model that the run is for."""
-    if "series" not in type(part).model_fields:
-        return part
-    series = [model] if model is not None else [_from(files.ROOT, one) for one in part.model_dump()["series"]]
-    return part.model_copy(update={"series": series})
+    """The section, with its own series or models, if it names any; or with the model that the run is for in their place."""
+    update = {}
+    for key in {"series", "models"} & {*type(part).model_fields}:
+        update[key] = [model] if model is not None else [_from(files.ROOT, one) for one in part.model_dump()[key]]
+    return part.model_copy(update=update)
 
 
 def _read(name: str, extended_by: list[str]) -> dict[str, Any]:

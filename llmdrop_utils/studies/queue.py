@@ -15,7 +15,6 @@ from ..base.errors import each_available
 from ..base.provenance import code_provenance, peak_memory
 from ..base.store import Store
 from ..models.families import position_limit
-from ..models.load import load_located
 from ..models.series import weights_at_hand
 from ..sources.texts import text_beginning
 from .work import Work
@@ -55,7 +54,7 @@ def _measure_model(items: list[Work], store: Store, bar: tqdm) -> None:
     model = None
     try:
         with weights_at_hand(items[0].model), peak_memory() as peak:
-            model, tokenizer = load_located(items[0].model, items[0].dtype)
+            model, tokenizer = items[0].loaded()
             for item in items:
                 bar.set_postfix_str(f"{item.model.name}, {next(iter(item.about.values()))}")
                 started = time.monotonic()
@@ -78,7 +77,7 @@ def _provenance(item: Work, model: torch.nn.Module, tokenizer, seconds: float, p
         "model_identity": item.model.identity,
         "dtype": str(item.dtype).removeprefix("torch."),
         "devices": sorted({str(p.device) for p in model.parameters()}),
-        "texts_begin_with": [] if tokenizer is None else text_beginning(tokenizer),  # begin-of-text token; []: none
+        "texts_begin_with": text_beginning(tokenizer) if callable(tokenizer) else [],  # begin-of-text token; []: none
         "positions": position_limit(model.config),  # that the model knows; samples are no longer
         "values_together": len(item.keys),
         "seconds": round(seconds, 2),

@@ -9,14 +9,18 @@ from typing import TypeVar
 import pandas as pd
 
 from ..base import files
-from ..base.errors import DiskFull, LLMDropError, NotAvailable, each_available
+from ..base.errors import DiskFull, LLMDropError, NotApplicable, NotAvailable, each_available
 from ..base.settings import Settings
 from ..base.store import Store
 from ..measure.importance import Importance
+from ..models.config import DECODERS, ENCODERS
 from ..models.families import family_of, position_limit
+from ..models.kinds import kind_of_model
 from ..models.load import attention_implementation, load_config, load_tokenizer
 from ..models.locate import LocatedModel, locate_available
+from ..models.names import label
 from ..report.tables import Declaration, Tables, frame, table, write_tables
+from ..sources.sizes import Hub
 from ..sources.texts import load_documents, load_tokens
 from .profile import Calibration, Profile
 from .queue import measure_missing
@@ -135,7 +139,8 @@ class Run:
         """Which models know fewer positions than the samples have that the study asks for."""
         needs = STUDIES[self.notebook].needs if self.notebook in STUDIES else ()
         asked = max((getattr(self.profile.sections[cls], "seq_len", 0) for cls in needs), default=0)
-        fitting = {name: fitting_length(model, asked) for name, model in models.items() if not model.is_random}
+        with_text = {name: model for name, model in models.items() if asked and not model.is_random}
+        fitting = {name: fitting_length(model, asked) for name, model in with_text.items()}
         return {
             f"{name}, samples of {asked} tokens": f"The model knows {n} positions, so that its samples are no longer than that."
             for name, n in fitting.items()
@@ -186,16 +191,31 @@ class Study:
     models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]]  # that its results depend on; what is unavailable
     reads: tuple[str, ...] = ()  # notebooks whose tables it reads
     compares: bool = False  # of a profile that runs its models one by one, the run that compares them makes it too
+    kinds: tuple[str, ...] = DECODERS  # of the models that it measures
 
     def __call__(self, profile: Profile, force: bool = False) -> Tables:
         """Measure what is missing (everything if `force`), write the tables to data/results/<run>/<notebook>, return them.
 
-        Raises NotAvailable if the profile lacks a section that the study needs, LLMDropError if its only model (corpus,
-        task, series) cannot be used. Of several, one that cannot is listed in the table `not_run` with the reason.
+        Raises NotAvailable if the profile lacks a section that the study needs, NotApplicable if the user's model is of a kind
+        that it does not measure, LLMDropError if its only model (corpus, task, series) cannot be used. Of several, one that
+        cannot is listed in the table `not_run` with the reason.
         """
+        if reason := self.passes_over(profile.model):
+            raise NotApplicable(reason)
         for section in self.needs:
             profile.section(section)
         return self.measure(Run(self.notebook, profile, self.tables, force))
+
+    def passes_over(self, model: str | None, hub: Hub | None = None) -> str | None:
+        """Why a study has nothing to say of the model that a run is for, if it is of another kind than the study measures."""
+        if model is None or (kind := kind_of_model(model, hub)) is None or kind in self.kinds:
+            return None
+        if kind in ENCODERS:
+            return f"{label(model)} is a {kind}: it predicts no next token. Notebook 12 measures it."
+        return (
+            f"{label(model)} is a {kind}, and this notebook is about encoders of text and of images. Give one as MODEL, or "
+            "none to measure those of the profile."
+        )
 
 
 STUDIES: dict[str, Study] = {}  # by notebook
@@ -208,11 +228,12 @@ def study(
     models: Callable[[Profile], tuple[list[LocatedModel], dict[str, str]]] = lambda profile: locate_available(profile.models),
     reads: Sequence[str] = (),
     compares: bool = False,
+    kinds: tuple[str, ...] = DECODERS,
 ) -> Callable[[Callable[[Run], Tables]], Study]:
     """Register a function Run -> tables as the study of a notebook."""
 
     def register(function: Callable[[Run], Tables]) -> Study:
-        STUDIES[notebook] = Study(notebook, function, tuple(needs), tables, models, tuple(reads), compares)
+        STUDIES[notebook] = Study(notebook, function, tuple(needs), tables, models, tuple(reads), compares, kinds)
         return STUDIES[notebook]
 
     return register

@@ -15,6 +15,7 @@ from ..measure.tasks import VERSION as TASKS_VERSION
 from ..measure.tasks import score_task
 from ..measure.text import VERSION as TEXT_VERSION
 from ..measure.text import score_text
+from ..models.load import load_located
 from ..models.locate import LocatedModel
 from ..selection.methods import select_iteratively
 from ..sources.texts import fingerprint
@@ -74,6 +75,10 @@ class Work:
     def about(self) -> dict:
         """What the provenance of a value says beside model, machine and code."""
         raise NotImplementedError
+
+    def loaded(self):
+        """The model, and what makes its input: a tokenizer, as a rule."""
+        return load_located(self.model, self.dtype)
 
     def only(self, missing: list[int]) -> Self:
         """The same for some of the values: under those of its plans, if it has plans."""

@@ -22,7 +22,8 @@ TOKENS = torch.randint(3, 97, (7, 20), generator=torch.Generator().manual_seed(3
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "granite-moe", "deepseek-v2", "deepseek-v3", "gpt-oss"]
 NORMS_AFTER = ["gemma2", "gemma3", "olmo2", "olmo3"]
 PARALLEL = [name for name, case in families.CASES.items() if case.parallel]
-SCALED = [name for name in families.CASES if name not in (*MIXTURES, *NORMS_AFTER)]
+POST_NORM = [name for name, case in families.CASES.items() if case.norms]
+SCALED = [name for name in families.CASES if name not in (*MIXTURES, *NORMS_AFTER, *POST_NORM)]
 FOLDED = [name for name in SCALED if name not in PARALLEL]
 
 
@@ -584,6 +585,12 @@ def test_parallel_families_are_not_folded(work, name, nothing_read):
 @pytest.mark.parametrize("work", CHANGE)
 def test_terms_that_pass_a_norm(work, name, nothing_read):
     refused(work, fresh(name), "The output of the MLP of layer . of this .* passes a norm before it is added")
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+@pytest.mark.parametrize("work", CHANGE)
+def test_norms_on_the_stream(work, name, nothing_read):
+    refused(work, fresh(name), "Norms act on the stream itself in this opt model. Use `repair` or `fit_maps`")
 
 
 @pytest.mark.parametrize("name", MIXTURES)

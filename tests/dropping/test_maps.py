@@ -37,7 +37,7 @@ from llmdrop_utils.dropping.plan import DropPlan
 from llmdrop_utils.dropping.units import drop, dropped, left, skipping
 from llmdrop_utils.models.families import find_anatomy
 
-WITHOUT_MLP_MODULE = {"opt"}
+WITHOUT_MLP_MODULE = {"opt", "opt-350m"}
 
 
 def fits(name: str, plan: DropPlan) -> bool:

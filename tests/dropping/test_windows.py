@@ -11,7 +11,7 @@ from llmdrop_utils.dropping.windows import windowed
 from llmdrop_utils.measure import packing
 from llmdrop_utils.measure.decoding import greedy
 from llmdrop_utils.measure.scoring import score
-from llmdrop_utils.models.families import is_full_attention
+from llmdrop_utils.models.cache_shape import is_full_attention
 
 TOKENS = torch.randint(3, 97, (3, 14), generator=torch.Generator().manual_seed(0))
 

@@ -1,6 +1,7 @@
 """Importance against an independent reference: float64, no hooks, sub-layers turned off by zeroing their projections."""
 
 import copy
+import dataclasses
 import itertools
 import json
 from unittest import mock
@@ -16,7 +17,7 @@ from llmdrop_utils import DropPlan, LLMDropError, dropped, measure_importance
 from llmdrop_utils.measure.importance import Importance, drop_order
 from llmdrop_utils.measure.metrics import KINDS, METRICS, metric
 from llmdrop_utils.models import layouts
-from llmdrop_utils.models.families import find_anatomy, input_device, learned_positions, position_limit, stream_width
+from llmdrop_utils.models.families import family_of, find_anatomy, input_device, learned_positions, position_limit, stream_width
 
 TOKENS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(2))
 MASKS = {
@@ -36,6 +37,11 @@ def reference(name: str, model: nn.Module, tokens: torch.Tensor, mask: torch.Ten
         if isinstance(getattr(decoder, final_norm, None), nn.Module):
             setattr(decoder, final_norm, nn.Identity())  # or the last hidden state would come after it
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)  # counted from the first real token
+    reads: dict[str, torch.Tensor] = {}  # what the norms on the stream of a post-norm layer read
+
+    def keep(name: str):
+        return lambda module, args: reads.__setitem__(name, args[0].view(*tokens.shape, -1))
+
     layers = next(child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == 3)
 
     def states(layer: int | None = None, off: str = "") -> tuple[torch.Tensor, ...]:
@@ -60,6 +66,16 @@ def reference(name: str, model: nn.Module, tokens: torch.Tensor, mask: torch.Ten
     result = {kind: np.zeros(3) for kind in KINDS}
     for i in range(3):
         x, y = dense[i], dense[i + 1]
+        if case.norms:  # the term is what is added before the norm
+            handles = [layers[i].get_submodule(norm).register_forward_pre_hook(keep(norm)) for norm in case.norms]
+            states()
+            for handle in handles:
+                handle.remove()
+            after_attention, after_mlp = (reads[norm] for norm in case.norms)
+            h = layers[i].get_submodule(case.norms[0])(after_attention)
+            result["block"][i] = similarity(x, y)
+            result["attention"][i], result["mlp"][i] = similarity(x, after_attention), similarity(h, after_mlp)
+            continue
         after_attention = states(i, case.mlp)[i + 1]
         result["block"][i] = similarity(x, y)
         result["attention"][i] = similarity(x, after_attention)
@@ -87,7 +103,7 @@ def test_what_a_configuration_says(name):
     model = families.tiny(name)
     assert stream_width(model.config) == model.get_input_embeddings().weight.shape[1] == 32
     assert position_limit(model.config) == 64
-    assert learned_positions(model.config) == (64 if name in ("gpt2", "opt") else None)
+    assert learned_positions(model.config) == (64 if name in ("gpt2", "opt", "opt-350m") else None)
     assert input_device(model) == torch.device("cpu")
     assert input_device(model.to("meta")) == torch.device("cpu")  # offloaded: accelerate moves inputs
 
@@ -212,12 +228,12 @@ def test_unknown_family_says_what_to_add():
         find_anatomy(model)
 
 
-def test_opt_350m_is_refused():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, do_layer_norm_before=False)
-    with pytest.raises(LLMDropError, match="norms act on the residual stream itself"):
-        find_anatomy(OPTForCausalLM(config))
+def test_a_norm_on_the_stream_must_be_named(monkeypatch):
+    """Otherwise nothing would tell that the sums of a post-norm layer do not add up."""
+    model = families.tiny("opt-350m")
+    monkeypatch.setitem(layouts.FAMILIES, "opt", dataclasses.replace(family_of(model.config), stream_norms=None))
+    with pytest.raises(LLMDropError, match="does not add up"):
+        measure_importance(model, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from llmdrop_utils import LLMDropError, NotAvailable
 from llmdrop_utils.sources import fetch as sources
+from llmdrop_utils.sources import registries
 from llmdrop_utils.sources.catalogue import catalogue
 
 URL = "/files/demo.whl"
@@ -291,3 +292,16 @@ def test_remembered_hash_follows_changes(cache, tmp_path):
     assert "weights" in Path(cache / "hashes.json").read_text()
     file.write_bytes(b"22")
     assert sources.remembered_sha256(file) == hashlib.sha256(b"22").hexdigest()
+
+
+def test_which_wheel_is_pinned(monkeypatch):
+    """Of a package with a wheel for each kind of machine, pip is asked for the same one on all of them."""
+    asked = []
+    monkeypatch.setattr(
+        registries, "_run", lambda command, *_: asked.append(command) or '{"install": [{"download_info": {"url": ""}}]}'
+    )
+    package = {"name": "demo", "version": "1.0", "sha256": "0" * 64, "files": ["x"]}
+    registries.address_of(package | {"wheel": {"platform": "any_one", "python-version": "3.11"}})
+    assert asked[0][-5:] == ["--platform", "any_one", "--python-version", "3.11", "demo==1.0"]
+    registries.address_of(package)
+    assert "--platform" not in asked[1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...base import stats
 from ...measure.confidence import binned_gaps, calibration_error
-from ...models.families import cache_geometry
+from ...models.cache_shape import cache_geometry
 from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork
 from .work import PLAIN, WIDTH, WINDOW, MadeWork

@@ -81,7 +81,7 @@ def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calib
         for seed, (corpus, s) in enumerate(same_n.items())
     }
     return {
-        "importance": _importance_rows(same_n, draws),
+        "importance": importance_rows(same_n, draws),
         "order": [
             {"corpus": corpus, "kind": kind, "position": position, "layer": layer}
             for corpus, s in same_n.items()
@@ -94,7 +94,7 @@ def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calib
             for kind in KINDS
             for layer, values in enumerate(s.quantiles(kind, list(QUANTILES.values())))
         ],
-        "contrast": _contrast_rows(same_n, draws),
+        "contrast": contrast_rows(same_n, draws),
         "depth": _depth_rows(same_n, draws),
         "corpora": _corpora_rows(same_n, draws, calibration.n_drop),
         "sample_count": _sample_count_rows(scores[first], calibration.sample_counts, first),
@@ -103,7 +103,7 @@ def _rows(scores: dict[str, Importance], model: LocatedModel, calibration: Calib
     }
 
 
-def _importance_rows(scores, draws) -> list[dict]:
+def importance_rows(scores, draws) -> list[dict]:
     rows = []
     for corpus, s in scores.items():
         for kind in KINDS:
@@ -114,7 +114,7 @@ def _importance_rows(scores, draws) -> list[dict]:
     return rows
 
 
-def _contrast_rows(scores, draws) -> list[dict]:
+def contrast_rows(scores, draws) -> list[dict]:
     """Mean importance over layers of attention minus that of MLP or block, paired by sample."""
     rows = []
     for corpus, s in scores.items():
