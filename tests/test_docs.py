@@ -100,7 +100,7 @@ def test_every_family_is_named():
     letters = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())  # noqa: E731
     said = letters(section(TEXTS["python.md"], "## Known families"))
     for family in layouts.FAMILIES | ENCODERS:
-        assert letters(re.sub(r"(_text|_moe|(?<!ol)moe|_vision_model|_?v?\d)+$", "", family)) in said, family
+        assert letters(re.sub(r"(_text|_model|_moe|(?<!ol)moe|_vision_model|_?v?\d)+$", "", family)) in said, family
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
