@@ -74,6 +74,15 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(config.model_type, decoder, layers)
 
 
+def need_decoder(anatomy: Anatomy) -> None:
+    """Raise LLMDropError for an encoder, where next tokens are predicted."""
+    if anatomy.family in ENCODERS:
+        raise LLMDropError(
+            f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select and dropped "
+            "take it; for all else give a causal language model."
+        )
+
+
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
     """The error to raise when a model lacks a module that its family names."""
     return LLMDropError(
