@@ -264,10 +264,10 @@ def test_add_a_notebook(registries, tmp_path, monkeypatch, capsys):
     (claim,) = yaml.safe_load(code_blocks(text, "yaml")[0])
     monkeypatch.setattr(verdicts, "load_claims", lambda: [claim | {"rule": claim["rule"].format(**claim["thresholds"])}])
     exec(page, {"PROFILE": "smoke", "MODEL": ""})
-    counts = read_tables(tmp_path / "smoke" / "12_parameters")["parameters"].groupby("kind")["parameters"]
+    counts = read_tables(tmp_path / "smoke" / "13_parameters")["parameters"].groupby("kind")["parameters"]
     queries_to_outputs, gate_to_down, norm = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 64, 32
     assert counts.unique().map(list).to_dict() == {"attention": [queries_to_outputs + norm], "mlp": [gate_to_down + norm]}
-    (verdict,) = verdicts.judge(tmp_path / "smoke", "12_parameters")
+    (verdict,) = verdicts.judge(tmp_path / "smoke", "13_parameters")
     assert (verdict.verdict, verdict.evidence) == (
         "reproduced",
         "of the parameters of the layers, held by attention 33 %",

@@ -92,7 +92,9 @@ def test_sections(notebook):
 def test_links_to_the_neighbours():
     assert _neighbours("01_similarity") == "Next: [02 drop curves](02_drop_curves.ipynb)"
     before, after = "[02 drop curves](02_drop_curves.ipynb)", "[04 ablations](04_ablations.ipynb)"
-    assert _neighbours("11_sizes_and_causes") == "Previous: [10 keep more](10_keep_more.ipynb)"
+    last = "[12 other transformers](12_other_transformers.ipynb)"
+    assert _neighbours("11_sizes_and_causes") == f"Previous: [10 keep more](10_keep_more.ipynb) · Next: {last}"
+    assert _neighbours("12_other_transformers") == "Previous: [11 sizes and causes](11_sizes_and_causes.ipynb)"
     before_08, after_08 = "[07 training stages](07_training_stages.ipynb)", "[09 take away](09_take_away.ipynb)"
     assert _neighbours("08_what_breaks") == f"Previous: {before_08} · Next: {after_08}"
     assert _neighbours("03_joint_drop") == f"Previous: {before} · Next: {after}"

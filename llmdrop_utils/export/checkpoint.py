@@ -22,7 +22,7 @@ from ..dropping.plan import NAMES, DropPlan, check_plan
 from ..dropping.units import StandIn, drop, left, mapped, skipping
 from ..models.config import config_of, read_settings, says_dropped
 from ..models.convert import UNREADABLE, first_line
-from ..models.families import find_anatomy, stream_width
+from ..models.families import find_anatomy, need_decoder, stream_width
 from ..models.load import check_weights, load_tokenizer, load_weights
 from ..models.locate import LocatedModel, has_tokenizer, locate_dropped
 from ..models.names import folder_identity
@@ -50,6 +50,7 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
     """
     folder = Path(folder)
     anatomy = check_plan(model, plan)
+    need_decoder(anatomy)
     for kind, name in NAMES.items():
         built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
         lacks = set(built) - set(left(anatomy, kind)) - set(getattr(plan, kind))

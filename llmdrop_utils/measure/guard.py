@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
-from ..models.families import family_of, find_anatomy, input_device, position_limit, stream_of, tensor_of
+from ..models.families import family_of, find_anatomy, input_device, need_decoder, position_limit, stream_of, tensor_of
 from ..sources.texts import as_tokens
 from .rotary import RotaryState, rotary_following
 
@@ -15,7 +15,13 @@ from .rotary import RotaryState, rotary_following
 
 
 def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
-    """Token ids int64 (n_samples, seq_len) that the model can read. Raises LLMDropError otherwise, as `as_tokens` does."""
+    """Token ids int64 (n_samples, seq_len) that a causal language model can read. Raises LLMDropError otherwise, as `as_tokens`
+    does."""
+    need_decoder(find_anatomy(model))
+    return _tokens_for(model, given)
+
+
+def _tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
     tokens, config = as_tokens(given), find_anatomy(model).decoder.config
     longest = position_limit(config)
     if longest is not None and tokens.shape[1] > longest:
@@ -30,14 +36,15 @@ def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
 
 
 def input_for(model: nn.Module, given: object) -> torch.Tensor:
-    """What the model can read: `tokens_for` it; of a vision encoder pixels float (n_samples, channels, height, width).
+    """What a model can read, encoders too: token ids int64 (n_samples, seq_len), or for a vision encoder pixels float
+    (n_samples, channels, height, width).
 
     Raises LLMDropError otherwise.
     """
     config = find_anatomy(model).decoder.config
     family = family_of(config)
     if family.takes[0] != "pixel_values":
-        return tokens_for(model, given)
+        return _tokens_for(model, given)
     try:
         pixels = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -14,7 +14,7 @@ import torch
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
-from ..models.families import find_anatomy, position_limit
+from ..models.families import find_anatomy, need_decoder, position_limit
 from .guard import NotFinite, measuring, not_finite_error
 from .packing import Batch, Group, Request, pack
 from .passes import Passes
@@ -62,6 +62,7 @@ def score(
     for plans that do not fit the model, for requests that cannot be scored, and for logits that are NaN or +inf.
     """
     anatomy = find_anatomy(model)
+    need_decoder(anatomy)
     plans = check_plans(model, plans)
     vocabulary = anatomy.decoder.config.vocab_size
     for context, continuation in requests:

@@ -100,6 +100,15 @@ def _decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
+def need_decoder(anatomy: Anatomy) -> None:
+    """Raise LLMDropError for an encoder, where next tokens are predicted."""
+    if anatomy.family in ENCODERS:
+        raise LLMDropError(
+            f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select and dropped "
+            "take it; for all else give a causal language model."
+        )
+
+
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
     """The error to raise when a model lacks a module that its family names."""
     return LLMDropError(

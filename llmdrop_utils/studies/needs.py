@@ -82,15 +82,12 @@ class Needed:
         return self.of_models.get(model, self.settings)
 
     def is_run(self, number: str, model: str) -> bool:
-        """Does the profile have what a notebook needs, as it is for one of its models, and is the model of its kind?"""
-        is_complete = set(sections_of(number)) <= set(self.settings_of(model))
-        return is_complete and (model in self.settings.get("others", {"models": []})["models"]) == is_of_encoders(number)
+        """Does the profile have what a notebook needs, as it is for one of its models, and is the model among those of it?"""
+        return set(sections_of(number)) <= set(self.settings_of(model)) and model in self.models_of(number)
 
     def models_of(self, number: str) -> list[str]:
-        """The names of the models that a notebook measures, and of series none."""
-        if is_of_encoders(number):
-            return self.settings["others"]["models"]
-        return self.profile.models if is_of_models(number) else []
+        """The models that a notebook is about, by their names in the profile."""
+        return self.settings["others"]["models"] if is_of_encoders(number) else self.profile.models
 
     def runs(self, number: str) -> list[Profile]:
         """The runs that make a notebook: one, or one for each model, and the one that compares them."""
@@ -121,7 +118,7 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     needed.not_run = {number: reason for number in needed.sources if (reason := _lacking(needed, number))}
     for number in needed.chosen:
         names = needed.models_of(number)
-        for name in names:
+        for name in names if is_of_models(number) else []:
             if needed.is_run(number, name):
                 _add_model(needed, name, number, len(names) > 1)
     for name in settings["stages"]["series"] if "07" in needed.chosen else []:

@@ -7,6 +7,7 @@ that come after it are applied here, by hand.
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from encoder_families import CASES, inputs, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from llmdrop_utils import LLMDropError, measure_importance
+from llmdrop_utils import (
+    DropPlan,
+    LLMDropError,
+    measure_causes,
+    measure_importance,
+    perplexity,
+    repair,
+    save_dropped,
+    select_iteratively,
+)
 from llmdrop_utils.measure.metrics import KINDS
 from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.models.families import family_of, find_anatomy, input_device, position_limit, stream_width
@@ -177,6 +187,27 @@ def test_the_longest_text_that_can_be_read():
         tokens = torch.randint(3, 97, (1, longest))
         assert position_limit(tiny(name).config) == longest
         assert measure_importance(tiny(name), tokens).weights.tolist() == [longest]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model: repair(model, inputs("bert"), DropPlan((1,))),
+        lambda model: perplexity(model, inputs("bert")),
+        lambda model: measure_causes(model, inputs("bert")),
+        lambda model: save_dropped(model, None, DropPlan((1,)), "nowhere"),
+    ],
+    ids=["repair", "perplexity", "causes", "save"],
+)
+def test_what_takes_a_causal_language_model(work):
+    with pytest.raises(LLMDropError, match="This bert model is an encoder, which predicts no next token. measure_importance"):
+        work(tiny("bert"))
+    assert not any(Path().glob("*nowhere*"))
+
+
+def test_iterative_selection():
+    plan = select_iteratively(tiny("bert"), inputs("bert"), "attention", 2)
+    assert len(set(plan.attention)) == 2
 
 
 # ---- anatomy ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import importlib.metadata
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.studies import work as work_module
 from llmdrop_utils.studies.ablations import work as ablations_module
 from llmdrop_utils.studies.keep_more import work as kept_module
+from llmdrop_utils.studies.other_transformers import work as encoders_module
+from llmdrop_utils.studies.other_transformers.work import DataSet
 from llmdrop_utils.studies.run import STUDIES
 from llmdrop_utils.studies.sizes_and_causes import work as causes_module
 from llmdrop_utils.studies.speedup import loads
@@ -37,6 +40,8 @@ PLAN = DropPlan(attention=(3, 1), mlp=(2,), n_layers=6, model="sha256:hand", sco
 OTHER_PLAN = DropPlan(attention=(3,))
 TEXT = work_module.TextWork(MODEL, torch.float32, "sdpa", "web", TOKENS, (PLAN,))
 LOAD = Load("decode", 64, 4, 3, "eager", 100)
+IMAGES = (np.zeros((2, 2, 3), np.uint8), np.ones((2, 2, 3), np.uint8))
+DATA = DataSet("digits", IMAGES, np.array(["a", "b"]), np.array([0, 1]))
 
 # Fields that may change without another address, by the class that has them, and why.
 IN_FINGERPRINT = "its content is in the fingerprint of the task"
@@ -70,6 +75,10 @@ EXEMPT = {
     ("GenerationWork", "corpus"): TOLD_BY_TOKENS,
     ("ProbeWork", "probe"): "what is asked is in the requests",
     ("ChangedSpeedWork", "tokens"): "which weights are zero does not matter to times",
+    ("EncoderImportanceWork", "batch_size"): ROUNDING,
+    ("EmbeddingWork", "batch_size"): ROUNDING,
+    ("DataSet", "name"): "the same samples under another name",
+    ("DataSet", "groups"): "intervals are made later, from values of each sample",
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
 }
 # Fields of which both is right: what they decide is in the key by itself (tokens, identity), and may be there a second time.
@@ -80,6 +89,7 @@ VALUES = {  # of the fields of items; a new one of text or a whole number needs 
     "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
     "requests": (([1], [2]),), "settings": Tuning(), "way": "repair, healing", "text": TOKENS, "healing": Healing(),
     "by": "search with repair",
+    "data": DATA,
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
@@ -94,6 +104,9 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "tokenizer": ["Other"],
     "on_hub": [("org/name", "commit")],
     "bases": [("sha256:base",)],
+    "inputs": [IMAGES[::-1], (*IMAGES, IMAGES[0])],
+    "labels": [np.array(["a", "a"])],
+    "groups": [np.array([0, 0])],
     "maps": [{}, {("attention", 3): OTHER_MAP}, {("attention", 1): MAP}, {("mlp", 2): MAP}],
     "versions": [(("none", OTHER_PLAN),), (("8 bits", PLAN),)],
     "backend": ["compiled"],
@@ -194,18 +207,20 @@ def test_every_field_changes_the_address_or_is_exempt(cls):
         "items": "TextWork",
         "settings": "Tuning",
         "healing": "Healing",
+        "data": "DataSet",
     }
     parts = {made_of.get(name) for name in own}
     assert tried == {(cls.__name__, name) for name in own - set(made_of)} | {
         (part.__name__, field.name)
-        for part in (LocatedModel, DropPlan, Load, work_module.TextWork, Tuning, Healing)
+        for part in (LocatedModel, DropPlan, Load, work_module.TextWork, Tuning, Healing, DataSet)
         for field in dataclasses.fields(part)
         if part.__name__ in parts and not (issubclass(part, Work) and field.name in made_of)
     }
 
 
 def test_no_exemption_is_of_a_field_that_is_gone():
-    known = {(cls.__name__, f.name) for cls in (*classes(), LocatedModel, DropPlan, Load) for f in dataclasses.fields(cls)}
+    holders = (*classes(), LocatedModel, DropPlan, Load, DataSet)
+    known = {(cls.__name__, f.name) for cls in holders for f in dataclasses.fields(cls)}
     assert set(EXEMPT) | EITHER <= known
 
 
@@ -223,7 +238,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 18
+    assert len(set(found)) == len(found) == 20
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,8 @@ def test_kinds_of_values_are_apart():
         ("ChangedSpeedWork", changes_module, "VERSION"),
         ("MadeWork", kept_module, "VERSION"),
         ("ChoiceWork", kept_module, "VERSION"),
+        ("EncoderImportanceWork", encoders_module, "IMPORTANCE_VERSION"),
+        ("EmbeddingWork", encoders_module, "VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -257,7 +274,7 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
-ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork"}
+ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork", "EncoderImportanceWork", "EmbeddingWork"}
 ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"}
 
 

@@ -64,6 +64,31 @@ def contrast(*number):
     return IMPORTANCE | {"contrast": rows}
 
 
+def encoders(reads, tables):
+    """What a rule for decoders reads, of an encoder."""
+    return tables | {"models": frame(reads=[reads])}
+
+
+def gaps_of_encoders(reads, measure, *number):
+    """Beside MLPs it is clear, beside blocks it is the number; three of four layers are more than half."""
+    rows = ends("difference", "low", "high", [(0.2, 0.1, 0.3), number, (-0.5, -0.6, -0.4)])
+    rows |= {"measure": measure, "other": ["mlp", "block", "mlp"], "n": [2, 2, 3], "share": [0.5, 0.5, 0.75]}
+    return encoders(reads, {"gaps": frame(**rows), "quality": frame(data=["web", "mean"], samples=[60, 120])})
+
+
+def half_of_encoder(*number):
+    """Two of four layers, as a mean over data sets."""
+    rows = ends("retained", "retained_low", "retained_high", [number, (0.1, 0, 0.2), (0.1, 0, 0.2)])
+    rows |= {
+        "measure": "nearest neighbour",
+        "kind": "attention",
+        "n": [2, 3, 2],
+        "data": ["mean", "mean", "digits"],
+        "samples": 60,
+    }
+    return {"quality": frame(**rows), "models": frame(reads=["images"], n_layers=4)}
+
+
 def importance(attention, mlp=(0.3, 0.28, 0.32), block=(0.4, 0.38, 0.42)):
     """The least important of four layers of each kind, on a second corpus; on the first, all is clear."""
     clear = {"attention": (0.01, 0.005, 0.015), "mlp": (0.3, 0.28, 0.32), "block": (0.4, 0.38, 0.42)}
@@ -410,6 +435,26 @@ CASES = [  # rule, and tables by which it is reproduced, deviates, and is inconc
         regained("repair, healing", 0.1, 0.05, 0.2),
         regained("repair, healing", -0.2, -0.3, -0.1),
         regained("repair, healing", 0.1, -0.1, 0.2),
+    ),
+    *(
+        (check, *(encoders(reads, contrast(*n)) for n in ((-0.1, -0.2, -0.01), (0.1, 0.05, 0.2), (-0.1, -0.21, 0.01))))
+        for check, reads in (
+            ("attention_most_redundant_in_text_encoders", "text"),
+            ("attention_most_redundant_in_vision_transformers", "images"),
+        )
+    ),
+    *(
+        (check, *(gaps_of_encoders(reads, measure, *n) for n in ((0.1, 0.05, 0.2), (-0.2, -0.3, -0.1), (0.1, -0.1, 0.2))))
+        for check, reads, measure in (
+            ("attention_drop_keeps_retrieval", "text", "reciprocal rank"),
+            ("attention_drop_keeps_neighbours", "images", "nearest neighbour"),
+        )
+    ),
+    (
+        "half_of_attention_can_go",
+        half_of_encoder(0.95, 0.9, 1),
+        half_of_encoder(0.5, 0.4, 0.6),
+        half_of_encoder(0.95, 0.8, 1.1),
     ),
     ("redundant_at_random", random_weights(0.03, 0.01, 0.05), random_weights(0.2, 0.15, 0.25), random_weights(0.04, 0, 0.08)),
 ]  # fmt: skip
@@ -843,7 +888,9 @@ PICTURES = {
     "redundant-at-random": "a sentence of an abstract, without a number",
 }
 OURS = {"larger-models-lose-less-across", "files-shrink", "faster-in-another-runtime"}  # no claims of the paper
-OURS |= {"repair-regains", "repair-beats-published", "repair-and-healing-add-up"}
+OURS |= {"repair-regains", "repair-beats-published", "repair-and-healing-add-up", "half-of-attention-in-encoders"}
+OURS |= {"attention-most-redundant-in-text-encoders", "attention-most-redundant-in-vision-transformers"}
+OURS |= {"attention-drop-keeps-retrieval", "attention-drop-keeps-neighbours"}
 FED = {
     "published-lists", "attention-drop-keeps-quality", "attention-beats-mlp-and-block", "half-the-attention",
     "larger-models-lose-less", "joint-goes-furthest", "attention-goes-first",
