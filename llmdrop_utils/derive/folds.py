@@ -16,7 +16,7 @@ from ..dropping.plan import DropPlan
 from ..measure.guard import evaluating
 from ..models.families import Anatomy, family_of
 from .moments import Moments, solve
-from .rivals import RIDGE, Place, checked, multiply, projection, terms
+from .rivals import RIDGE, Place, checked, multiply, need_plain_stream, projection, terms
 
 
 def fold_transform(
@@ -98,6 +98,7 @@ def _runs(n_layers: int, plan: DropPlan) -> dict[int, list[Place]]:
 
 def _kept_mlps(anatomy: Anatomy, plan: DropPlan) -> dict[int, nn.Module]:
     """The output projections that make up for what follows. Raises LLMDropError where that cannot be."""
+    need_plain_stream(anatomy)
     if family_of(anatomy.decoder.config).mlp_input is None:
         why = "so the MLP beside a dropped attention would read what an earlier one adds for it. Use `repair` or `fit_maps`."
         raise LLMDropError(f"In this {anatomy.family} model, attention and MLP read the same stream, {why}")
@@ -139,6 +140,7 @@ def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_si
     anatomy, tokens, batch_size = checked(model, tokens, plan, batch_size)
     if by not in ("token", "channel"):
         raise LLMDropError(f"Magnitudes are compared by 'token' or by 'channel', not by {by!r}.")
+    need_plain_stream(anatomy)
     if getattr(anatomy.decoder.config, "_remove_final_layer_norm", False):  # some OPT models
         raise LLMDropError("This model has no final norm, so the scale of its stream matters. Use `repair` or `fit_maps`.")
     places = [(kind, index) for index in range(len(anatomy)) for kind in ("attention", "mlp")]

@@ -12,7 +12,7 @@ from ..dropping.plan import NAMES, DropPlan
 from ..measure.guard import evaluating
 from ..models.families import family_of
 from .moments import Moments, solve
-from .rivals import RIDGE, checked, dense_pass, terms
+from .rivals import RIDGE, checked, dense_pass, need_plain_stream, terms
 
 
 def fit_maps(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_size: int = 4, ridge: float = RIDGE) -> DropPlan:
@@ -65,6 +65,7 @@ def canonical_correlation_bound(
     if kind not in NAMES:
         raise LLMDropError(f"The kind of sub-layer must be 'attention' or 'mlp', but is {kind!r}.")
     anatomy, tokens, batch_size = checked(model, tokens, DropPlan(), batch_size, 0.0)
+    need_plain_stream(anatomy)
     beside = family_of(anatomy.decoder.config).mlp_input is None  # the MLP reads the stream that attention reads
     sums = [_Covariance() for _ in anatomy.layers]
     with evaluating(model):

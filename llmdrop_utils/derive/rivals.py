@@ -51,6 +51,12 @@ def checked(
     return anatomy, tokens, batch_size
 
 
+def need_plain_stream(anatomy: Anatomy) -> None:
+    """Raise LLMDropError for a post-norm model: what is added there passes a norm together with the stream."""
+    if family_of(anatomy.decoder.config).stream_norms:
+        raise LLMDropError(f"Norms act on the stream itself in this {anatomy.family} model. Use `repair` or `fit_maps`.")
+
+
 def projection(anatomy: Anatomy, place: Place, plan: DropPlan) -> nn.Module:
     """The output projection whose weight and bias are to change. Raises LLMDropError if they do not make the whole term."""
     kind, index = place

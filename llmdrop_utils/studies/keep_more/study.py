@@ -86,6 +86,7 @@ def keep_more(run: Run) -> Tables:
     choices = {name: members for name, members in tasks.items() if members[0].OUTPUT_TYPE == "multiple_choice"}
     # 1. What is chosen otherwise, and what the dense model writes: both are read by what follows.
     choosing: dict[str, dict[str, ChoiceWork]] = {}
+    reasons: dict[str, dict[str, str]] = {}
     written: dict[str, GenerationWork] = {}
     others: dict[str, list[ImportanceWork]] = {}
     for item in scoring:
@@ -99,9 +100,12 @@ def keep_more(run: Run) -> Tables:
             if not most:
                 there, least = n_layers_of(item.model), min(settings.n_drop)
                 raise NotApplicable(f"{item.model.name} has {there} layers, and the profile drops {least} or more.")
+            reasons[item.model.name] = obstacles(model_of_shape(item.model, torch.bfloat16, "meta"))
             looked_at = {"tokens": _mixed(others[item.model.name], settings.search_samples), "candidates": settings.candidates}
             choosing[item.model.name] = {
-                by: ChoiceWork(**item.identity, **looked_at, by=by, n_drop=most) for by in settings.chosen or {}
+                by: ChoiceWork(**item.identity, **looked_at, by=by, n_drop=most)
+                for by in settings.chosen or {}
+                if by not in reasons[item.model.name]
             }
     orders = [work for of_model in choosing.values() for work in of_model.values()]
     run.measure([*written.values(), *orders])
@@ -109,7 +113,8 @@ def keep_more(run: Run) -> Tables:
     kept: list[Kept] = []
     for item in run.measured(scoring):
         with run.one_of(item.model):
-            kept.append(_versions(run, item, others[item.model.name], written, choosing[item.model.name], choices))
+            name = item.model.name
+            kept.append(_versions(run, item, others[name], written, choosing[name], choices, reasons[name]))
     run.measure([work for each in kept for work in each.works.values()])
     kept = [each for each in kept if each.item.model.name not in run.not_run]
     if not kept:
@@ -135,6 +140,7 @@ def _versions(
     written: dict[str, GenerationWork],
     choosing: dict[str, ChoiceWork],
     tasks: dict[str, list],
+    reasons: dict[str, str],
 ) -> Kept:
     settings, tokenizer = run.section(KeepMore), load_tokenizer(item.model)
     begin = len(text_beginning(tokenizer))
@@ -162,17 +168,17 @@ def _versions(
     def made(way: str, plan: DropPlan) -> MadeWork:
         return MadeWork(**shared, way=way, plan=plan, items=tuple(dataclasses.replace(each, plans=(plan,)) for each in asked))
 
-    reasons = obstacles(model_of_shape(item.model, torch.bfloat16, "meta"))
-    asked_for = {*settings.ways, *(way for ways in (settings.chosen or {}).values() for way in ways)}
+    chosen = settings.chosen or {}
+    asked_for = {*settings.ways, *chosen, *(way for ways in chosen.values() for way in ways)}
     run.not_run |= {f"{item.model.name}, {way}": reason for way, reason in reasons.items() if way in asked_for}
     scores = run.importance(item).first(run.section(Calibration).n_samples)
     works = {DENSE_VERSION: made(PLAIN, DENSE)}
     for n in (n for n in settings.n_drop if n < n_layers_of(item.model)):
         plan = select(scores, "attention", n)
         works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways) if way not in reasons}
-        for by, ways in (settings.chosen or {}).items():
-            plan = DropPlan(attention=tuple(run.values(choosing[by])[0]["layers"][:n]))
-            works |= {Version(by, way, n): made(way, plan) for way in ways if way not in reasons}
+        for by, work in choosing.items():
+            plan = DropPlan(attention=tuple(run.values(work)[0]["layers"][:n]))
+            works |= {Version(by, way, n): made(way, plan) for way in chosen[by] if way not in reasons}
     return Kept(item, choosing, works)
 
 

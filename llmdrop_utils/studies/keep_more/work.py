@@ -37,7 +37,7 @@ from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork, Work
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
-SEARCH = "search with repair"
+SEARCH, BOUND = "search with repair", "NBL's bound"
 WIDTH = 128  # of a window, in tokens
 PLAIN, MAPS, FOLD, SCALED, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp"
 WINDOW = f"window of {WIDTH} tokens"  # in the layers that are otherwise dropped
@@ -118,7 +118,7 @@ WAYS: dict[str, Make] = {
 
 
 def obstacles(shape: nn.Module) -> dict[str, str]:
-    """Which ways a model's structure does not allow, and why. shape: the model without memory."""
+    """Which ways and orders a model's structure does not allow, and why. shape: the model without memory."""
     anatomy = find_anatomy(shape)
     family, config = family_of(anatomy.decoder.config), anatomy.decoder.config
     sites = [sites_of(layer.block, family, kind) for layer in anatomy.layers for kind in ("attention", "mlp")]
@@ -131,6 +131,8 @@ def obstacles(shape: nn.Module) -> dict[str, str]:
         found |= dict.fromkeys(
             (FOLD, SCALED, RESCALED), f"What {anatomy.family} models add to the stream passes a norm before."
         )
+    if family.stream_norms:
+        found |= dict.fromkeys((FOLD, SCALED, RESCALED, BOUND), f"Norms act on the stream itself in {anatomy.family} models.")
     if any(at and at.output is None for at in sites):
         found |= dict.fromkeys((FOLD, SCALED, RESCALED), "Its experts have no output projection of their own.")
     return found
@@ -264,7 +266,7 @@ def _random(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], No
 
 ORDERS = {
     SEARCH: Order(_search, {"search": SEARCH_VERSION}, lambda n, candidates: 3 * n * candidates),
-    "NBL's bound": Order(_bound, {"rivals": RIVALS_VERSION}, lambda n, candidates: 2),
+    BOUND: Order(_bound, {"rivals": RIVALS_VERSION}, lambda n, candidates: 2),
     "greedy KL": Order(_greedy, {"text": TEXT_VERSION}, lambda n, candidates: 10 * n),
     "random": Order(_random, {}, lambda n, candidates: 0),
 }
