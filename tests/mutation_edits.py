@@ -500,7 +500,7 @@ ENCODERS = [
         ("guessing is retained", "self.draws]) - self.chance", "self.draws])"),
         ("attention beside itself", "cells.index(Cell(other, cell.n))", "i"),
         ("half of the MLPs twice", 'Cell("attention", n), Cell("mlp", n)))', 'Cell("mlp", n), Cell("mlp", n)))'),
-        ("the decoder on all corpora", ' & (rows["corpus"] == rows["corpus"].iloc[0])]\n    return rows[["model", "kind", "layer"',
+        ("the decoder everywhere", ' & (rows["corpus"] == rows["corpus"].iloc[0])]\n    return rows[["model", "kind", "layer"',
          ']\n    return rows[["model", "kind", "layer"'),
     ),
     *edits(
