@@ -457,4 +457,64 @@ BREAKS = [
             "for label in sorted(by_label):\n        for i in range(shots):")),
 ]  # fmt: skip
 
-EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS]
+# ---- other transformers ------------------------------------------------------------------------------------------------------
+
+EMBEDDED, ENCODED = "tests/measure/test_embeddings.py", "tests/measure/test_encoding.py"
+OTHERS = "tests/studies/test_other_transformers.py"
+ENCODERS = [
+    *edits(
+        "measure/embeddings.py", EMBEDDED,
+        ("lengths count", "np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)", "rows"),
+        ("a sample ranks itself", "others = ~np.eye(n, dtype=bool)", "others = ~np.eye(n, k=1, dtype=bool)"),
+        ("ties are found", "+ ((similar == own).sum(1) - 1) / 2", ""),
+        ("a sample is its own neighbour", "np.fill_diagonal(similar, -np.inf)", "pass"),
+        ("one of several nearest is enough", "/ nearest.sum(1)", "> 0"),
+        ("guessing may hit oneself", "counts * (counts - 1)", "counts * counts"),
+        ("rounding decides", "np.round(_unit(a) @ _unit(b).T, 12)", "_unit(a) @ _unit(b).T"),
+    ),
+    *edits(
+        "measure/encoding.py", ENCODED,
+        ("images are not normalised", ") / torch.tensor(settings.std).view(3, 1, 1)", ")"),
+        ("images are stretched", "settings.shortest_edge is None", "True"),
+        ("the corner instead of the middle", "(picture.width - settings.width) // 2", "0"),
+        ("padding counts", 'given.get("attention_mask", torch', 'given.get("none", torch'),
+        ("pooling as published is passed over", "return published or Pooling", "return Pooling"),
+        ("images by the mean", "has_class_token = any", "has_class_token = not any"),
+    ),
+    *edits(
+        "sources/images.py", "tests/sources/test_images.py",
+        ("crops overlap", "side * at for", "side * at // 2 for"),
+        ("all pictures in one order", "order[name][turn]", "turn"),
+        ("groups are mixed", 'np.argsort(every.groups[chosen], kind="stable")', "slice(None)"),
+        ("shades of sixteen", "(255 / 16)", "1"),
+    ),
+    *edits("sources/pairs.py", "tests/sources/test_pairs.py",
+           ("halves overlap", "w[words : 2 * words]", "w[words - 1 : 2 * words]"),
+           ("too short is long enough", "if len(w) >= 2 * words", "")),
+    *edits("sources/registries.py", "tests/sources/test_fetch.py",
+           ("the wheel of this machine", 'package.get("wheel", {})', "{}")),
+    *edits(
+        "studies/other_transformers/rows.py", OTHERS,
+        ("samples are drawn alone", "np.unique(groups, return", "np.unique(np.arange(len(groups)), return"),
+        ("groups weigh alike", "bootstrap_means(means, sizes, seed)", "bootstrap_means(means, np.ones(len(sizes)), seed)"),
+        ("guessing is retained", "self.draws]) - self.chance", "self.draws])"),
+        ("attention beside itself", "cells.index(Cell(other, cell.n))", "i"),
+        ("half of the MLPs twice", 'Cell("attention", n), Cell("mlp", n)))', 'Cell("mlp", n), Cell("mlp", n)))'),
+        ("the decoder everywhere", ' & (rows["corpus"] == rows["corpus"].iloc[0])]\n    return rows[["model", "kind", "layer"',
+         ']\n    return rows[["model", "kind", "layer"'),
+    ),
+    *edits(
+        "studies/other_transformers/work.py", OTHERS,
+        ("the second half finds the first", "retrieval_ranks(other[:n], other[n:])", "retrieval_ranks(other[n:], other[:n])"),
+        ("the dense model finds", "nearest_has_label(other, self.labels)", "nearest_has_label(dense, self.labels)"),
+        ("labels are in no key", "*map(str, self.labels)", ""),
+        ("nothing is dropped", "with skipping(model, plan):", "with skipping(model, DropPlan()):"),
+    ),
+    *edits("studies/other_transformers/verdicts.py", OTHERS,
+           ("all models read text", 'models[models["reads"] == reads]', "models"),
+           ("data sets alone", "data == '{MEAN}' and ", ""),
+           ("all numbers of layers", " and share <= {layers}", "")),
+    *edits("studies/run.py", OTHERS, ("every study takes every model", "or kind in self.kinds", "or kind")),
+]  # fmt: skip
+
+EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS, *ENCODERS]

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, for_each_model
 from ...report.tables import Tables
@@ -32,6 +33,7 @@ def figS34_importance(tables: Tables) -> Drawing:
                     label=name)  # fmt: skip
             ax.fill_between(of_kind["layer"], of_kind["low"], of_kind["high"], color=COLORS[kind], alpha=0.2, linewidth=0)
         ax.set(title=model, yscale="log", xlabel="Layer")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes.flat[len(models) :]:
         ax.axis("off")
     for ax in axes[:, 0]:
@@ -63,6 +65,8 @@ def figS35_curves(tables: Tables) -> Drawing:
                 ax.axis("off")
                 continue
             _lines(ax, rows)
+            if rows["value"].isna().all():
+                ax.text(0.5, 0.5, "nothing above guessing", ha="center", transform=ax.transAxes)
             measure = rows["measure"].iloc[0]
             ax.set_title(title if measure == panel else f"{title.split(',')[0]}: {measure}", fontsize=8)
         line[-1 if of_model["panel"].nunique() == 1 else 0].set_ylabel(model.replace(" (", "\n("))
@@ -74,6 +78,8 @@ def figS35_curves(tables: Tables) -> Drawing:
     def sentence(rows: pd.DataFrame) -> str:
         found = rows[rows["panel"] == "found"]
         half = found.loc[(found["share"] - 0.5).abs().groupby(found["kind"]).idxmin().drop("dense", errors="ignore")]
+        if half["value"].isna().any():
+            return f"the dense model only guesses ({found['measure'].iloc[0]}), so there is nothing to retain."
         n, left = half.set_index("kind")["n"], 100 * half.set_index("kind")["value"]
         return (
             f"without {n['attention']} attention layers {left['attention']:.0f} % of {found['measure'].iloc[0]} is left, "
