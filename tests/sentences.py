@@ -20,15 +20,19 @@ from llmdrop_utils.studies.speedup.loads import Speed
 
 def counts_of_claims() -> list[str]:
     listed = yaml.safe_load((ROOT / "data" / "claims.yaml").read_text())
-    is_trained_here = scorecard()["notebook"] == "07_training_stages"
-    verdicts = scorecard()[~is_trained_here]["verdict"].value_counts()
-    of_training = scorecard()[is_trained_here]["verdict"]
+    notebooks = scorecard()["notebook"]
+    of_training, of_encoders = (
+        scorecard()[notebooks == name]["verdict"] for name in ("07_training_stages", "12_other_transformers")
+    )
+    verdicts = scorecard()[~notebooks.isin(["07_training_stages", "12_other_transformers"])]["verdict"].value_counts()
     assert {*of_training} == {"deviates"}
+    told = of_encoders.value_counts()
     size = only(table("07_training_stages/runs").query("model == 'small-llama'")["parameters"])
     return [
         f"So far {sum('check' in claim for claim in listed)} of {len(listed)} claims can be tested. On one small model "
         f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviate and {verdicts['inconclusive']} are "
         f"inconclusive; {len(of_training)} about training deviate on a Llama of {size / 1e6:.1f}M parameters trained here; "
+        f"of {len(of_encoders)} about encoders {told['reproduced']} is reproduced and {told['deviates']} deviate; "
         f"{verdicts['not run']} are not run."
     ]
 
@@ -115,22 +119,16 @@ def methods() -> list[str]:
 
 
 def breaks() -> list[str]:
-    """What is left of abilities without 8 layers, and what other changes cost on held-out text."""
+    """What is left of abilities without 8 layers."""
     percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
     copied = {kind: percent(row("08_what_breaks/long_context", probe="copy", context="mean", kind=kind, n=n)["accuracy"])
               for kind, n in (("dense", 0), ("attention", 8), ("mlp", 8))}  # fmt: skip
     same = row("08_what_breaks/abilities", ability="dense continuation", kind="attention", n=8)
     kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
-    changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
-    dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
-    four_bits = [f"{-changes.loc[('4 bits', *version), 'cost']:.2f}" for version in (("dense", 0), ("attention", 8))]
     return [
         f"Without 8 attention layers {copied['attention']} of a passage is still copied from the context, and "
         f"without 8 MLPs {copied['mlp']}; the dense model copies {copied['dense']}.",
         f"Of the dense model's own continuations {kept} of the tokens stay the most probable.",
-        f"These 8 layers cost {dropped:.2f} nats per token of text; as many single weights, pruned after Wanda, {pruned:.3f}, "
-        "without any gain in speed.",
-        f"Rounding to 4 bits costs {four_bits[0]} of the dense model and {four_bits[1]} beside dropping.",
     ]
 
 
@@ -227,14 +225,26 @@ def ladder() -> list[str]:
         "qwen2.5-coder-1.5b",
     ]
     overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
-    dropped = table("11_sizes_and_causes/reach", "ladder")["model"].nunique()
     return [
         f"That attention changes the stream least is reproduced on {least.count('reproduced')} of {len(names)}, open on "
         "Qwen2.5-Coder-1.5B, and deviates on Gemma-3-270M.",
         "Deeper layers are more redundant in both Qwen2.5-Coder models alone.",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
-        f"How many layers can go is measured on {dropped} of the {len(names)} so far.",
+    ]
+
+
+def encoders() -> list[str]:
+    """Which kind changes the stream least, and what is found without half of the attention layers."""
+    contrast = table("12_other_transformers/contrast")
+    beside = contrast[contrast["other"] == "mlp"].groupby("model")["difference"].max()
+    assert {*beside.index[beside < 0]} == {"minilm-l6", "mpnet-base"}
+    assert contrast[contrast["model"] == "vit-s-focus"].query("other == 'mlp'")["low"].min() > 0
+    half = table("12_other_transformers/half").query("measure == 'reciprocal rank'").set_index("model")
+    falls = [f"from {half.loc[name, 'dense']:.2f} to {half.loc[name, 'attention']:.2f}" for name in ("minilm-l6", "mpnet-base")]
+    return [
+        "In two sentence encoders attention changes the stream least, too; in a vision transformer MLPs do.",
+        f"Without half of the attention layers the reciprocal rank of a passage's other half falls {falls[0]} and {falls[1]}.",
     ]
 
 

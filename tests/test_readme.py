@@ -33,6 +33,7 @@ TOLD = {
             *say.breaks(),
             *say.mended(),
             *say.ladder(),
+            *say.encoders(),
         ],
         (
             "SmolLM2-135M-Instruct",
