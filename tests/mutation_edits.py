@@ -491,8 +491,6 @@ ENCODERS = [
     *edits("sources/pairs.py", "tests/sources/test_pairs.py",
            ("halves overlap", "w[words : 2 * words]", "w[words - 1 : 2 * words]"),
            ("too short is long enough", "if len(w) >= 2 * words", "")),
-    *edits("sources/registries.py", "tests/sources/test_fetch.py",
-           ("the wheel of this machine", 'package.get("wheel", {})', "{}")),
     *edits(
         "studies/other_transformers/rows.py", OTHERS,
         ("samples are drawn alone", "np.unique(groups, return", "np.unique(np.arange(len(groups)), return"),

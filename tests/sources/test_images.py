@@ -23,6 +23,7 @@ def test_crops_are_cells_of_the_square_in_the_middle():
     wide, small = ([tuple(crop[0, 0]) for crop in crops.pixels[i::2]] for i in (0, 1))
     assert sorted(wide) == [(0, 2, 1), (0, 4, 1), (2, 2, 1), (2, 4, 1)]
     assert sorted(small) == [(0, 0, 2), (0, 2, 2), (2, 0, 2), (2, 2, 2)]
+    assert [(line, column - 2) for line, column, _ in wide] != [(line, column) for line, column, _ in small]
 
 
 def test_images_come_in_the_order_of_their_groups(monkeypatch):

@@ -55,7 +55,7 @@ def figS35_curves(tables: Tables) -> Drawing:
     """
     data = _curves(tables)
     models = list(data["model"].unique())
-    shape = {"figsize": (WIDTH, 0.6 + 1.7 * len(models)), "squeeze": False, "sharex": True, "sharey": True}
+    shape = {"figsize": (WIDTH, 0.6 + 1.6 * len(models)), "squeeze": False, "sharey": "row"}
     fig, axes = plt.subplots(len(models), len(PANELS), **shape)
     for line, model in zip(axes, models, strict=True):
         of_model = data[data["model"] == model]
@@ -69,9 +69,11 @@ def figS35_curves(tables: Tables) -> Drawing:
                 ax.text(0.5, 0.5, "nothing above guessing", ha="center", transform=ax.transAxes)
             measure = rows["measure"].iloc[0]
             ax.set_title(title if measure == panel else f"{title.split(',')[0]}: {measure}", fontsize=8)
-        line[-1 if of_model["panel"].nunique() == 1 else 0].set_ylabel(model.replace(" (", "\n("))
-    for ax in axes[-1]:
-        ax.set_xlabel("Share of the layers dropped, %")
+        first = line[-1] if set(of_model["panel"]) == {"found"} else line[0]
+        first.set_ylabel(model.replace(" (", "\n("), fontsize=7)
+        first.tick_params(labelleft=True)
+        first.set_ylim(bottom=-0.1)
+    fig.supxlabel("Share of the layers dropped, %", fontsize=8)
     handles, labels = axes[0, -1].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=3)
 
@@ -111,3 +113,4 @@ def _lines(ax: Axes, rows: pd.DataFrame) -> None:
         ax.errorbar(100 * line["share"] + i - 1, line["value"], error, color=COLORS[kind], linestyle=LINES[kind],
                     marker=MARKERS[kind], elinewidth=0.8, capsize=1.5, label=name)  # fmt: skip
     ax.axhline(0, color="0.7", linewidth=0.6)
+    ax.set(xlim=(-4, 104))
