@@ -1,8 +1,13 @@
 """Find, drop and study redundant attention and MLP layers of pretrained transformers."""
 
 import importlib
+import logging
 
 from .export.auto import register
+
+# transformers imports torchao where it is installed, kernels or no kernels: what it says of them concerns no user.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())
 
 register()  # transformers' AutoModelForCausalLM reads dropped models from now on
 

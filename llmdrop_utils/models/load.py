@@ -28,8 +28,6 @@ HARMLESS = re.compile(r"(^|\.)((attn|attention)\.masked_bias|rotary_emb\.inv_fre
 
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `check_weights` says what its table says
 logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)  # a single device shares no layers
-logging.getLogger("torchao").setLevel(logging.ERROR)  # transformers imports it where it is installed, kernels or no kernels
-logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())  # torchao's
 transformers.utils.logging.disable_progress_bar()  # a bar for each of many small steps; studies show one for the whole
 
 
