@@ -119,16 +119,19 @@ def methods() -> list[str]:
 
 
 def breaks() -> list[str]:
-    """What is left of abilities without 8 layers."""
+    """What is left of abilities without 8 layers, and what they and pruned weights cost on held-out text."""
     percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
     copied = {kind: percent(row("08_what_breaks/long_context", probe="copy", context="mean", kind=kind, n=n)["accuracy"])
               for kind, n in (("dense", 0), ("attention", 8), ("mlp", 8))}  # fmt: skip
     same = row("08_what_breaks/abilities", ability="dense continuation", kind="attention", n=8)
     kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
+    changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
+    dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
     return [
         f"Without 8 attention layers {copied['attention']} of a passage is still copied from the context, and "
         f"without 8 MLPs {copied['mlp']}; the dense model copies {copied['dense']}.",
         f"Of the dense model's own continuations {kept} of the tokens stay the most probable.",
+        f"These 8 layers cost {dropped:.2f} nats per token; as many single weights, pruned after Wanda, {pruned:.3f}.",
     ]
 
 
@@ -217,18 +220,18 @@ def ladder() -> list[str]:
     judged = _judged_of_ladder()
     names = list(judged)
     of = lambda claim: [judged[name][claim] for name in names]  # noqa: E731
-    least, deeper = of("attention-most-redundant"), of("deeper-more-redundant")
+    least = of("attention-most-redundant")
     assert [name for name, verdict in zip(names, least, strict=True) if verdict == "deviates"] == ["gemma3-270m"]
     assert [name for name, verdict in zip(names, least, strict=True) if verdict == "inconclusive"] == ["qwen2.5-coder-1.5b"]
-    assert [name for name, verdict in zip(names, deeper, strict=True) if verdict == "reproduced"] == [
-        "qwen2.5-coder-0.5b",
-        "qwen2.5-coder-1.5b",
-    ]
+    sizes = table("11_sizes_and_causes/sizes", "ladder").query("measure == 'text' and kind == 'attention'").set_index("what")
+    fewer = sizes[sizes["n_models"] == 2].loc["share of the layers that can go"]
+    assert fewer["models"] == "qwen2.5-coder-1.5b minus qwen2.5-coder-0.5b"
     overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
     return [
         f"That attention changes the stream least is reproduced on {least.count('reproduced')} of {len(names)}, open on "
         "Qwen2.5-Coder-1.5B, and deviates on Gemma-3-270M.",
-        "Deeper layers are more redundant in both Qwen2.5-Coder models alone.",
+        "From Qwen2.5-Coder-0.5B to 1.5B the share of attention layers that can go falls by "
+        f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}).",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
     ]
@@ -243,8 +246,9 @@ def encoders() -> list[str]:
     half = table("12_other_transformers/half").query("measure == 'reciprocal rank'").set_index("model")
     falls = [f"from {half.loc[name, 'dense']:.2f} to {half.loc[name, 'attention']:.2f}" for name in ("minilm-l6", "mpnet-base")]
     return [
-        "In two sentence encoders attention changes the stream least, too; in a vision transformer MLPs do.",
-        f"Without half of the attention layers the reciprocal rank of a passage's other half falls {falls[0]} and {falls[1]}.",
+        "Attention changes the stream least in two sentence encoders, MLPs in a vision transformer, not trained for "
+        "embeddings.",
+        f"Without half of the attention layers retrieval (reciprocal rank) falls {falls[0]} and {falls[1]}.",
     ]
 
 

@@ -62,7 +62,9 @@ def what_to_do(tables: Tables) -> str:
             if len(healed):
                 most = healed.loc[healed["value"].idxmin()]
                 minutes = took.loc[(most["layers"], most["way"], n), "seconds"] / 60
-                told += f" {most['way'].capitalize()}, in {minutes:.0f} minutes, leaves {most['value']:.2f}."
+                told += (
+                    f" {most['way'].capitalize()}, in {minutes:.0f} minutes once layers are chosen, leaves {most['value']:.2f}."
+                )
             if (COSINE, PLAIN, n, CHOICES) in of.index:
                 right, error = (
                     [of[(*key, measure)] for key in ((COSINE, PLAIN, n), (best["layers"], best["way"], n), ("dense", PLAIN, 0))]

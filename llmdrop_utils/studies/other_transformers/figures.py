@@ -68,7 +68,7 @@ def figS35_curves(tables: Tables) -> Drawing:
             if rows["value"].isna().all():
                 ax.text(0.5, 0.5, "nothing above guessing", ha="center", transform=ax.transAxes)
             measure = rows["measure"].iloc[0]
-            ax.set_title(title if measure == panel else f"{title.split(',')[0]}: {measure}", fontsize=8)
+            ax.set_title(title if measure == panel else f"Share kept of {measure}", fontsize=8)
         first = line[-1] if set(of_model["panel"]) == {"found"} else line[0]
         first.set_ylabel(model.replace(" (", "\n("), fontsize=7)
         first.tick_params(labelleft=True)

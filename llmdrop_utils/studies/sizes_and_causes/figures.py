@@ -58,16 +58,19 @@ def figS17_sizes(tables: Tables) -> Drawing:
     legend_above(fig, axes[0])
 
     def sentence(measure: str) -> str:
-        rows = data[data["measure"] == measure].pivot(index="model", columns="kind", values="share")
-        if rows.empty or not {"attention", "mlp"} <= {*rows}:
+        of_kind = data[data["measure"] == measure].set_index("kind")
+        if not {"attention", "mlp"} <= {*of_kind.index}:
             return ""
-        attention, mlp = 100 * rows["attention"], 100 * rows["mlp"]
-        of = lambda share: f"{share.min():.0f} to {share.max():.0f} %"  # noqa: E731
-        return f"{of(attention)} of the attention layers but {of(mlp)} of the MLPs"
+        attention, mlp = (of_kind.loc[[kind]].set_index("model") for kind in ("attention", "mlp"))
+        of = lambda rows: f"{100 * rows['share'].min():.0f} to {100 * rows['share'].max():.0f} %"  # noqa: E731
+        apart = (attention["share_low"] - mlp["share_high"]).dropna() > 0
+        title = MEASURES[measure][0].lower() + MEASURES[measure][1:]
+        return (
+            f"{of(attention)} of the attention layers but {of(mlp)} of the MLPs ({title}; intervals apart in {apart.sum()} of "
+            f"{len(apart)})"
+        )
 
-    found = [
-        f"{sentence(measure)} ({title[0].lower() + title[1:]})" for measure, title in MEASURES.items() if sentence(measure)
-    ]
+    found = [told for measure in MEASURES if (told := sentence(measure))]
     several = (
         f"Over {len(sizes)} models from {count(sizes.min())} to {count(sizes.max())} parameters" if len(sizes) > 1 else "Here"
     )
