@@ -5,6 +5,7 @@ model computes, and the cache still holds everything.
 """
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator
 
 import torch
@@ -13,7 +14,8 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..models.families import family_of, find_anatomy, stream_of
+from ..models.families import Anatomy, family_of, find_anatomy, need_decoder, stream_of
+from .units import left
 
 
 @contextlib.contextmanager
@@ -21,47 +23,62 @@ def windowed(model: nn.Module, layers: Collection[int], window: int) -> Iterator
     """Inside, the attention of these layers sees `window` tokens, the one that asks included; the model is yielded.
 
     Where a layer has a window of its own, the shorter one counts. For whole texts, texts that continue a dynamic cache, and
-    texts side by side that continue a shared prefix; not for padding on the left. Raises LLMDropError for layers that the model
-    has not and, in the forward pass, for attention that is given no mask by name, and for static caches.
+    texts side by side that continue a shared prefix; not for padding on the left. Raises LLMDropError for encoders, for layers
+    that the model has not or that have no attention, for attention that takes no mask as most do and, in the forward pass, for
+    static caches.
     """
     anatomy, window = find_anatomy(model), whole(window, "The window")
+    need_decoder(anatomy)
     for layer in layers:
         if layer not in range(len(anatomy)):
             raise LLMDropError(f"There is no layer {layer}: this model has {len(anatomy)} layers (0-{len(anatomy) - 1}).")
-    name, positions = family_of(anatomy.decoder.config).attention_unit[0], _Positions(anatomy.decoder)
-    handles = [positions.handle]
+        if layer not in anatomy.with_attention:
+            raise LLMDropError(f"Layer {layer} of this {anatomy.family} model has another mixer of tokens than attention.")
+    if reason := obstacle_to_windows(anatomy):
+        raise LLMDropError(reason)
+    name, reading = family_of(anatomy.decoder.config).attention_unit[0], _Reading(anatomy.decoder)
+    handles = [reading.handle]
     try:
         for layer in layers:
             module = anatomy.layers[layer].block.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(_limit(layer, window, positions), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(_limit(layer, window, reading), with_kwargs=True))
         yield model
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Positions:
-    """The positions of the tokens that a decoder reads: (B or 1, T)."""
+def obstacle_to_windows(anatomy: Anatomy) -> str | None:
+    """Why the attention of a model cannot be given a window; None if it can."""
+    name = family_of(anatomy.decoder.config).attention_unit[0]
+    units = (anatomy.layers[layer].block.get_submodule(name) for layer in left(anatomy, "attention"))
+    if anatomy.family in OTHERWISE or any("attention_mask" not in inspect.signature(unit.forward).parameters for unit in units):
+        return f"Attention of {anatomy.family} models takes no mask as most do, so it cannot be given a window."
+    return None
+
+
+OTHERWISE = ("ctrl", "mpt")  # another argument holds the mask of CTRL, and MPT's says what is hidden, not what is seen
+
+
+class _Reading:
+    """What a decoder reads now: the positions of its tokens, (B or 1, T), and its cache."""
 
     def __init__(self, decoder: nn.Module):
         self.handle = decoder.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module, args, kwargs) -> None:
-        self.now = kwargs.get("position_ids")
+        self.now, self.cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if self.now is None:
             given = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids", *args[:1])
-            cache = kwargs.get("past_key_values")
-            past = 0 if cache is None else cache.get_seq_length()
+            past = 0 if self.cache is None else self.cache.get_seq_length()
             self.now = torch.arange(past, past + given.shape[1], device=given.device)[None]
 
 
-def _limit(layer: int, window: int, positions: _Positions):
+def _limit(layer: int, window: int, reading: _Reading):
     def hook(module, args, kwargs):
-        if "attention_mask" not in kwargs:
-            raise LLMDropError(f"{type(module).__name__} is given no attention mask by name, so it cannot be given a window.")
-        mask, cache, stream = kwargs["attention_mask"], kwargs.get("past_key_values"), stream_of(args, kwargs)
-        asking = positions.now.to(stream.device)
-        before = _cached(cache, layer).to(stream.device).expand(len(asking), -1)
+        mask, stream = kwargs.get("attention_mask"), stream_of(args, kwargs)
+        asking = reading.now.to(stream.device)
+        before = _cached(reading.cache, layer).to(stream.device).expand(len(asking), -1)
         distance = asking[:, :, None] - torch.cat([before, asking], 1)[:, None]  # (B or 1, T, past + T)
         hidden = (distance >= window)[:, None]
         if mask is None:  # ordinary causal attention

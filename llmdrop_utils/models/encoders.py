@@ -15,6 +15,7 @@ from transformers import MODEL_MAPPING, AutoModel
 from ..base.errors import LLMDropError
 from .config import ENCODERS, full_config, kind_of, read_config
 from .convert import UNREADABLE, first_line
+from .families import position_limit
 from .load import check_weights, default_dtype, load_tokenizer, ready
 from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 
@@ -50,7 +51,8 @@ def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None
             reader = read_image_settings(located)
         else:
             reader = load_tokenizer(located)
-            reader.model_max_length = min(reader.model_max_length, longest_text(located) or reader.model_max_length)
+            known = (longest_text(located), position_limit(config))
+            reader.model_max_length = min([reader.model_max_length, *(each for each in known if each)])
         pooling = read_pooling(located)  # what is wrong with the small files costs nothing to find
         return _load_weights(located, config, pooling, dtype, device), reader
     except torch.OutOfMemoryError as error:
@@ -105,8 +107,9 @@ def read_image_settings(located: LocatedModel) -> ImageSettings:
     """What preprocessor_config.json says. Raises LLMDropError if it cannot be read."""
     try:
         value = json.loads((located.folder / IMAGE_SETTINGS).read_text(encoding="utf-8"))
-        size = _sides(value["size"])
-        final = _sides(value["crop_size"]) if value.get("do_center_crop") else size
+        is_cropped = value.get("do_center_crop")
+        size = {"shortest_edge": int(value["size"])} if is_cropped and isinstance(value["size"], int) else _sides(value["size"])
+        final = _sides(value["crop_size"]) if is_cropped else size
         height, width = int(final["height"]), int(final["width"])
         normal = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3} | (value if value.get("do_normalize", True) else {})
         mean, std = (tuple(float(number) for number in normal[key]) for key in ("image_mean", "image_std"))
@@ -118,7 +121,7 @@ def read_image_settings(located: LocatedModel) -> ImageSettings:
 
 
 def _sides(size: dict | int) -> dict:
-    """The size of an image; older files give one number."""
+    """The size of an image; older files give one number. (Where images are cropped, that of their shorter side.)"""
     return size if isinstance(size, dict) else {"height": int(size), "width": int(size)}
 
 

@@ -68,6 +68,7 @@ def family_of(config) -> Family:
             "list of layers, the modules whose outputs are added to the residual stream as attention and as MLP, the module "
             "that reads the stream for the MLP, and the modules to remove when attention or MLP is dropped. If it is "
             "built like Llama, its name alone is enough. "
+            "An encoder belongs into ENCODERS in encoder_layouts.py beside it. "
             f"Then add it to tests/families.py. Known: {', '.join(sorted(FAMILIES | ENCODERS))}."
         )
     return family

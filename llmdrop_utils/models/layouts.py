@@ -110,7 +110,7 @@ LFM2 = Family(
 
 def _bloom(config) -> Family:
     if config.apply_residual_connection_post_layernorm:
-        return Family(unsupported="its norms act on the residual stream itself, so a sub-layer adds no term of its own")
+        return Family(unsupported="what it adds to the residual stream is added to the normed stream")
     return Family(
         layers="h",
         attention="self_attention.dense",

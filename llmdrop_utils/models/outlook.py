@@ -18,7 +18,7 @@ from ..sources.sizes import Download, Hub, packaged, stored_commit, unpacked_fil
 from .cache_shape import cache_geometry
 from .config import DECODERS, ENCODERS, check_settings, config_of, other_kind, read_config
 from .convert import UNREADABLE, converted_folder, first_line, generated_folder
-from .families import stream_width
+from .families import family_of, stream_width
 from .locate import (
     adapter_error,
     check_folder,
@@ -63,11 +63,20 @@ class Shape:
 
     @classmethod
     def of_encoder(cls, config) -> "Shape":
-        """The shape of an encoder's configuration, without its pooler: no cache, and no vocabulary if it reads images."""
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
-        parameters = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("pooler."))
-        return cls(parameters, config.num_hidden_layers, config.hidden_size, getattr(config, "vocab_size", 0), 0)
+        """The shape of an encoder's configuration, without its pooler: no cache, and no vocabulary if it reads images.
+
+        Raises LLMDropError for an unknown family, and for a configuration that no model can be built from.
+        """
+        family_of(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModel.from_config(config)
+            parameters = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("pooler."))
+            return cls(parameters, config.num_hidden_layers, config.hidden_size, getattr(config, "vocab_size", 0), 0)
+        except Exception as error:  # whatever a family raises
+            raise LLMDropError(
+                f"No {config.model_type} model can be built as its config.json says: {first_line(error)}."
+            ) from error
 
     @classmethod
     def of_settings(
@@ -143,7 +152,7 @@ def _packaged(name: str, source: dict, kinds: tuple[str, ...]) -> Outlook:
     shape = Shape.of_settings(settings, kinds=kinds) if settings else None
     unpacked = [unpacked_files(package) for package in source["packages"]]
     parts = [path for paths in unpacked for path in paths or []]
-    folder = kept_folder(parts, name, source) if None not in unpacked else None
+    folder = kept_folder(parts, name) if None not in unpacked else None
     identity = folder_identity(folder) if folder and folder.exists() else None
     return Outlook(name, packaged(source["packages"]), shape, identity, 0 if identity or not shape else 4 * shape.parameters)
 

@@ -17,7 +17,7 @@ from .onnx_weights import converted_onnx, onnx_folder
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # no pickles, no Python code
 
 
-def kept_folder(parts: list[Path], name: str, source: dict) -> Path:
+def kept_folder(parts: list[Path], name: str) -> Path:
     """Where `packaged_folder` has the folder of a model, or puts it."""
     if parts[0].suffix == ".onnx":
         return onnx_folder(parts[0], name)
@@ -37,7 +37,7 @@ def packaged_folder(parts: list[Path], name: str, source: dict) -> Path:
     if _is_zip(parts[0]):
         return unzipped(parts, name)
     is_ready = any(part.name == "config.json" for part in parts)
-    return kept_folder(parts, name, source) if is_ready else converted_gguf(parts, name)
+    return kept_folder(parts, name) if is_ready else converted_gguf(parts, name)
 
 
 def _is_zip(part: Path) -> bool:

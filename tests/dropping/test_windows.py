@@ -1,12 +1,14 @@
 """Attention with a window equals that of models which have one, and nothing is left behind."""
 
+import encoder_families
 import families
 import numpy as np
 import pytest
 import torch
+from models.test_walk import NAMES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdrop_utils import DropPlan, LLMDropError, dropped
+from llmdrop_utils import DropPlan, LLMDropError, dropped, find_anatomy
 from llmdrop_utils.dropping.windows import windowed
 from llmdrop_utils.measure import packing
 from llmdrop_utils.measure.decoding import greedy
@@ -101,19 +103,36 @@ def test_requests_that_no_model_can_serve():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", families.CASES)
-def test_every_family_takes_a_window_or_says_why_not(name):
-    """A window as long as the text changes nothing; a shorter one changes what comes after it, and nothing before."""
-    model, layers = families.tiny(name), (0, 1, 2)
+def test_models_and_layers_that_have_no_window():
+    with pytest.raises(LLMDropError, match="This bert model is an encoder"), windowed(encoder_families.tiny("bert"), (0,), 4):
+        pass
+    hybrid = families.tiny("jamba")
+    (mixer, *_) = sorted({0, 1, 2} - {*find_anatomy(hybrid).with_attention})
+    with pytest.raises(LLMDropError, match="another mixer of tokens"), windowed(hybrid, (mixer,), 4):
+        pass
+
+
+@pytest.mark.parametrize("name", [name for name in (*families.CASES, *NAMES) if name not in ("ctrl", "mpt")])
+def test_every_family_takes_a_window(name):
+    """One as long as the text changes nothing; a shorter one changes what comes after it, and nothing before; with a cache the
+    tokens of a continuation are those of the whole text."""
+    model = families.tiny(name)
+    layers = find_anatomy(model).with_attention
     expected = logits(model)
-    try:
-        with windowed(model, layers, 14):
-            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
-        with windowed(model, layers, 4):
-            found = logits(model)
-    except LLMDropError as error:
-        assert "no attention mask by name" in str(error)  # noqa: PT017
-        return
+    with windowed(model, layers, 14):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    with windowed(model, layers, 4):
+        found = logits(model)
+        new = greedy(model, TOKENS, 5)
+        whole = logits(model, torch.cat([TOKENS, new], 1))
+    if name != "bamba":  # transformers counts its positions from zero again at each step
+        assert torch.equal(whole[:, 13:-1].argmax(-1), new)
     torch.testing.assert_close(found[:, :4], expected[:, :4], rtol=1e-4, atol=1e-4)
     if is_full_attention(model.config):
         assert float((found - expected)[:, 6:].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ctrl", "mpt"])
+def test_attention_that_takes_another_mask(name):
+    with pytest.raises(LLMDropError, match="takes no mask as most do"), windowed(families.tiny(name), (1,), 4):
+        pass

@@ -59,7 +59,7 @@ def test_what_is_loaded_is_what_was_saved(name, tmp_path, cache):
         ("llava", {}, "decoder"),
         ("t5", {}, "encoder-decoder"),
         ("bart", {}, "encoder-decoder"),
-        ("qwen2_vl", {}, None),
+        ("qwen2_vl", {}, "decoder"),
         ("wav2vec2", {}, None),
     ],
 )

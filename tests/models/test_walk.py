@@ -25,6 +25,7 @@ from llmdrop_utils.derive.repair import repair
 from llmdrop_utils.measure.floors import parts_of_pass
 from llmdrop_utils.measure.metrics import KINDS
 from llmdrop_utils.measure.scoring import score
+from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.models.families import family_of, find_anatomy, learned_positions, stream_width
 from llmdrop_utils.models.layouts import FAMILIES
 from llmdrop_utils.models.outlook import Shape
@@ -47,6 +48,8 @@ def kind_of(name: str) -> str:
         config = getattr(config, PARTS.get(name, ""), config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+    if name in ENCODERS:
+        return "refused"  # by `load_model`, as no causal language model
     try:
         family_of(config) if model is None else find_anatomy(model)
     except LLMDropError as error:
@@ -67,7 +70,8 @@ def test_every_model_is_supported_refused_or_unknown():
 
 def test_tables_agree():
     """No family is both supported and refused; each supported one has a tiny model."""
-    assert not set(FAMILIES) & set(REFUSED)
+    assert not {*FAMILIES, *ENCODERS} & set(REFUSED)
+    assert set(FAMILIES).isdisjoint(ENCODERS)
     assert {case.model_type for case in (families.CASES | families.MORE).values()} == set(FAMILIES) - {"emu3_text_model"}
     assert not set(families.CASES) & set(families.MORE)
 

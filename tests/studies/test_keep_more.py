@@ -202,11 +202,11 @@ def test_an_error_leaves_the_dense_model():
     assert all(torch.equal(p, before.get_parameter(name)) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", families.CASES)
+@pytest.mark.parametrize("name", [*families.CASES, "bloom", "mpt", "ctrl"])
 def test_ways_that_a_structure_does_not_allow_are_known_before(name):
     """What is said of the structure is what the way itself says of the model."""
     model, known = families.tiny(name), obstacles(families.tiny(name))
-    items = {way: made(way, DropPlan((1, 2)), text("web")) for way in (FOLD, SCALED, RESCALED)}
+    items = {way: made(way, DropPlan((1, 2)), text("web")) for way in (WINDOW, MAPS, FOLD, SCALED, RESCALED)}
     items[BOUND] = ChoiceWork(**SHARED, by=BOUND, tokens=TOKENS, n_drop=2, candidates=2)
     for what, item in items.items():
         with pytest.raises(LLMDropError) if what in known else contextlib.nullcontext():

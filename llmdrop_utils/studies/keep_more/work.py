@@ -27,7 +27,7 @@ from ...derive.search import VERSION as SEARCH_VERSION
 from ...derive.search import select_with_repair
 from ...derive.sites import sites_of
 from ...dropping.plan import DropPlan
-from ...dropping.windows import windowed
+from ...dropping.windows import obstacle_to_windows, windowed
 from ...measure.importance import drop_order
 from ...measure.text import VERSION as TEXT_VERSION
 from ...models.families import family_of, find_anatomy, stream_width
@@ -131,6 +131,11 @@ def obstacles(shape: nn.Module) -> dict[str, str]:
         found |= dict.fromkeys(
             (FOLD, SCALED, RESCALED), f"What {anatomy.family} models add to the stream passes a norm before."
         )
+    if reason := obstacle_to_windows(anatomy):
+        found[WINDOW] = reason
+    if family.adds_stream:
+        why = f"Attention or MLP of {anatomy.family} models returns its term and the stream together."
+        found |= dict.fromkeys((MAPS, FOLD, SCALED, RESCALED, REPAIR_MAPS, BOUND), why)
     if family.stream_norms:
         found |= dict.fromkeys((FOLD, SCALED, RESCALED, BOUND), f"Norms act on the stream itself in {anatomy.family} models.")
     if any(at and at.output is None for at in sites):
