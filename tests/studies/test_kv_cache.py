@@ -113,7 +113,7 @@ def tables(tmp_path_factory):
     """Of a profile with the section `speed` alone, and a model that is unavailable beside one of known shape."""
     profile = load_profile("smoke").replacing(models=["away", "tiny-llama"], speed={"contexts": [8], "n_drop": {"mlp": [2]}})
 
-    def locate(name):
+    def locate(name, *kinds):
         if name.startswith("random:"):
             return locate_model(name)
         raise NotAvailable(f"{name} is not on this machine.")

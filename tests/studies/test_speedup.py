@@ -69,7 +69,7 @@ def test_profiles_time_enough_rounds_for_95_percent(profile):
 def some_models_unavailable(monkeypatch):
     """ "away" is unavailable; of "llama-2-13b" and "tiny-llama", which are too, the shapes are known."""
 
-    def locate(name):
+    def locate(name, *kinds):
         if name == "full":
             raise DiskFull("the disk is full")
         if name in ("away", "llama-2-13b", "tiny-llama"):
