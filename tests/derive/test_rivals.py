@@ -1,7 +1,6 @@
 """Published rivals of our repair equal straightforward evaluations of their formulas, on activations recorded independently."""
 
 import copy
-import functools
 
 import accelerate
 import families
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from derive import changing
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,13 +27,8 @@ SCALED = [name for name in families.CASES if name not in (*MIXTURES, *NORMS_AFTE
 FOLDED = [name for name in SCALED if name not in PARALLEL]
 
 
-@functools.cache
-def pristine(name):
-    return families.tiny(name)
-
-
 def fresh(name="llama", dtype=torch.float64):
-    return copy.deepcopy(pristine(name)).to(dtype)
+    return changing.fresh(name, dtype)
 
 
 def blocks_of(model):

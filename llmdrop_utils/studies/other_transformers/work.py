@@ -134,6 +134,7 @@ class EmbeddingWork(EncoderWork):
         values = []
         for plan in self.plans:
             with skipping(model, plan):
-                values.append(self.data.compare(dense, embed(model, tokenizer, self.data.inputs, self.batch_size)))
+                other = embed(model, tokenizer, self.data.inputs, self.batch_size) if plan.n_drop else dense
+            values.append(self.data.compare(dense, other))
             update(len(self.data.inputs))
         return values
