@@ -19,6 +19,8 @@ from llmdrop_utils.models import packaged
 from llmdrop_utils.models.config import ENCODERS, kind_of
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.encoders import ImageSettings, Pooling
+from llmdrop_utils.models.families import position_limit
+from llmdrop_utils.models.outlook import Shape
 from llmdrop_utils.sources.catalogue import catalogue
 from llmdrop_utils.sources.fetch import fetch_package_files
 from llmdrop_utils.sources.sizes import packaged as size_of
@@ -159,6 +161,7 @@ def test_a_reader_is_needed(tmp_path, cache):
     [
         (IMAGES, ImageSettings(24, 24, None, (0.5,) * 3, (0.2,) * 3, 3)),
         (IMAGES | {"size": 30}, ImageSettings(30, 30, None, (0.5,) * 3, (0.2,) * 3, 3)),  # older files
+        (IMAGES | {"size": 30, "do_center_crop": True, "crop_size": 24}, ImageSettings(24, 24, 30, (0.5,) * 3, (0.2,) * 3, 3)),
         (
             IMAGES | {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 24, "width": 16}},
             ImageSettings(24, 16, 32, (0.5,) * 3, (0.2,) * 3, 3),
@@ -206,6 +209,22 @@ def test_published_pooling_by_hand(tmp_path, cache):
     means = [states[0].mean(0), states[1, :5].sum(0) / 5]
     expected = torch.stack([mean / mean.pow(2).sum().sqrt() for mean in means])
     torch.testing.assert_close(model.llmdrop_pooling(states, mask), expected, atol=1e-5, rtol=0)
+
+
+def test_texts_are_cut_at_what_the_model_knows(tmp_path, cache):
+    """Whatever its tokenizer says: RoBERTa knows two positions less than its configuration counts."""
+    for name in ("bert", "roberta"):
+        folder = saved(tmp_path / name, encoder_families.tiny(name, vocab_size=257))
+        model, tokenizer = load_encoder(folder, torch.float32, "cpu")
+        assert tokenizer.model_max_length == position_limit(model.config)
+        texts = tokenizer(["a" * 500], truncation=True, return_tensors="pt")
+        assert model(input_ids=texts["input_ids"]).last_hidden_state.shape[1] == tokenizer.model_max_length
+
+
+def test_a_vision_model_of_an_unknown_family_is_refused_by_its_configuration():
+    for config in (AutoConfig.for_model("convnext"), AutoConfig.for_model("mobilevit")):
+        with pytest.raises(LLMDropError, match="is unknown. .* An encoder belongs into ENCODERS"):
+            Shape.of_encoder(config)
 
 
 def test_other_published_poolings(tmp_path, cache):
