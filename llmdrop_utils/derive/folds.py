@@ -120,7 +120,7 @@ def _past_runs(
                 yield mlp, moved, target
 
 
-def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_size: int = 4, by: str = "token") -> None:
+def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_size: int = 4) -> None:
     """Give the stream, in place, the magnitude after each cut that it has in the dense model (Prune&Comp).
 
     At each dropped sub-layer, with x the dense stream before it and a the dropped term:
@@ -132,14 +132,11 @@ def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_si
     up to the epsilon of norms, because the stream is read through norms alone, whose output does not depend on its scale; and
     it leaves embeddings alone, which the LM head may share.
 
-    by: "token", as above, with Euclidean norms; or "channel", as in the authors' code: the mean over samples and channels of
-    mean_t |x + a| / mean_t |x|, t the tokens of a sample. Which of them the paper's text has could not be checked. That code
-    measures each cut on the model that has those before; here all are measured on the dense one. Other arguments and errors as
-    in `fold_transform`, but few tokens will do, and so will families whose attention and MLP read the same stream.
+    The authors' code compares channels instead of tokens, and measures each cut on the model that has those before; here all
+    are measured on the dense one. Arguments and errors as in `fold_transform`, but few tokens will do, and so will families
+    whose attention and MLP read the same stream.
     """
     anatomy, tokens, batch_size = checked(model, tokens, plan, batch_size)
-    if by not in ("token", "channel"):
-        raise LLMDropError(f"Magnitudes are compared by 'token' or by 'channel', not by {by!r}.")
     need_plain_stream(anatomy)
     if getattr(anatomy.decoder.config, "_remove_final_layer_norm", False):  # some OPT models
         raise LLMDropError("This model has no final norm, so the scale of its stream matters. Use `repair` or `fit_maps`.")
@@ -150,7 +147,7 @@ def rescale(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_si
     ratios, counts = dict.fromkeys(cuts, 0.0), dict.fromkeys(cuts, 0)
     with evaluating(model):
         for place, _, x, term in terms(model, anatomy, tokens, batch_size, cuts):
-            before, now = (part.norm(dim=-1) if by == "token" else part.abs().mean(1) for part in (x, x + term))
+            before, now = x.norm(dim=-1), (x + term).norm(dim=-1)
             counted = before > 0  # the embedding of a padding token is often zero
             ratios[place] += float((now[counted] / before[counted]).sum(dtype=torch.float64))
             counts[place] += int(counted.sum())

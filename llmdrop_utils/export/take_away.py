@@ -18,11 +18,13 @@ from ..base.files import building
 from ..derive.healing import Healing, describe_healing, heal
 from ..derive.repair import repair
 from ..dropping.plan import DropPlan
+from ..dropping.units import available
 from ..measure.importance import Importance, measure_importance
 from ..models.config import read_settings
+from ..models.families import find_anatomy
 from ..models.load import DTYPES, load_located
 from ..models.locate import LocatedModel, locate_model
-from ..selection.ranking import drop_sequence, plan_of, select
+from ..selection.ranking import check_count, drop_sequence, plan_of, select
 from ..sources.catalogue import catalogue
 from ..sources.texts import load_tokens
 from . import llamacpp
@@ -79,6 +81,9 @@ def take_away(
         raise LLMDropError(f"{name} has random weights, so there is nothing to take away. Give a model with weights.")
     model, tokenizer = load_located(located, torch.float32)
     _check_formats(model, DropPlan(), formats)
+    if n_drop is not None:  # before minutes are spent on importance
+        parts, anatomy = ("attention", "mlp") if kind == "joint" else (kind,), find_anatomy(model)
+        check_count(n_drop, sum(len(available(anatomy, part)) for part in parts), kind)
     print(f"{name}: importance on {N_CALIBRATION} x {LENGTH} tokens of {CORPUS}", flush=True)
     scores = measure_importance(model, load_tokens(CORPUS, tokenizer, N_CALIBRATION, LENGTH))
     plan = select(scores, kind, n_drop) if n_drop is not None else most_that_keep(model, tokenizer, scores, kind, keep or 0)

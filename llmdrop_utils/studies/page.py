@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -36,10 +37,16 @@ class Page:
             self.tables = read_tables(self.folders.tables / notebook)
         else:
             self.tables = self.study(self.profile)
-        self.say(_neighbours(notebook))
+        self.say(_neighbours(notebook, self._has_page))
         self.say(f"Run `{self.profile.run}`: {self.profile.description}")
         for row in self.tables["not_run"].itertuples():
             self.say(f"**Not run:** {row.what}: {row.reason}")
+
+    def _has_page(self, notebook: str) -> bool:
+        """Has this run a page of another notebook: one that has tables, or that its profile is about to measure?"""
+        study, profile = STUDIES[notebook], self.profile
+        is_planned = all(need in profile.sections for need in study.needs) and not study.passes_over(profile.model)
+        return (is_planned and TABLES not in os.environ) or (self.folders.tables / notebook).is_dir()
 
     def say(self, text: str) -> None:
         """Show a sentence."""
@@ -87,10 +94,10 @@ class Page:
         self.say(as_html(judge(self.folders.tables, self.study.notebook)))
 
 
-def _neighbours(notebook: str) -> str:
-    """Links to the notebooks before and after this one: "Previous: [01 similarity](01_similarity.ipynb)"."""
-    names = sorted(STUDIES)
+def _neighbours(notebook: str, has_page: Callable[[str], bool]) -> str:
+    """Links to the pages before and after this one: "Previous: [01 similarity](01_similarity.ipynb)"."""
+    names = sorted(name for name in STUDIES if name == notebook or has_page(name))
     i = names.index(notebook)
-    found = {"Previous": names[i - 1 : i], "Next": names[i + 1 : i + 2]}
+    found = {"Previous": names[max(i - 1, 0) : i], "Next": names[i + 1 : i + 2]}
     links = [f"{word}: [{name.replace('_', ' ')}]({name}.ipynb)" for word, several in found.items() for name in several]
     return " · ".join(links)

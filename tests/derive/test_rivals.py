@@ -389,16 +389,13 @@ def without_epsilon(model):
     return model
 
 
-def alphas_of(name, model, plan, by="token"):
-    """(kind, layer) -> alpha, by loops over tokens, or over samples."""
+def alphas_of(name, model, plan):
+    """(kind, layer) -> alpha, by loops over tokens."""
     alphas = {}
     for index in {*plan.attention, *plan.mlp}:
         states = [each.numpy() for each in streams(name, model, index)]
         for kind, x, y in zip(("attention", "mlp"), states[:2], states[1:], strict=True):
-            if by == "token":
-                ratios = [np.sqrt((v**2).sum() / (u**2).sum()) for u, v in zip(flat_rows(x), flat_rows(y), strict=True)]
-            else:
-                ratios = [abs(v).mean(0) / abs(u).mean(0) for u, v in zip(x, y, strict=True)]
+            ratios = [np.sqrt((v**2).sum() / (u**2).sum()) for u, v in zip(flat_rows(x), flat_rows(y), strict=True)]
             alphas[kind, index] = np.mean(ratios)
     return alphas
 
@@ -465,15 +462,6 @@ def test_what_is_written_after_a_cut_is_divided_and_nothing_else():
         torch.testing.assert_close(new.weight.double(), old.weight.double() / alpha, rtol=2**-8, atol=0)
         torch.testing.assert_close(new.bias.double(), old.bias.double() / alpha, rtol=2**-8, atol=0)
     assert (model.training, hooks_of(model)) == (True, 0)
-
-
-def test_magnitudes_by_channel():
-    model, plan = without_epsilon(fresh()), DropPlan((0, 2))
-    alphas = {by: alphas_of("llama", model, plan, by) for by in ("token", "channel")}
-    expected = logits_with_the_stream_multiplied(model, plan, alphas["channel"])
-    rescale(model, TOKENS, plan, by="channel", batch_size=3)
-    torch.testing.assert_close(logits_of(model, plan), expected, rtol=1e-4, atol=1e-4)
-    assert abs(alphas["token"]["attention", 2] - alphas["channel"]["attention", 2]) > 1e-3
 
 
 def test_tokens_whose_stream_is_zero_do_not_count():
@@ -561,7 +549,6 @@ def test_ridges_that_are_none(work, ridge, nothing_read):
 
 def test_kinds_and_magnitudes_that_are_none(nothing_read):
     refused(canonical_correlation_bound, fresh(), "must be 'attention' or 'mlp', but is 'block'", kind="block")
-    refused(rescale, fresh(), "compared by 'token' or by 'channel', not by 'sample'", by="sample")
 
 
 @pytest.mark.parametrize("work", CHANGE)

@@ -146,10 +146,14 @@ def test_what_is_left_by_hand():
         (["--keep", "98"], "a share between 0 and 1, such as 0.98, but is 98"),
         (["-n", "1", "--format", "onnx"], "There is no format 'onnx'. There are: transformers, vllm, mlx, gguf, gguf-f32"),
         (["-n", "9"], "Cannot drop 9 attention layers: this model has 6 to drop"),
+        (["-n", "-1"], "Cannot drop -1 attention layers: this model has 6 to drop"),
+        (["-n", "13", "--kind", "joint"], "Cannot drop 13 joint layers: this model has 12 to drop"),
         (["-n", "1", "--format", "vllm"], "the width of its MLP, 64, is no multiple of 256"),
     ],
 )
-def test_bad_input(small, tmp_path, capsys, arguments, message):
+def test_bad_input(small, tmp_path, capsys, monkeypatch, arguments, message):
+    """It is told before minutes are spent on importance."""
+    monkeypatch.setattr(take_away, "measure_importance", None)
     assert cli.main(command(tmp_path / "out", *arguments)) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
