@@ -51,7 +51,8 @@ def figS17_sizes(tables: Tables) -> Drawing:
             ax.plot(x[cut], 100 * rows["share"][cut], color=COLORS[kind], marker=MARKERS[kind], markersize=6, linestyle="none",
                     markerfacecolor="white", zorder=3)  # fmt: skip
         ax.set(xscale="log", title=title)
-        ax.set_xticks(sizes, [f"{model.split(' ')[0]}" for model in sizes.index], rotation=35, ha="right", minor=False)
+        names = [model.split(" ")[0].removesuffix("-Instruct").removesuffix("-Chat") for model in sizes.index]
+        ax.set_xticks(sizes, names, rotation=35, ha="right", minor=False)
         ax.set_xticks([], minor=True)
         ax.margins(x=0.08)
     axes[0].set(ylabel="Layers that can be dropped, %", ylim=(-2, None))
