@@ -8,6 +8,7 @@ import pandas as pd
 from ..base import files
 from ..report.tables import Tables, read_tables
 from .profile import Profile
+from .run import STUDIES
 
 
 def runs_of(profile: Profile) -> dict[str, Profile]:
@@ -16,12 +17,16 @@ def runs_of(profile: Profile) -> dict[str, Profile]:
 
 
 def gathered(profile: Profile, notebook: str) -> tuple[Tables, dict[str, str]]:
-    """The tables of a notebook, of all runs together; and what is not run, with the reason: the runs that lack them."""
+    """The tables of a notebook, of all runs together; and what is not run, with the reason: the runs that lack them.
+
+    A run whose profile has no section for the notebook lacks nothing.
+    """
     parts: dict[str, list[pd.DataFrame]] = {}
     lacking: list[str] = []
-    for name, folder in _folders(profile, notebook).items():
+    for run in runs_of(profile).values():
+        folder = _folder(run, notebook)
         if not folder.is_dir():
-            lacking.append(name)
+            lacking += [run.run] if all(need in run.sections for need in STUDIES[notebook].needs) else []
             continue
         for table, rows in read_tables(folder).items():
             parts.setdefault(table, []).append(rows[:0] if table == "not_run" else rows)  # each run says its own
@@ -32,19 +37,20 @@ def gathered(profile: Profile, notebook: str) -> tuple[Tables, dict[str, str]]:
 
 def provenance(profile: Profile, notebook: str) -> list[dict]:
     """How the gathered tables came about."""
-    records = [folder / "provenance.json" for folder in _folders(profile, notebook).values()]
+    records = [_folder(run, notebook) / "provenance.json" for run in runs_of(profile).values()]
     return [entry for record in records if record.exists() for entry in json.loads(record.read_text(encoding="utf-8"))]
 
 
 def state_of(profile: Profile, notebooks: tuple[str, ...]) -> list[str]:
     """All tables that are gathered, and how they came about: what is made from them is up to date while this stays the same."""
-    found = [file for notebook in notebooks for folder in _folders(profile, notebook).values() for file in folder.glob("*.*")]
+    folders = [_folder(run, notebook) for notebook in notebooks for run in runs_of(profile).values()]
+    found = [file for folder in folders for file in folder.glob("*.*")]
     return [file.read_text(encoding="utf-8") for file in sorted(found)]
 
 
-def _folders(profile: Profile, notebook: str) -> dict[str, Path]:
-    """Run -> the folder of a notebook's tables."""
-    return {run.run: files.local(run.run).tables / notebook for run in runs_of(profile).values()}
+def _folder(run: Profile, notebook: str) -> Path:
+    """Where a run has the tables of a notebook."""
+    return files.local(run.run).tables / notebook
 
 
 def of_model(tables: Tables, model: str) -> Tables:

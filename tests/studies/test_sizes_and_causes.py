@@ -282,6 +282,28 @@ def test_the_costliest_of_the_dropped():
     assert (row["kind"], row["layers"], row["value"]) == ("mlp-2", "3", -0.1)
 
 
+def test_methods_beside_cosine():
+    """At the largest number for which there are tasks; what is compared with itself is left out."""
+    row = {"model": "a", "kind": "attention", "n": 4, "against": "cosine", "outcome": "no difference seen"}
+    measures = {"text": (0.3, 0.1, 0.5), "tasks": (-0.02, -0.03, -0.01), "continuation": (0.1, 0.0, 0.2)}
+    numbers = {m: dict(zip(("difference", "difference_low", "difference_high"), v, strict=True)) for m, v in measures.items()}
+    quality = pd.DataFrame([
+        *(row | {"method": "greedy KL", "measure": m} | numbers[m] | {"outcome": told}
+          for m, told in (("text", "better"), ("tasks", "worse"), ("continuation", "better"))),
+        *(row | {"method": "cosine", "measure": m, "outcome": "itself"} | numbers[m] for m in measures),
+        *(row | {"method": "greedy KL", "measure": m, "kind": "mlp", "n": 6} | numbers[m] for m in measures),
+        *(row | {"method": "greedy KL", "measure": m, "n": 8} | numbers[m] for m in ("text", "continuation")),
+        row | {"model": "b", "method": "random", "measure": "text"} | numbers["text"],
+    ])  # fmt: skip
+    (found,) = compare._method_rows({"quality": quality})
+    assert found == {
+        "model": "a", "method": "greedy KL", "n": 4, "against": "cosine", "text": 0.3, "text_low": 0.1, "text_high": 0.5,
+        "tasks": -0.02, "tasks_low": -0.03, "tasks_high": -0.01, "continuation": 0.1, "continuation_low": 0.0,
+        "continuation_high": 0.2, "better": "text, continuation", "worse": "tasks",
+    }  # fmt: skip
+    assert list(compare._method_rows({})) == []
+
+
 def test_claims_of_each_model():
     """Two models whose contrast lies on different sides of zero."""
     contrast = pd.DataFrame({
@@ -338,8 +360,8 @@ def test_what_compares_runs_measures_nothing(ladder):
     assert list(tables["models"]["model"]) == ["a"]
     assert list(tables["not_run"]["what"]) == [
         "notebook 11 of steps-qwen2.5-coder-0.5b",
-        *(f"notebook {number} of steps-smollm2-135m, steps-qwen2.5-coder-0.5b" for number in ("01", "02", "03")),
-    ]
+        "notebook 01 of steps-smollm2-135m, steps-qwen2.5-coder-0.5b",
+    ], "the profile has no sections for 02 to 04 and 08"
     record = json.loads((files.local("steps").tables / NOTEBOOK / "provenance.json").read_text())
     assert record == [{"model": "a", "dtype": "float32", "git_commit": "c"}]
 
@@ -375,7 +397,7 @@ def drawn():
         "sizes": compare._size_rows(THREE, pd.DataFrame(reach), pd.DataFrame(half)),
         "overall": list(compare._overall_rows(THREE)), "left_out": list(compare._left_out_rows(THREE)),
         "claims": [{"model": name} | verdict for name in ("a", SMALL)],
-        "exceptions": [],
+        "exceptions": [], "methods": [],
     }  # fmt: skip
     return THREE | {name: frame(name, rows[name], TABLES) for name in compare.TABLES}
 

@@ -14,6 +14,7 @@ from ..curve_rows import TaskValues, in_mean, mean_score
 from .work import OrderWork, order_of
 
 COSINE = "cosine"  # what tables call the paper's method
+BETTER, WORSE = "better", "worse"  # outcomes of a comparison that holds after Holm's correction
 TEXT, TASKS, CONTINUATION = "text", "tasks", "continuation"  # measures: minus nats per token, mean score, share of equal tokens
 SAME_SAMPLES = "cosine, few samples"  # as few as the stepwise methods see, which are compared with it
 READS = {"reverse order": "nothing", "random": "nothing", "Taylor": "text, and gradients",
@@ -182,7 +183,7 @@ def _settle(rows: list[dict]) -> None:
     holds = True
     for i, row in enumerate(open_ones):
         holds = holds and row["p"] <= ALPHA / (len(open_ones) - i)
-        row["outcome"] = "no difference seen" if not holds else "better" if row["difference"] > 0 else "worse"
+        row["outcome"] = "no difference seen" if not holds else BETTER if row["difference"] > 0 else WORSE
 
 
 def task_rows(tasks: Sequence[TaskValues], asked: Sequence[Arm]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Models beside each other: what follows from the tables of notebooks 01 to 03 and from what notebook 11 measured.
+"""Models beside each other: what follows from the tables of other notebooks and from what notebook 11 measured.
 
 Everything here is made from tables, so the models may have been measured in different runs.
 """
@@ -14,6 +14,7 @@ from ...measure.causes import OF_LAYER
 from ...report.rules import NOT_RUN
 from ...report.tables import Column, Key, Tables, table
 from ...report.verdicts import load_claims, verdict_of
+from ..ablations.rows import BETTER, CONTINUATION, TASKS, TEXT, WORSE
 from ..curve_rows import RETAINED
 from ..gather import of_model
 from .exceptions import EXCEPTIONS, exception_rows
@@ -48,6 +49,13 @@ TABLES = {
         Column("same_sign", "With this sign", "d"),
     ),
     "left_out": table("model predictor target", CORRELATION, "low high"),
+    "methods": table(
+        "model method", Key("n", "Dropped", "d"), Column("against", "Compared with"),
+        Column("text", "Text, nats a token", "+.3f", "text_low", "text_high"), "text_low text_high",
+        Column("tasks", "Tasks", "+.1%", "tasks_low", "tasks_high"), "tasks_low tasks_high",
+        Column("continuation", "Dense continuations", "+.1%", "continuation_low", "continuation_high"),
+        "continuation_low continuation_high", Column("better", "Better in"), Column("worse", "Worse in"),
+    ),
     "claims": table("model claim", Column("verdict", "Verdict"), Column("evidence", "Evidence")),
     "exceptions": EXCEPTIONS,
 }  # fmt: skip
@@ -64,6 +72,7 @@ def compared(own: Tables, others: Mapping[str, Tables]) -> dict[str, list[dict]]
         "sizes": _size_rows(own, pd.DataFrame(reach), pd.DataFrame(half)),
         "overall": list(_overall_rows(own)),
         "left_out": list(_left_out_rows(own)),
+        "methods": list(_method_rows(others["04_ablations"])),
         "claims": list(_claim_rows(own, others)),
         "exceptions": list(exception_rows(own, others)),
     }
@@ -205,11 +214,32 @@ def _centred_ranks(values: pd.Series) -> pd.Series:
     return (groups.rank() - 1) / (groups.transform("count") - 1) - 0.5
 
 
+# ---- methods -----------------------------------------------------------------------------------------------------------------
+
+
+def _method_rows(tables: Tables) -> Iterator[dict]:
+    """Each other way to choose attention layers beside cosine, at the largest number for which all measures are there."""
+    if not tables:
+        return
+    quality = tables["quality"][tables["quality"]["kind"] == "attention"]
+    for model, rows in quality.groupby("model", sort=False):
+        of_all = [n for n, at_n in rows.groupby("n") if {TEXT, TASKS, CONTINUATION} <= {*at_n["measure"]}]
+        for method, found in rows[rows["n"] == max(of_all, default=None)].groupby("method", sort=False):
+            if method == (against := found["against"].iloc[0]):
+                continue
+            row = {"model": model, "method": method, "n": of_all[-1], "against": against}
+            for one in found.itertuples():
+                ends = {f"{one.measure}_low": one.difference_low, f"{one.measure}_high": one.difference_high}
+                row |= {one.measure: one.difference} | ends
+            told = {word: ", ".join(found[found["outcome"] == word]["measure"]) for word in (BETTER, WORSE)}
+            yield row | told
+
+
 # ---- claims -----------------------------------------------------------------------------------------------------------------
 
 
 def _claim_rows(own: Tables, others: Mapping[str, Tables]) -> Iterator[dict]:
-    """The verdict on each claim of notebooks 01 to 03 from the tables of each model alone."""
+    """The verdict on each claim of other notebooks from the tables of each model alone."""
     for model in own["models"]["model"]:
         for claim in load_claims():
             if claim["notebook"] in others and "check" in claim:
