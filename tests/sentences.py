@@ -37,38 +37,19 @@ def counts_of_claims() -> list[str]:
     ]
 
 
-def importance() -> list[str]:
-    contrast = table("01_similarity/contrast")
-    mlp, block = (contrast[contrast["other"] == kind] for kind in ("mlp", "block"))
-    nearest = mlp.loc[mlp["high"].idxmax()]
-    return [
-        f"It is less important (1 − cosine of input and output) than MLP in {only(mlp['layers_lower'])} of "
-        f"{only(mlp['n_layers'])} layers, on each of {mlp['corpus'].nunique()} corpora. The mean is "
-        f"{mlp['attention'].mean():.3f} for attention, {mlp['compared'].mean():.3f} for MLP and {block['compared'].mean():.3f} "
-        f"for blocks; attention minus MLP is {signed(nearest['difference'], '.3f')} {span(nearest, form='.3f')} on the corpus "
-        "where the interval comes closest to zero."
-    ]
-
-
 def dropping() -> list[str]:
-    reach = {kind: row("02_drop_curves/reach", kind=kind) for kind in ("attention", "mlp", "block")}
-    far = {kind: f"{found['n']} {{}} {span(found, form='.0f')}" for kind, found in reach.items()}
-    at_8 = {kind: row("02_drop_curves/average", kind=kind, n=8) for kind in reach}
+    """What dropping costs in tasks, without 8 layers."""
+    at_8 = {kind: row("02_drop_curves/average", kind=kind, n=8) for kind in ("attention", "mlp", "block")}
     dense = row("02_drop_curves/average", kind="dense")
     lost = {
         kind: f"{found['points_lost']:.1f} {{}}{span(found, 'points_lost_low', 'points_lost_high')}"
         for kind, found in at_8.items()
     }
-    assert only(table("02_drop_curves/models")["n_layers"]) == 30
-    near_half = [f"{100 * row('02_drop_curves/text', kind='attention', n=n)['retained']:.0f} %" for n in (14, 16)]
     return [
-        f"On held-out {only(table('02_drop_curves/text')['corpus'])} text {far['attention'].format('attention layers')} can be "
-        f"dropped before less than 90 % of the dense model's next-token accuracy is left, but {far['mlp'].format('MLP')} and "
-        f"{far['block'].format('blocks')}.",
-        f"Without 8 layers the mean of {dense['tasks']} tasks, {100 * dense['value']:.1f} % for the dense model and "
-        f"{100 * dense['chance']:.1f} % for guessing, falls by {lost['attention'].format('points ')} for attention, "
-        f"{lost['mlp'].format('')} for MLP and {lost['block'].format('')} for blocks.",
-        f"Half is too many: without 14 of them {near_half[0]} of that is left, without 16 {near_half[1]}.",
+        f"Without 8 of {only(table('02_drop_curves/models')['n_layers'])} layers the mean of {dense['tasks']} tasks, "
+        f"{100 * dense['value']:.1f} % for the dense model and {100 * dense['chance']:.1f} % for guessing, falls by "
+        f"{lost['attention'].format('points ')} for attention, {lost['mlp'].format('')} for MLP and {lost['block'].format('')} "
+        "for blocks.",
     ]
 
 
@@ -208,33 +189,46 @@ def moved() -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / "cpu" / "dtypes.csv")
 
 
-@functools.cache
-def _judged_of_ladder() -> dict[str, dict[str, str]]:
-    """Model -> claim of notebook 01 -> its verdict. Judged once: each changed number is tried against the same."""
-    names = load_profile("ladder").models
-    return {name: {v.id: v.verdict for v in judge(REFERENCE / f"ladder-{name}", "01_similarity")} for name in names}
-
-
 def ladder() -> list[str]:
-    """What the models of the profile ladder say together, as far as they are measured."""
-    judged = _judged_of_ladder()
-    names = list(judged)
-    of = lambda claim: [judged[name][claim] for name in names]  # noqa: E731
-    least = of("attention-most-redundant")
-    assert [name for name, verdict in zip(names, least, strict=True) if verdict == "deviates"] == ["gemma3-270m"]
-    assert [name for name, verdict in zip(names, least, strict=True) if verdict == "inconclusive"] == ["qwen2.5-coder-1.5b"]
+    """What the models of the profile ladder say together."""
+    of_text = table("11_sizes_and_causes/reach", "ladder").query("measure == 'text'")
+    reach, by_model = of_text.groupby("kind")["share"], of_text.pivot(index="model", columns="kind", values="n")
+    assert (by_model["attention"] > by_model[["mlp", "block"]].max(axis=1)).all()
+    share = {
+        kind: f"{100 * reach.min()[kind]:.0f} to {100 * reach.max()[kind]:.0f} %" for kind in ("attention", "mlp", "block")
+    }
+    half = table("11_sizes_and_causes/half", "ladder").query("measure == 'text'")["retained"]
+    claims = table("11_sizes_and_causes/claims", "ladder").set_index("claim")
+    least = claims.loc["attention-most-redundant"].set_index("model")["verdict"]
+    assert {*least.index} == {*load_profile("ladder").models}
+    assert list(least.index[least == "deviates"]) == ["gemma3-270m"]
+    assert list(least.index[least == "inconclusive"]) == ["qwen2.5-coder-1.5b"]
     sizes = table("11_sizes_and_causes/sizes", "ladder").query("measure == 'text' and kind == 'attention'").set_index("what")
-    fewer = sizes[sizes["n_models"] == 2].loc["share of the layers that can go"]
-    assert fewer["models"] == "qwen2.5-coder-1.5b minus qwen2.5-coder-0.5b"
+    pair = sizes[sizes["n_models"] == 2]
+    assert {*pair["models"]} == {"qwen2.5-coder-1.5b minus qwen2.5-coder-0.5b"}
+    fewer, more = pair.loc["share of the layers that can go"], pair.loc["retained without half"]
+    slope = sizes[sizes["n_models"] > 2].loc["share of the layers that can go"]
+    assert slope["low"] < 0 < slope["high"]
     overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
     return [
-        f"That attention changes the stream least is reproduced on {least.count('reproduced')} of {len(names)}, open on "
-        "Qwen2.5-Coder-1.5B, and deviates on Gemma-3-270M.",
+        f"Before less than 90 % of the dense model's next-token accuracy on held-out web text is left, {share['attention']} of "
+        f"the attention layers can go, {share['mlp']} of the MLPs and {share['block']} of the blocks, and on each model it is "
+        "attention that goes furthest.",
+        f"Half of the attention is too much: without it {100 * half.min():.0f} to {100 * half.max():.0f} % is left.",
+        f"Its importance (1 − cosine of input and output) is the least of the three on {(least == 'reproduced').sum()} of "
+        f"{len(least)} models, on each of 4 corpora; Qwen2.5-Coder-1.5B is open, and Gemma-3-270M deviates.",
         "From Qwen2.5-Coder-0.5B to 1.5B the share of attention layers that can go falls by "
-        f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}).",
+        f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}), while half gone leaves "
+        f"{100 * more['change']:.0f} points more {span(more, scale=100, form='.0f')}; over all five models no trend can be told.",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
-        f"{overall['correlation']:.2f} {span(overall, form='.2f')} in {overall['models']:.0f} models.",
+        f"{overall['correlation']:.2f} {span(overall, form='.2f')} as a mean of the models.",
     ]
+
+
+def ladder_cells() -> dict[str, str]:
+    """Of how many models of the ladder a claim is reproduced, of those on which it was judged."""
+    verdicts = table("11_sizes_and_causes/claims", "ladder").groupby("claim")["verdict"]
+    return {claim: f"{(found == 'reproduced').sum()} of {len(found)}" for claim, found in verdicts}
 
 
 def encoders() -> list[str]:

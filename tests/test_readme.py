@@ -24,7 +24,7 @@ TOLD = {
     "found": (
         FOUND,
         lambda: [
-            *say.importance(),
+            *say.ladder(),
             *say.dropping(),
             *say.speed(),
             *say.served(),
@@ -32,16 +32,16 @@ TOLD = {
             *say.methods(),
             *say.breaks(),
             *say.mended(),
-            *say.ladder(),
             *say.encoders(),
         ],
         (
+            "135M to 1.5B",
+            "quantised to 4 bits (TinyLlama to 2)",
+            "95 %",
             "SmolLM2-135M-Instruct",
             "4 bits (Q4_1)",
             "float32",
             "smollm2-135m",
-            "95 %",
-            "135M to 1.5B",
             "bfloat16",
         ),
     ),
@@ -74,9 +74,9 @@ def test_a_new_number_is_seen():
 
 def test_a_changed_table_is_seen(monkeypatch):
     table = documents.table
-    monkeypatch.setattr(documents, "table", lambda name, run="cpu": table(name, run).replace({"n": {7: 9}}))
+    monkeypatch.setattr(documents, "table", lambda name, run="cpu": table(name, run).replace({"tasks": {6: 9}}))
     text, sentences, others = TOLD["found"]
-    with pytest.raises(AssertionError, match="9 attention layers"):
+    with pytest.raises(AssertionError, match="mean of 9 tasks"):
         check_numbers(text, sentences(), others)
 
 
@@ -84,17 +84,16 @@ def test_a_changed_table_is_seen(monkeypatch):
 
 
 def claim_rows() -> list[list[str]]:
-    """Claim, notebook, figures, verdict."""
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in CLAIMS.splitlines() if line.startswith("| ")][
-        1:
-    ]
+    """Claim, notebook, figures, verdict, and of how many models of the ladder it is reproduced."""
+    lines = [line for line in CLAIMS.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
 
 
 def test_claims_are_those_of_the_scorecard():
-    """Every claim with a verdict, in order, with its notebook and verdict."""
-    cells, judged = say.verdict_cells(), documents.judged()
-    assert [(row[0], re.search(r"\d\d", row[1])[0], row[3]) for row in claim_rows()] == [
-        (v.claim, v.notebook[:2], cells[v.id]) for v in judged.itertuples()
+    """Every claim with a verdict, in order, with its notebook and verdicts."""
+    cells, of_ladder, judged = say.verdict_cells(), say.ladder_cells(), documents.judged()
+    assert [(row[0], re.search(r"\d\d", row[1])[0], *row[3:]) for row in claim_rows()] == [
+        (v.claim, v.notebook[:2], cells[v.id], of_ladder.get(v.id, "")) for v in judged.itertuples()
     ]
 
 
@@ -106,7 +105,7 @@ def test_a_wrong_verdict_is_seen(monkeypatch):
 
 
 def test_figures_belong_to_the_notebook_of_the_claim():
-    for _, notebook, figures, _ in claim_rows():
+    for _, notebook, figures, *_ in claim_rows():
         for number, name in re.findall(r"\[(\w+)\]\(figures/cpu/(\w+)\.svg\)", figures):
             assert FIGURES[name].notebook in STUDIES
             assert FIGURES[name].notebook.startswith(re.search(r"\d\d", notebook)[0]), name
