@@ -20,6 +20,7 @@ from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.tables import read_tables, write_tables
 from llmdrop_utils.report.verdicts import ADVICE
+from llmdrop_utils.studies import page as page_module
 from llmdrop_utils.studies.keep_more import work as kept_module
 from llmdrop_utils.studies.keep_more.ranking import RankingWork
 from llmdrop_utils.studies.keep_more.ranking_rows import Ranked, further_rows, importance_rows, ranked, ranking_rows
@@ -321,6 +322,15 @@ def test_tables_of_an_older_version_have_no_figure():
     drawing = FIGURES["figS36_rankings"].draw({"quality": pd.DataFrame()})
     assert drawing.data.empty
     assert drawing.takeaway == ""
+
+
+def test_a_page_of_older_tables_says_what_it_lacks(tmp_path, monkeypatch):
+    write_tables({"not_run": pd.DataFrame(columns=["what", "reason"])}, tmp_path / "10_keep_more", [])
+    said = []
+    monkeypatch.setenv(page_module.TABLES, str(tmp_path))
+    monkeypatch.setattr(page_module, "display", lambda what: said.append(what.data))
+    page_module.Page("10_keep_more", "smoke").table("rankings", where="kind == 'attention'")
+    assert said[-1] == "*Not run:* this run has no table `rankings` yet. `make reproduce NOTEBOOKS=10` makes it."
 
 
 def test_a_list_of_one_layer_is_text(tmp_path):

@@ -109,11 +109,9 @@ def figS33_other_measures(tables: Tables) -> Drawing:
 
 @figure("10_keep_more")
 def figS36_rankings(tables: Tables) -> Drawing:
-    """Importance of attention by layer (1 − cosine) before and after it was dropped in part, and made up for.
-
-    Black: the dense model. Blue: what is left, with gaps where attention was dropped (grey bands). Corner: rank correlation of
-    the two, over the layers that are left. Bars and brackets: 95 % intervals.
-    """
+    """Importance of attention (1 − cosine) by layer: in the dense model (black), and of what is left where some was dropped
+    (blue; grey bands: what was dropped). Corner: rank correlation of the two over the layers that are left. Bars and brackets:
+    95 % intervals."""
     if "importance" not in tables:
         return nothing_to_show("Not run: the tables of this run are of an older version, without importance", pd.DataFrame())
     data = tables["importance"].query("kind == 'attention'")
