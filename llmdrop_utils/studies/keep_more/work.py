@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -169,7 +169,7 @@ class MadeWork(Work):
             how |= {"text": fingerprint(self.text), "healing": dataclasses.asdict(self.healing)}
         return [self._key("made model", VERSION, **how, of=key) for item in self.items for key in item.keys]
 
-    def only(self, missing: list[int]) -> "MadeWork":
+    def only(self, missing: list[int]) -> Self:
         """The same for some of the items: what is stored of a model stays as it is when it is asked for more."""
         return dataclasses.replace(self, items=tuple(self.items[i] for i in missing))
 
