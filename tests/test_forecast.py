@@ -143,7 +143,7 @@ def test_minutes_are_near_the_reference_run(network):
 
     Since then notebook 05 also times whole generations, and nothing twice: about 2 minutes more. Tasks have fewer documents.
     Notebook 09 took 9 minutes with torch in float32, some of whose times notebook 05 had taken. Notebook 10
-    took 13 minutes, and its search 17 more beside other jobs.
+    took 13 minutes, and its search 17 more beside other jobs. What it ranks since then was not timed: 3 or 4 by these rates.
     """
     report = forecast(load_profile("cpu"))
     taken = minutes(report)
@@ -151,9 +151,9 @@ def test_minutes_are_near_the_reference_run(network):
     assert 9 <= taken["05"] + taken["06"] <= 11
     assert 7 <= taken["09"] <= 11
     assert 3 <= taken["04"] <= 8
-    assert 25 <= taken["10"] <= 35
+    assert 28 <= taken["10"] <= 39
     assert 4 <= taken["12"] <= 6
-    assert 70 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 85
+    assert 73 <= int(re.search(r"in all +(\d+) min", report)[1]) <= 90
     assert "rates measured on 2 threads of an AMD EPYC" in report
 
 

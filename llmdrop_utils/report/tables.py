@@ -81,7 +81,8 @@ def models_measured(record: Path, between: str = " in ") -> list[str]:
 
 
 # Columns that hold lists of layers ("3 12"): text, even where each list has a single layer.
-LISTS = {"plans": ("attention", "mlp"), "published": ("theirs", "ours"), "exceptions": ("layers",)}
+LISTS = {"plans": ("attention", "mlp"), "published": ("theirs", "ours"), "exceptions": ("layers",),
+         "rankings": ("dense_next", "own_next")}  # fmt: skip
 
 
 def read_tables(folder: Path) -> Tables:

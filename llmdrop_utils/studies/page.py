@@ -69,6 +69,10 @@ class Page:
 
         Ends of intervals are shown behind their value, so they need not be named.
         """
+        if name not in self.tables:  # pages are rendered from committed tables, too
+            number = self.study.notebook[:2]
+            self.say(f"*Not run:* this run has no table `{name}` yet. `make reproduce NOTEBOOKS={number}` makes it.")
+            return
         rows: pd.DataFrame = self.tables[name].query(where) if where else self.tables[name]
         declared = {column.name: column for column in {**self.study.tables, **NOT_RUN}[name]}
         ends = {end for column in declared.values() for end in (column.low, column.high)}

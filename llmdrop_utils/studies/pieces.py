@@ -246,7 +246,8 @@ def _changes(profile: dict, model: str, shape: Shape) -> list[Piece]:
 
 
 def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
-    """Making each version (a step of healing counts as four passes), choosing layers, and what each version is asked."""
+    """Making each version (a step of healing counts as four passes), choosing layers, ranking what is left, and what each
+    version is asked."""
     part, seq_len, corpora = profile["keep_more"], profile["calibration"]["seq_len"], len(profile["calibration"]["corpora"])
     counts = [n for n in part["n_drop"] if n < shape.layers]
     chosen = part["chosen"] or {}
@@ -255,7 +256,9 @@ def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
     healed = 4 * part["healing_tokens"] * sum("healing" in way for way in ways)
     fitted = corpora * part["n_samples"] * seq_len * sum(6 if "repair" in way else 1 for way in ways if way != "plain")
     passes = sum(ORDERS[by].passes(max(counts, default=0), part["candidates"]) for by in chosen)
-    tokens = healed + fitted + passes * corpora * part["search_samples"] * seq_len
+    ranked = len(counts) * (1 + len(part["ways"]))  # of them importance is measured, and text under two plans more
+    ranking = ranked * profile["calibration"]["n_samples"] * seq_len
+    tokens = healed + fitted + ranking + passes * corpora * part["search_samples"] * seq_len
     some = profile["text"] | {"n_samples": min(profile["text"]["n_samples"], part["text_samples"])}
     asked = part["probes"] * part["context"] + part["prompts"] * (part["prompt"] + part["new_tokens"])
     choices = [name for name in profile["tasks"]["names"] if name != "gsm8k"]
@@ -263,7 +266,7 @@ def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
     return [
         Piece(("made", model), "importance", shape, basis, 0, tokens),
         Piece(("asked of them", model), "text", shape, "", 0, asked * versions, versions, part["new_tokens"]),
-        dataclasses.replace(_across(some, model, shape, versions, corpora), key=("made text", model)),
+        dataclasses.replace(_across(some, model, shape, versions + 2 * ranked, corpora), key=("made text", model)),
         *_tasks(profile["tasks"] | {"names": choices, "limit": part["task_limit"]}, model, shape, versions, "made"),
     ]
 

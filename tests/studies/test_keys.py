@@ -22,6 +22,7 @@ from llmdrop_utils.measure.speed import Load
 from llmdrop_utils.models.locate import LocatedModel
 from llmdrop_utils.studies import work as work_module
 from llmdrop_utils.studies.ablations import work as ablations_module
+from llmdrop_utils.studies.keep_more import ranking as ranking_module
 from llmdrop_utils.studies.keep_more import work as kept_module
 from llmdrop_utils.studies.other_transformers import work as encoders_module
 from llmdrop_utils.studies.other_transformers.work import DataSet
@@ -75,6 +76,7 @@ EXEMPT = {
     ("GenerationWork", "corpus"): TOLD_BY_TOKENS,
     ("ProbeWork", "probe"): "what is asked is in the requests",
     ("ChangedSpeedWork", "tokens"): "which weights are zero does not matter to times",
+    ("RankingWork", "batch_size"): ROUNDING,
     ("EncoderImportanceWork", "batch_size"): ROUNDING,
     ("EmbeddingWork", "batch_size"): ROUNDING,
     ("DataSet", "name"): "the same samples under another name",
@@ -89,12 +91,14 @@ VALUES = {  # of the fields of items; a new one of text or a whole number needs 
     "limit": 10, "contexts": (4, 8), "plan": PLAN, "change": "LoRA", "items": (TEXT,), "versions": (("none", PLAN),),
     "requests": (([1], [2]),), "settings": Tuning(), "way": "repair, healing", "text": TOKENS, "healing": Healing(),
     "by": "search with repair",
-    "data": DATA,
+    "data": DATA, "texts": (TOKENS,), "order": (4, 5),
 }  # fmt: skip
 OTHERS = {  # one or more other values of a field; of others follow from type
     "dtype": [torch.bfloat16],
     "tokens": [TOKENS + 1, TOKENS.flip(0), TOKENS.view(4, 3), TOKENS[:2]],
     "text": [TOKENS + 1],
+    "texts": [(TOKENS + 1,), (TOKENS, TOKENS)],
+    "order": [(5, 4), (4,)],
     ("Healing", "tokens"): [64],
     "minutes": [1.0],
     "members": [(types.SimpleNamespace(OUTPUT_TYPE="loglikelihood"),)],
@@ -238,7 +242,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 20
+    assert len(set(found)) == len(found) == 21
 
 
 @pytest.mark.parametrize(
@@ -259,6 +263,8 @@ def test_kinds_of_values_are_apart():
         ("ChangedWork", changes_module, "VERSION"),
         ("ChangedSpeedWork", changes_module, "VERSION"),
         ("MadeWork", kept_module, "VERSION"),
+        ("RankingWork", ranking_module, "IMPORTANCE_VERSION"),
+        ("RankingWork", ranking_module, "TEXT_VERSION"),
         ("ChoiceWork", kept_module, "VERSION"),
         ("EncoderImportanceWork", encoders_module, "IMPORTANCE_VERSION"),
         ("EmbeddingWork", encoders_module, "VERSION"),
@@ -275,7 +281,8 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork", "EncoderImportanceWork", "EmbeddingWork"}
-ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"}
+ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork",
+        "RankingWork"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

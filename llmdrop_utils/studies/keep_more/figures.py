@@ -5,13 +5,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from ...report.style import WIDTH, Drawing, figure, for_each_model, nothing_to_show
+from ...report.panels import rows_of_panels
+from ...report.style import COLORS, LINES, MARKERS, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 from .rows import CHOICES, ERROR, MEAN
 from .study import COSINE
 from .work import HEALING, PLAIN, REPAIR, REPAIR_HEALING, SEARCH
 
 MARKS = "osD^v"  # of orders of layers, cosine first
+SHOWN = [PLAIN, REPAIR, HEALING, REPAIR_HEALING]
 OTHERS = [CHOICES, ERROR, "copy", "continuation"]
 
 
@@ -101,5 +103,57 @@ def figS33_other_measures(tables: Tables) -> Drawing:
             parts = [f"{name} {of[key]:.0%}" for name, key in shown.items() if key in of.index]
             told.append(f"{measure}: dense {of['dense', PLAIN, 0]:.0%}, {', '.join(parts)}")
         return f"Without {n} attention layers, chosen by cosine. {'; '.join(told)}.".replace("%", " %")
+
+    return Drawing(fig, data, for_each_model(data, sentence))
+
+
+@figure("10_keep_more")
+def figS36_rankings(tables: Tables) -> Drawing:
+    """Importance of attention (1 − cosine) by layer: in the dense model (black), and of what is left where some was dropped
+    (blue; grey bands: what was dropped). Corner: rank correlation of the two over the layers that are left. Bars and brackets:
+    95 % intervals."""
+    if "importance" not in tables:
+        return nothing_to_show("Not run: the tables of this run are of an older version, without importance", pd.DataFrame())
+    data = tables["importance"].query("kind == 'attention'")
+    data = data[data["way"].isin(SHOWN) & data["layers"].isin(["dense", COSINE])]
+    rankings = tables["rankings"].query("kind == 'attention'").set_index(["model", "layers", "way", "n"])
+    panels = list(data[data["n"] > 0][["model", "n"]].drop_duplicates().itertuples(index=False))
+    if not panels:
+        return nothing_to_show("Too few layers are left to be ranked", data)
+    ways = [way for way in SHOWN if way in set(data["way"])]
+    titles = [f"{model}, {n} attention layers dropped" for model, n in panels]
+    fig, lines = rows_of_panels(titles, [way.capitalize() for way in ways], 1.7, sharey=True)
+    for line, (model, n) in zip(lines, panels, strict=True):
+        of_model = data[data["model"] == model]
+        dense = of_model[of_model["n"] == 0].set_index("layer")
+        for ax, way in zip(line, ways, strict=True):
+            rows = of_model[(of_model["way"] == way) & (of_model["n"] == n)].set_index("layer")
+            ax.plot(
+                dense.index, dense["importance"], color=COLORS["dense"], linestyle=LINES["dense"], linewidth=0.9, label="dense"
+            )
+            for layer in dense.index.difference(rows.index) if len(rows) else []:
+                ax.axvspan(layer - 0.5, layer + 0.5, color="0.9", linewidth=0)
+            ax.set(yscale="log", xlabel="Layer")
+            if rows.empty:  # a way that this model's structure does not allow
+                continue
+            now = rows.reindex(dense.index)
+            error = np.clip([now["importance"] - now["low"], now["high"] - now["importance"]], 0, None)
+            ax.errorbar(now.index, now["importance"], error, color=COLORS["attention"], marker=MARKERS["attention"],
+                        linestyle=LINES["attention"], elinewidth=0.8)  # fmt: skip
+            found = rankings.loc[(model, COSINE, way, n)]
+            note = f"{found['correlation']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+            ax.text(0.97, 0.97, note, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+        line[0].set_ylabel("Importance")
+
+    def sentence(rows: pd.DataFrame) -> str:
+        model, n = rows["model"].iloc[0], rows["n"].max()
+        of = {way: rankings.loc[(model, COSINE, way, n)] for way in ways if (model, COSINE, way, n) in rankings.index}
+        told = "; ".join(f"{way} {one['correlation']:.2f}" for way, one in of.items())
+        means = "; ".join(f"{way} {one['relative']:.2f}" for way, one in of.items())
+        left = next(iter(of.values()))["n_left"]
+        return (
+            f"Rank correlation of the {left} attention layers that are left without {n} with the same in the dense model: "
+            f"{told}. Their mean importance, times the dense model's: {means}."
+        )
 
     return Drawing(fig, data, for_each_model(data, sentence))

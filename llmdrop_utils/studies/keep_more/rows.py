@@ -45,13 +45,20 @@ class Drawn:
 def losses(works: Mapping[Version, MadeWork], values: Mapping[Version, Sequence[dict]]) -> dict[str, Drawn]:
     """Nats per token more than the dense model, of each version on each corpus, and the mean over corpora."""
     versions = list(works)
+    nll = {
+        item.corpus: np.array([values[version][place]["nll"] for version in versions]).T
+        for place, item in enumerate(works[DENSE_VERSION].items) if isinstance(item, TextWork)
+    }  # fmt: skip
+    return more_than_dense(nll, versions.index(DENSE_VERSION))
+
+
+def more_than_dense(nll: Mapping[str, np.ndarray], dense: int) -> dict[str, Drawn]:
+    """Corpus -> nats per token of its samples (n_samples, n_versions), as more than those of the dense one, and their mean."""
     found: dict[str, Drawn] = {}
-    for place, item in enumerate(works[DENSE_VERSION].items):
-        if isinstance(item, TextWork):
-            nll = np.array([values[version][place]["nll"] for version in versions]).T
-            more = nll - nll[:, [versions.index(DENSE_VERSION)]]
-            draws = stats.text_means(more, np.ones(len(more)), seed=len(found))
-            found[item.corpus] = Drawn(more.mean(0), draws, stats.independent(len(more)), len(more))
+    for corpus, values in nll.items():
+        more = values - values[:, [dense]]
+        draws = stats.text_means(more, np.ones(len(more)), seed=len(found))
+        found[corpus] = Drawn(more.mean(0), draws, stats.independent(len(more)), len(more))
     each = list(found.values())
     mean = Drawn(
         np.mean([one.values for one in each], 0),

@@ -20,30 +20,47 @@ from ..profile import Calibration, known, section
 from ..run import Run, fitting_length, importance_work, study
 from ..speedup.loads import n_layers_of
 from ..what_breaks.work import ConfidenceWork, GenerationWork, ProbeWork
-from ..work import DENSE, ImportanceWork, Work
+from ..work import DENSE, ImportanceWork, TextWork, Work
+from .ranking import MORE, RankingWork
+from .ranking_rows import further_rows, importance_rows, ranked, ranking_rows
 from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
 from .work import ORDERS, PLAIN, WAYS, ChoiceWork, MadeWork, obstacles
 
 COSINE = "cosine"
 DROPPED = Key("n", "Dropped", "d")
+OF_VERSION = ("model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED)
 TABLES = {
     "made": table(
-        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED,
+        *OF_VERSION,
         Column("seconds", "Seconds", ".0f"), Column("parameters", "Parameters more", ",d"),
         Column("tokens", "Tokens read", ",d"), Column("cache", "Cache of 2,048 tokens, share of the dense", ".1%"),
     ),
     "quality": table(
-        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED, "measure",
-        Column("samples", "Samples", "d"), Column("value", "Value", ".3f", "low", "high"), "low high",
+        *OF_VERSION, "measure", Column("samples", "Samples", "d"), Column("value", "Value", ".3f", "low", "high"), "low high",
     ),
     "regained": table(
-        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), DROPPED,
-        Key("against", "Beside"), Column("regained", "Share of the loss regained", ".0%", "low", "high"), "low high",
+        *OF_VERSION, Key("against", "Beside"),
+        Column("regained", "Share of the loss regained", ".0%", "low", "high"), "low high",
         Column("difference", "Nats per token less", "+.3f", "difference_low", "difference_high"),
         "difference_low difference_high",
     ),
     "orders": table("model", Key("layers", "Layers by"), Key("position", "Position", "d"), Column("layer", "Layer", "d"),
                     Column("divergence", "KL left, nats per token", ".3f")),
+    "importance": table(*OF_VERSION, "kind layer", Column("importance", "Importance", ".4f", "low", "high"), "low high"),
+    "rankings": table(
+        *OF_VERSION, "kind", Column("samples", "Samples", "d"), Column("n_left", "Layers left", "d"),
+        Column("correlation", "Rank correlation with the dense model", ".2f", "low", "high"), "low high",
+        Column("relative", "Mean importance over dense", ".2f", "relative_low", "relative_high"), "relative_low relative_high",
+        Column("more", "Further layers", "d"), Column("dense_next", "Next by the dense order"),
+        Column("own_next", "Next by its own"), Column("shared", "Shared", "d"), Column("by_chance", "By chance", ".1f"),
+    ),
+    "further": table(
+        *OF_VERSION, Column("more", "Further layers", "d"),
+        Column("by_dense_order", "Nats per token lost, by the dense order", ".3f", "dense_low", "dense_high"),
+        "dense_low dense_high",
+        Column("by_own_order", "By its own order", ".3f", "own_low", "own_high"), "own_low own_high",
+        Column("gained", "Less by its own", "+.3f", "gained_low", "gained_high"), "gained_low gained_high",
+    ),
 }  # fmt: skip
 
 
@@ -165,8 +182,9 @@ def _versions(
         "healing": Healing(settings.healing_rate, settings.healing_batch, tokens=settings.healing_tokens),
     }
 
-    def made(way: str, plan: DropPlan) -> MadeWork:
-        return MadeWork(**shared, way=way, plan=plan, items=tuple(dataclasses.replace(each, plans=(plan,)) for each in asked))
+    def made(way: str, plan: DropPlan, *more: RankingWork) -> MadeWork:
+        items = tuple(dataclasses.replace(each, plans=(plan,)) for each in (*asked, *more))
+        return MadeWork(**shared, way=way, plan=plan, items=items)
 
     chosen = settings.chosen or {}
     asked_for = {*settings.ways, *chosen, *(way for ways in chosen.values() for way in ways)}
@@ -175,11 +193,24 @@ def _versions(
     works = {DENSE_VERSION: made(PLAIN, DENSE)}
     for n in (n for n in settings.n_drop if n < n_layers_of(item.model)):
         plan = select(scores, "attention", n)
-        works |= {Version(COSINE, way, n): made(way, plan) for way in (PLAIN, *settings.ways) if way not in reasons}
+        ranking = _ranking(item, scores, texts, plan)
+        works |= {Version(COSINE, way, n): made(way, plan, *ranking) for way in (PLAIN, *settings.ways) if way not in reasons}
         for by, work in choosing.items():
             plan = DropPlan(attention=tuple(run.values(work)[0]["layers"][:n]))
             works |= {Version(by, way, n): made(way, plan) for way in chosen[by] if way not in reasons}
     return Kept(item, choosing, works)
+
+
+def _ranking(item: ImportanceWork, scores: Importance, texts: list[TextWork], plan: DropPlan) -> list[RankingWork]:
+    """What tells how the layers are ranked that a plan leaves; nothing if it leaves a single attention layer."""
+    order = tuple(layer for layer in scores.order("attention") if layer not in plan.attention)
+    if len(order) < 2:
+        return []
+    tokens, read = item.tokens[: len(scores.weights)], tuple(text.tokens for text in texts)
+    more, batch_size = min(MORE, len(order) - 1), item.batch_size
+    return [
+        RankingWork(**item.identity, tokens=tokens, texts=read, order=order, more=more, batch_size=batch_size, plans=(plan,))
+    ]
 
 
 def _fresh(item: ImportanceWork, tested: torch.LongTensor, tokenizer, settings: KeepMore) -> torch.LongTensor:
@@ -197,6 +228,7 @@ def _fresh(item: ImportanceWork, tested: torch.LongTensor, tokenizer, settings: 
 def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
     values = {version: run.values(work) for version, work in kept.works.items()}
     scores: Importance = run.importance(kept.item).first(run.section(Calibration).n_samples)
+    rankings = ranked(kept.works, values)
     most = max(version.n for version in kept.works)
     orders = {COSINE: (select(scores, "attention", most).attention, None)}
     for by, work in kept.choices.items():
@@ -207,4 +239,7 @@ def _rows(run: Run, kept: Kept) -> dict[str, list[dict]]:
         "quality": quality_rows(kept.works, values),
         "regained": regained_rows(kept.works, values),
         "orders": order_rows(orders),
+        "importance": importance_rows(scores, rankings),
+        "rankings": ranking_rows(scores, rankings),
+        "further": further_rows(kept.works, values, rankings),
     }

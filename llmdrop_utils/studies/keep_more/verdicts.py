@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 from ...report.rules import Comparison, Finding
 from ...report.tables import Tables
-from ...report.verdicts import advice, check, triple
+from ...report.verdicts import advice, check, span, triple
 from .rows import CHOICES, ERROR, MEAN
 from .study import COSINE
 from .work import FOLD, HEALING, MAPS, PLAIN, REPAIR, REPAIR_HEALING, RESCALED, SCALED, WINDOW
+
+CHANGED = [REPAIR, HEALING, REPAIR_HEALING]  # ways of ours that change what is kept
 
 
 @check
@@ -39,6 +41,17 @@ def _less_lost(tables: Tables, way: str, others: tuple[str, ...]) -> Iterator[Fi
             for r in of_model.to_dict("records")
         ]
         yield Finding(str(model), f"nats per token less lost: {'; '.join(map(str, compared))}", compared)
+
+
+@check
+def ranking_stays(tables: Tables, correlation: float) -> Iterator[Finding]:
+    rows = tables["rankings"].query(f"kind == 'attention' and layers == '{COSINE}'")
+    for model, of_model in rows[rows["way"].isin(CHANGED)].groupby("model", sort=False):
+        compared = [
+            Comparison(f"{r['way']}, {r['n']} dropped", *triple(r, "correlation"), at_least=correlation, size=r["samples"])
+            for r in of_model.to_dict("records")
+        ]
+        yield Finding(str(model), f"rank correlation with the dense model: {'; '.join(map(str, compared))}", compared)
 
 
 @advice("10_keep_more")
@@ -74,6 +87,25 @@ def what_to_do(tables: Tables) -> str:
                     f" Right choices go from {right[0]:.1%} to {right[1]:.1%} with that (dense {right[2]:.1%}), and the "
                     f"calibration error from {error[0]:.1%} to {error[1]:.1%} (dense {error[2]:.1%})."
                 ).replace("%", " %")
-            text.append(told)
+            text.append(told + _next(tables, str(model), n))
     text.append("Fit on text of all the kinds that you serve: a repair helps where its text is from, and little elsewhere.")
     return "\n\n".join(text)
+
+
+def _next(tables: Tables, model: str, n: int) -> str:
+    """Whether importance is to be measured again before more is dropped; nothing where that was not measured."""
+    if "further" not in tables:  # of an older version
+        return ""
+    both = tables["rankings"].query("kind == 'attention'").merge(tables["further"].drop(columns="more"), how="inner")
+    both = both[(both["model"] == model) & (both["n"] == n) & both["way"].isin(CHANGED)]
+    told = []
+    for row in both.to_dict("records"):
+        what = "either will do"
+        if row["gained_low"] > 0 or row["gained_high"] < 0:
+            what = "measure importance again" if row["gained"] > 0 else "keep the dense model's"
+        told.append(
+            f"after {row['way']} {what} (rank correlation {row['correlation']:.2f}, {span(row)}; by its own "
+            f"{row['gained']:+.3f} nats per token less are lost, {row['gained_low']:+.3f} to {row['gained_high']:+.3f})"
+        )
+    more = f"To drop {both['more'].iloc[0]} more by the dense model's order or by the new model's own" if told else ""
+    return f" {more}: {'; '.join(told)}." if told else ""

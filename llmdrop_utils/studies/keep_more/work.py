@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from ...selection.methods import Context, select_at_random, select_by
 from ...sources.texts import fingerprint
 from ..what_breaks.work import ConfidenceWork, ProbeWork
 from ..work import TextWork, Work
+from .ranking import RankingWork
 
 VERSION = 1  # raise when a change to the measurement changes what is measured
 SEARCH, BOUND = "search with repair", "NBL's bound"
@@ -42,7 +43,7 @@ WIDTH = 128  # of a window, in tokens
 PLAIN, MAPS, FOLD, SCALED, RESCALED = "plain", "linear maps (NBL)", "ReplaceMe", "LinearPatch", "Prune&Comp"
 WINDOW = f"window of {WIDTH} tokens"  # in the layers that are otherwise dropped
 REPAIR, REPAIR_MAPS, HEALING, REPAIR_HEALING = "repair", "repair, linear maps", "healing", "repair, healing"
-Part = TextWork | ConfidenceWork | ProbeWork
+Part = TextWork | ConfidenceWork | ProbeWork | RankingWork
 
 
 class Making(NamedTuple):
@@ -167,6 +168,10 @@ class MadeWork(Work):
         if self.way in (HEALING, REPAIR_HEALING):
             how |= {"text": fingerprint(self.text), "healing": dataclasses.asdict(self.healing)}
         return [self._key("made model", VERSION, **how, of=key) for item in self.items for key in item.keys]
+
+    def only(self, missing: list[int]) -> Self:
+        """The same for some of the items: what is stored of a model stays as it is when it is asked for more."""
+        return dataclasses.replace(self, items=tuple(self.items[i] for i in missing))
 
     @property
     def tokens_to_pass(self) -> int:
