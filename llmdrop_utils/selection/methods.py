@@ -12,7 +12,8 @@ from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import available, skipping
 from ..measure.guard import measuring, not_finite_error, tokens_for
-from ..measure.importance import KINDS, Importance, measure_importance
+from ..measure.importance import Importance, measure_importance
+from ..measure.metrics import KINDS
 from ..models.families import find_anatomy, input_device, stream_of, tensor_of
 from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
 
