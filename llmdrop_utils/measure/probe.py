@@ -111,7 +111,7 @@ class Probe:
 
     def _enter_block(self, module, args, kwargs) -> None:
         stream = stream_of(args, kwargs)
-        self.block_input = self.mlp_input = stream  # the MLP's stream, unless it reads its own (below)
+        self.block_input = self.cross_input = self.mlp_input = stream  # theirs too, unless they read their own (below)
         self.shape = stream.shape[:-1]
 
     def _enter_cross_attention(self, module, args, kwargs) -> None:

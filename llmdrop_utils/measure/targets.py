@@ -80,17 +80,18 @@ def pairs_for(model: nn.Module, given: object) -> Pairs:
 
 def _moved_on(model: nn.Module, labels: torch.LongTensor) -> torch.LongTensor:
     """What the decoder reads to predict these labels, (n, T): one token earlier, after the model's first token."""
-    config = model.config
-    if config.pad_token_id is None:
+    config, shift = model.config, getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if shift is not None:  # some begin with the language of the target
+            return shift(labels)
+        first = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+        moved = torch.cat([first, labels[:, :-1]], 1)
+        return moved.where(moved != IGNORED, config.pad_token_id)
+    except (TypeError, ValueError) as error:
         raise LLMDropError(
-            f"This {config.model_type} model has no pad_token_id, which stands for padding: set one in its config."
-        )
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None:  # some begin with the language of the target
-        return shift(labels)
-    first = labels.new_full((len(labels), 1), config.decoder_start_token_id)
-    moved = torch.cat([first, labels[:, :-1]], 1)
-    return moved.where(moved != IGNORED, config.pad_token_id)
+            f"This {config.model_type} model does not say with which token a target begins, or which stands for padding: set "
+            "decoder_start_token_id and pad_token_id in its config.json."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,16 @@ def score_targets(model: nn.Module, given: object, batch_size: int = 8) -> Targe
     with measuring(model):
         for start in range(0, len(pairs), batch_size):
             rows = slice(start, start + batch_size)
-            logits = model(
+            output = model(
                 input_ids=pairs.source[rows].to(device),
                 attention_mask=pairs.source_mask[rows].to(device),
                 decoder_input_ids=pairs.target[rows].to(device),
                 use_cache=False,
-            ).logits
+            )
+            if (logits := output.get("logits")) is None:
+                raise LLMDropError(
+                    f"This {model.config.model_type} model has no LM head. `load_encoder_decoder` loads it whole."
+                )
             nll[rows] = _nll(logits, pairs.labels[rows].to(logits.device))
     return TargetScores(nll, pairs.target_mask.sum(1).numpy())
 

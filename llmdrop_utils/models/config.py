@@ -121,7 +121,8 @@ def text_part(config):
         text = _same_on_text(text)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
         return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model says whether the head is tied
+    # The whole model says whether the head is tied.
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
 

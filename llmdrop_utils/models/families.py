@@ -74,6 +74,8 @@ def family_of(config) -> Family:
     """The family of a configuration. Raises LLMDropError for a refused one, saying why, and for an unknown one, saying what
     to add and where."""
     config = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise _no_decoder(config.model_type)
     family = (FAMILIES | ENCODERS).get(config.model_type)
     if callable(family):
         family = family(config)
@@ -153,15 +155,20 @@ def _decoder_of(model: nn.Module) -> nn.Module:
 def need_decoder(anatomy: Anatomy) -> None:
     """Raise LLMDropError for an encoder or an encoder-decoder, where next tokens of a text are predicted."""
     if anatomy.encoder is not None:
-        raise LLMDropError(
-            f"This {anatomy.family} model is an encoder-decoder, which predicts a target from a source. measure_importance, "
-            "score_targets, select and dropped take it; for all else give a causal language model."
-        )
+        raise _no_decoder(anatomy.family)
     if anatomy.family in ENCODERS:
         raise LLMDropError(
             f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select and dropped "
             "take it; for all else give a causal language model."
         )
+
+
+def _no_decoder(model_type: str) -> LLMDropError:
+    """The error to raise for an encoder-decoder where next tokens of a text are predicted."""
+    return LLMDropError(
+        f"This {model_type} model is an encoder-decoder, which predicts a target from a source. measure_importance, "
+        "score_targets, select and dropped take it; for all else give a causal language model."
+    )
 
 
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
