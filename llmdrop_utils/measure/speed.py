@@ -113,9 +113,8 @@ def measure_speed(
     if not isinstance(load, Load):
         raise LLMDropError(f'Expected a Load, such as Load("prefill", 2048), found {load!r}.')
     plans, repeats = check_plans(model, plans), whole(repeats, "The number of repeats")
-    anatomy = find_anatomy(model)
-    need_decoder(anatomy)
-    longest, known = load.context + load.new_tokens, learned_positions(anatomy.decoder.config)
+    need_decoder(find_anatomy(model))
+    longest, known = load.context + load.new_tokens, learned_positions(find_anatomy(model).decoder.config)
     if known is not None and longest > known:
         raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
     while True:
@@ -157,8 +156,7 @@ def largest_batch(model: nn.Module, length: int) -> int:
     config, device = find_anatomy(model).decoder.config, device_of(model)
     if device.type != "cuda":
         raise NotAvailable("Filling the memory with sequences takes a GPU. Set the profile's speed.batch_size to a number.")
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = kv_bytes(config, DropPlan(), 1, length, model.dtype.itemsize)
     return max(1, int(0.8 * free / each))
 
