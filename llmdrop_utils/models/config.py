@@ -37,6 +37,7 @@ DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}  # names of
 DECODERS = ("decoder",)  # causal language models
 ENCODERS = ("text encoder", "vision encoder")
 ENCODER_DECODERS = ("encoder-decoder",)
+OTHERS = ENCODERS + ENCODER_DECODERS  # that are no decoders
 OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 
 

@@ -2,11 +2,12 @@
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from ..base.errors import LLMDropError
-from .config import ENCODER_DECODERS, read_config
+from .config import ENCODER_DECODERS, full_config, kind_of, read_config
 from .convert import UNREADABLE, first_line
+from .encoders import attention_of, load_located_encoder
 from .families import halves_of, position_limit
 from .load import check_weights, default_dtype, load_tokenizer, ready
 from .locate import LocatedModel, locate_model
@@ -41,9 +42,10 @@ def load_located_encoder_decoder(located: LocatedModel, dtype: torch.dtype | Non
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
 
 
-def attention_of(config) -> str:
-    """How attention is computed in an encoder-decoder of this configuration: "sdpa" or "eager"."""
-    return "sdpa" if MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+def load_located_other(located: LocatedModel, dtype: torch.dtype | None = None, device: str | None = None):
+    """An encoder or an encoder-decoder, whichever it is, and what makes its input."""
+    is_pair = kind_of(full_config(located.name, located.folder)) in ENCODER_DECODERS
+    return (load_located_encoder_decoder if is_pair else load_located_encoder)(located, dtype, device)
 
 
 def _load_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:

@@ -9,12 +9,12 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 from ..base import files
-from ..models.encoders import load_located_encoder
+from ..models.encoder_decoders import load_located_other
 from ..models.load import load_located
 from ..models.locate import LocatedModel
 from ..report.show import show
 from ..report.style import FIGURES, draw
-from ..report.tables import models_measured, read_tables, with_exact_names
+from ..report.tables import frame, models_measured, read_tables, with_exact_names
 from ..report.verdicts import ADVICE, as_html, judge
 from .profile import load_profile
 from .run import NOT_RUN, STUDIES
@@ -62,15 +62,17 @@ class Page:
 
         Ends of intervals are shown behind their value, so they need not be named.
         """
-        rows: pd.DataFrame = self.tables[name].query(where) if where else self.tables[name]
-        declared = {column.name: column for column in {**self.study.tables, **NOT_RUN}[name]}
+        tables = {**self.study.tables, **NOT_RUN}
+        content = self.tables.get(name, frame(name, [], tables))  # a run that was kept before may lack it
+        rows: pd.DataFrame = content.query(where) if where else content
+        declared = {column.name: column for column in tables[name]}
         ends = {end for column in declared.values() for end in (column.low, column.high)}
         chosen = [declared[column] for column in columns] or [c for c in declared.values() if c.name not in ends]
         self.say(show(with_exact_names(rows), chosen) if len(rows) else "Nothing to show: this run has no such rows.")
 
     def example_model(self, name: str | None = None):
         """One model of the run (the first, or the one of this name) and what makes its input, for a live example."""
-        load = load_located if "decoder" in self.study.kinds else load_located_encoder
+        load = load_located if "decoder" in self.study.kinds else load_located_other
         return load(self.located(name), self.profile.dtype)
 
     def located(self, name: str | None = None) -> LocatedModel:

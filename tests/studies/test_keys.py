@@ -77,6 +77,7 @@ EXEMPT = {
     ("ChangedSpeedWork", "tokens"): "which weights are zero does not matter to times",
     ("EncoderImportanceWork", "batch_size"): ROUNDING,
     ("EmbeddingWork", "batch_size"): ROUNDING,
+    ("TargetWork", "batch_size"): ROUNDING,
     ("DataSet", "name"): "the same samples under another name",
     ("DataSet", "groups"): "intervals are made later, from values of each sample",
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
@@ -238,7 +239,7 @@ def test_the_order_in_a_plan_does_not_matter():
 def test_kinds_of_values_are_apart():
     """Also of items that share all their fields."""
     found = [key["measurement"] for cls in classes() for key in build(cls).keys]
-    assert len(set(found)) == len(found) == 20
+    assert len(set(found)) == len(found) == 21
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,7 @@ def test_kinds_of_values_are_apart():
         ("ChoiceWork", kept_module, "VERSION"),
         ("EncoderImportanceWork", encoders_module, "IMPORTANCE_VERSION"),
         ("EmbeddingWork", encoders_module, "VERSION"),
+        ("TargetWork", encoders_module, "TARGETS_VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -275,7 +277,16 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork", "EncoderImportanceWork", "EmbeddingWork"}
-ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"}
+ALL |= {
+    "TargetWork",
+    "ProbeWork",
+    "GenerationWork",
+    "ConfidenceWork",
+    "ChangedWork",
+    "ChangedSpeedWork",
+    "MadeWork",
+    "ChoiceWork",
+}
 
 
 @pytest.mark.parametrize(
