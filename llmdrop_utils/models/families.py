@@ -138,8 +138,16 @@ def _find_halves(model: nn.Module) -> Anatomy:
             for stack, family in ((encoder, halves.encoder), (decoder, halves.decoder))
             for block in stack.get_submodule(family.layers)
         )
+        readers = [
+            layer.block.get_submodule(halves.decoder.attention_unit[0]) for layer in layers if layer.has("cross_attention")
+        ]
     except AttributeError as error:
         raise not_as_stated(name, error) from error
+    if not all(getattr(reader, "is_causal", True) for reader in readers):  # UMT5 in transformers 5.17
+        raise LLMDropError(
+            f"This {name} model cannot be taken apart: its decoder sees tokens that are still to come, an error of this version "
+            "of transformers. Install a later one."
+        )
     return Anatomy(name, decoder, layers, encoder)
 
 

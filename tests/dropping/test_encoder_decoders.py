@@ -29,7 +29,7 @@ PLANS = {
 ALL = DropPlan(range(5), range(5), cross_attention=(3, 4))
 every_family = pytest.mark.parametrize("name", CASES)
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-each_layout = pytest.mark.parametrize("name", ["t5", "umt5", "bart", "pegasus"])
+each_layout = pytest.mark.parametrize("name", [name for name in ("t5", "umt5", "bart", "pegasus") if name in CASES])
 
 
 @functools.cache
@@ -123,11 +123,13 @@ def step_by_step(model: nn.Module, cache: EncoderDecoderCache) -> torch.Tensor:
 
 
 @every_plan
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart", "mbart"])
+@each_layout
 def test_the_cache_holds_nothing_for_what_is_dropped(name, plan):
+    expected = step_by_step(silenced(name, plan), EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    torch.testing.assert_close(expected, read(silenced(name, plan)), rtol=1e-4, atol=1e-4)
     with dropped(dense(name), plan) as model:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        torch.testing.assert_close(step_by_step(model, cache), read(silenced(name, plan)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step_by_step(model, cache), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 7
     for kind, of_kind in (("attention", cache.self_attention_cache), ("cross_attention", cache.cross_attention_cache)):
         lacking = {layer - N_SOURCE for layer in getattr(plan, kind) if layer >= N_SOURCE}
@@ -254,7 +256,7 @@ def test_plans_that_do_not_fit(plan, message):
         drop(tiny("bart"), plan)
 
 
-def test_an_anatomy_that_is_not_there(monkeypatch):
+def test_an_anatomy_that_is_not_there():
     model = tiny("bart")
     del model.model.decoder.layers[1].fc2
     with pytest.raises(LLMDropError, match="bart model is not built as ENCODER_DECODERS .*encoder_decoder_layouts.py. says"):
