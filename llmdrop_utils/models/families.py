@@ -145,8 +145,8 @@ def _find_halves(model: nn.Module) -> Anatomy:
         raise not_as_stated(name, error) from error
     if not all(getattr(reader, "is_causal", True) for reader in readers):  # UMT5 in transformers 5.17
         raise LLMDropError(
-            f"This {name} model cannot be taken apart: its decoder sees tokens that are still to come, an error of this version "
-            "of transformers. Install a later one."
+            f"This {name} model cannot be taken apart: its decoder sees tokens that are still to come, an error of this "
+            "version of transformers. Install a later one."
         )
     return Anatomy(name, decoder, layers, encoder)
 
