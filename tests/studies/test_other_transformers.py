@@ -181,7 +181,8 @@ def test_importance_of_encoder_decoders_by_depth():
     assert (first["self_attention"], second["self_attention"]) == pytest.approx((0.5, 0.6))
     assert (first["cross_attention"], second["cross_attention"]) == pytest.approx((0.5, 0.2))
     assert np.isnan([second[f"encoder_{name}"] for name in ("attention", "mlp", "attention_low", "mlp_high")]).all()
-    assert second["cross_attention_low"] <= 0.2 <= second["cross_attention_high"]
+    # Target tokens are as many in both samples, so draws are 0.1, 0.2 or 0.3, and as often below 0.2 as above.
+    assert second["cross_attention_low"] + second["cross_attention_high"] == pytest.approx(0.4)
     assert first["cross_attention_low"] == first["cross_attention_high"] == pytest.approx(0.5)
 
 
