@@ -506,7 +506,7 @@ ENCODERS = [
         ("the second half finds the first", "retrieval_ranks(other[:n], other[n:])", "retrieval_ranks(other[n:], other[:n])"),
         ("the dense model finds", "nearest_has_label(other, self.labels)", "nearest_has_label(dense, self.labels)"),
         ("labels are in no key", "*map(str, self.labels)", ""),
-        ("nothing is dropped", "with skipping(model, plan):\n                other", "with skipping(model, DropPlan()):\n                other"),
+        ("nothing is dropped", "plan):\n                other", "DropPlan()):\n                other"),
         ("the first half is the target", "data.inputs[:n], data.inputs[n:])", "data.inputs[n:], data.inputs[:n])"),
     ),
     *edits("studies/other_transformers/pair_rows.py", OTHERS,
