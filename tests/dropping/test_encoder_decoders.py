@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from llmdrop_utils import DropPlan, LLMDropError, drop, dropped, measure_importance
+from llmdrop_utils.dropping import units
 from llmdrop_utils.dropping.caches import NoCache
 from llmdrop_utils.dropping.plan import PLACES
 from llmdrop_utils.dropping.units import skipping
@@ -192,6 +193,18 @@ def test_positions_that_one_attention_makes_for_all_stay(name):
     for_good = drop(copy.deepcopy(dense(name)), plan)
     again = copy.deepcopy(for_good).double()
     assert float((again(**given).logits - before).abs().max()) < 1e-4
+
+
+def test_positions_stay_on_the_gpu(monkeypatch):
+    """What is dropped leaves it meanwhile, and comes back."""
+    model, moves = copy.deepcopy(pristine("t5")), []
+    monkeypatch.setattr(units, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(units, "_move", lambda tensor, device: moves.append(id(tensor)))
+    names = {id(p): n.removeprefix("encoder.block.0.layer.0.") for n, p in model.named_parameters()}
+    with dropped(model, DropPlan(attention=(0,))):
+        gone = ["SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight", "SelfAttention.o.weight"]
+        assert [names[tensor] for tensor in moves] == [*gone, "layer_norm.weight"]
+    assert moves[5:] == moves[:5]
 
 
 @every_family
