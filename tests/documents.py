@@ -28,6 +28,7 @@ SMALLER = {  # what examples name -> what is small and needs no download
     "smollm2-135m": "tiny-llama",
     "minilm-l6": "tiny-bert",
     "vit-s-focus": "tiny-vit",
+    "google-t5/t5-small": "tiny-t5",
     '"web"': '"random-words"',
     "512": "32",
     "n_drop=8": "n_drop=2",

@@ -1,18 +1,16 @@
 """What documents say about results: sentences with the numbers of the committed tables in them."""
 
-import functools
 import json
 import math
 
 import numpy as np
 import pandas as pd
 import yaml
-from documents import MEDIUM, judged, only, row, scorecard, signed, span, table
+from documents import MEDIUM, judged, only, row, scorecard, span, table
 
 from llmdrop_utils import load_profile
 from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.base.stats import median_interval
-from llmdrop_utils.report.verdicts import judge
 from llmdrop_utils.studies.speedup.loads import Speed
 
 # ---- what README says about results -----------------------------------------------------------------------------------

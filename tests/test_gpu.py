@@ -2,6 +2,7 @@
 
 import copy
 
+import encoder_decoder_families
 import families
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from llmdrop_utils import (
     measure_importance,
     measure_speed,
     prune_by_wanda,
+    score_targets,
     score_text,
     select_by,
     tune,
@@ -111,3 +113,22 @@ def test_a_batch_that_is_too_large_is_halved(capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 1 <= found.batch_size < 64
     assert "out of memory: going on with a batch of" in capsys.readouterr().err
+
+
+def test_encoder_decoders():
+    """Importance, what targets cost, and generation without attention that makes positions for others."""
+    for name in ("t5", "bart"):
+        model, given = encoder_decoder_families.tiny(name), encoder_decoder_families.pairs()
+        there, plan = copy.deepcopy(model).cuda(), DropPlan((0, 3), cross_attention=(4,))
+        ours, theirs = (measure_importance(each, given).importance for each in (model, there))
+        for kind, values in ours.items():
+            np.testing.assert_allclose(theirs[kind], values, atol=1e-4)
+        with dropped(model, plan), dropped(there, plan):
+            costs = [score_targets(each, given).nll for each in (model, there)]
+            np.testing.assert_allclose(*costs, rtol=1e-3)
+            source = given["input_ids"].cuda()
+            cached, plain = (
+                there.generate(source, max_new_tokens=8, use_cache=use, eos_token_id=None) for use in (True, False)
+            )
+            assert torch.equal(cached, plain)
+        assert {p.device.type for p in there.parameters()} == {"cuda"}

@@ -19,7 +19,7 @@ from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import available, skipping
 from ..measure.guard import evaluating, tokens_for
-from ..measure.importance import KINDS
+from ..measure.metrics import KINDS
 from ..measure.passes import given_by
 from ..measure.scoring import divergence_of
 from ..models.families import find_anatomy, input_device, tensor_of

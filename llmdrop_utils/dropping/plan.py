@@ -11,12 +11,13 @@ from torch import nn
 from ..base.checks import as_whole
 from ..base.errors import LLMDropError
 from ..base.files import write_text
-from ..models.families import Anatomy, family_of, find_anatomy, stream_width
+from ..models.families import Anatomy, find_anatomy, stream_width
 from .maps import LinearMap, load_maps, save_maps, weights_path
 
 FORMAT = "llmdrop drop plan 1"
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
+PLACES = NAMES | {"cross_attention": "cross-attention"}  # the last one in encoder-decoders alone
 
 
 class PlanKey(NamedTuple):
@@ -25,22 +26,28 @@ class PlanKey(NamedTuple):
     attention: tuple[int, ...]  # sorted
     mlp: tuple[int, ...]
     maps: tuple[tuple[str, int, str], ...] = ()  # (kind, layer, fingerprint), sorted
+    cross_attention: tuple[int, ...] = ()  # sorted
 
     def to_json(self) -> dict:
-        """Plain lists, for the store. "maps" only if there are some: keys of records without maps never change."""
+        """Plain lists, for the store. "maps" and "cross_attention" only if there are some: keys of records without them never
+        change."""
         lists = {"attention": list(self.attention), "mlp": list(self.mlp)}
+        if self.cross_attention:
+            lists["cross_attention"] = list(self.cross_attention)
         return lists | ({"maps": [list(entry) for entry in self.maps]} if self.maps else {})
 
     @classmethod
     def from_json(cls, value: dict) -> "PlanKey":
         """The inverse of `to_json`."""
-        return cls(tuple(value["attention"]), tuple(value["mlp"]), tuple(tuple(entry) for entry in value.get("maps", [])))
+        maps = tuple(tuple(entry) for entry in value.get("maps", []))
+        return cls(tuple(value["attention"]), tuple(value["mlp"]), maps, tuple(value.get("cross_attention", [])))
 
 
 @dataclasses.dataclass(frozen=True)
 class DropPlan:
     """Which sub-layers to drop: indices of layers from zero, most droppable first.
 
+    In an encoder-decoder the layers of the decoder are counted on from those of the encoder, and have cross-attention as well.
     `n_layers` and `model` say which model the plan was made for ('sha256:...' or 'hub:org/name@commit'), `scores` is the
     fingerprint of the scores that it came from; None: unknown. `maps` puts linear maps in some of the dropped places; it is
     given as {("attention" | "mlp", layer): LinearMap}. Raises LLMDropError for what no model can have.
@@ -52,6 +59,7 @@ class DropPlan:
     model: str | None = None
     scores: str | None = None
     maps: tuple[tuple[str, int, LinearMap], ...] = ()  # sorted by kind and layer
+    cross_attention: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.n_layers is not None:
@@ -62,7 +70,7 @@ class DropPlan:
         for name in ("model", "scores"):
             if not isinstance(getattr(self, name), str | None):
                 raise LLMDropError(f"A drop plan's {name} must be text, but is {getattr(self, name)!r}.")
-        for kind, name in NAMES.items():
+        for kind, name in PLACES.items():
             object.__setattr__(self, kind, _indices(getattr(self, kind), name))
             if self.n_layers is not None:
                 _check_range(getattr(self, kind), name, self.n_layers)
@@ -77,13 +85,13 @@ class DropPlan:
     @property
     def n_drop(self) -> int:
         """Number of sub-layers that are dropped."""
-        return len(self.attention) + len(self.mlp)
+        return len(self.attention) + len(self.mlp) + len(self.cross_attention)
 
     @property
     def key(self) -> PlanKey:
         """What the plan drops, whatever the order, the model and the scores."""
         maps = tuple((kind, layer, linear.fingerprint) for kind, layer, linear in self.maps)
-        return PlanKey(tuple(sorted(self.attention)), tuple(sorted(self.mlp)), maps)
+        return PlanKey(tuple(sorted(self.attention)), tuple(sorted(self.mlp)), maps, tuple(sorted(self.cross_attention)))
 
     def map_of(self, kind: str, layer: int) -> LinearMap | None:
         """The map in this place; None if nothing stands there, or the sub-layer itself."""
@@ -103,6 +111,8 @@ class DropPlan:
         path = Path(path)
         value = {"format": FORMAT} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del value["maps"]
+        if not self.cross_attention:
+            del value["cross_attention"]
         if self.maps:
             save_maps(weights_path(path), {(kind, layer): linear for kind, layer, linear in self.maps})
             value["maps"] = self.key.maps
@@ -135,8 +145,9 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
     anatomy = find_anatomy(model)
     if not isinstance(plan, DropPlan):
         raise LLMDropError(f"Expected a drop plan, found {plan!r}. Make one: DropPlan(attention=(3,)), select(...).")
-    for kind, name in NAMES.items():
+    for kind, name in PLACES.items():
         _check_range(getattr(plan, kind), name, len(anatomy))
+    _check_cross_attention(anatomy, plan)
     if missing := sorted(set(plan.attention) - set(anatomy.with_attention)):
         raise LLMDropError(
             f"The attention drop list holds layer {missing[0]}, but that layer of this {anatomy.family} model has another "
@@ -160,7 +171,7 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
                 f"The map for the {NAMES[kind]} of layer {layer} is {linear.width} numbers wide, but this model's residual "
                 f"stream is {width} wide. Fit a map to this model."
             )
-        family = family_of(anatomy.decoder.config)
+        family = anatomy.layers[layer].family
         if not {"attention": family.attention_is_one_module, "mlp": family.mlp_is_one_module}[kind]:
             other = " Use a plan with maps for attention only." if family.attention_is_one_module else ""
             raise LLMDropError(
@@ -168,6 +179,17 @@ def check_plan(model: nn.Module, plan: DropPlan) -> Anatomy:
                 f"stand in its place (layer {layer}).{other}"
             )
     return anatomy
+
+
+def _check_cross_attention(anatomy: Anatomy, plan: DropPlan) -> None:
+    """Raise LLMDropError unless each layer whose cross-attention is to be dropped has one."""
+    there = anatomy.having("cross_attention")
+    if missing := sorted(set(plan.cross_attention) - set(there)):
+        others = f"The layers that have it are those of the decoder: {there}." if there else "Only an encoder-decoder has it."
+        raise LLMDropError(
+            f"The cross-attention drop list holds layer {missing[0]}, but that layer of this {anatomy.family} model has no "
+            f"cross-attention. {others}"
+        )
 
 
 def check_plans(model: nn.Module, plans: Sequence[DropPlan] | DropPlan) -> tuple[DropPlan, ...]:

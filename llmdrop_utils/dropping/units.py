@@ -2,11 +2,12 @@
 
 Norm and sub-layer are one unit (paper, section 3). Their modules are replaced by stand-ins without parameters that add
 zero to the residual stream; `layouts.FAMILIES` says which modules these are. Norms that act on the stream itself belong to
-no unit, and stay. Where the plan has a linear map for a place, all norms stay, and the map replaces the attention or MLP
-module between them. Layers keep their indices.
+no unit, and stay; so do positions that the attention of one layer makes for all (T5). Where the plan has a linear map for a
+place, all norms stay, and the map replaces the attention or MLP module between them. Layers keep their indices.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
-from ..models.families import Anatomy, Family, family_of, not_as_stated
+from ..models.families import Anatomy, Family, not_as_stated
 from .caches import watch_caches
 from .maps import LinearMap
-from .plan import NAMES, DropPlan, check_plan
+from .plan import NAMES, PLACES, DropPlan, check_plan
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def skipping(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def dropped(model: nn.Module, plan: DropPlan) -> Iterator[nn.Module]:
     """`skipping`, and what is dropped leaves the GPU meanwhile. Weights that accelerate offloads stay where they are."""
-    with _without(model, plan) as modules, _on_cpu(modules):
+    with _without(model, plan) as modules, _on_cpu(modules, model):
         yield model
 
 
@@ -48,10 +49,10 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
     with random numbers (`load_model` refuses to).
     """
     anatomy = check_plan(model, plan)
-    swaps, without_attention = _stand_ins(anatomy, plan, for_good=True)
+    swaps, lacking = _stand_ins(anatomy, plan, for_good=True)
     for block, name, _, stand_in in swaps:
         block.set_submodule(name, stand_in)
-    watch_caches(anatomy, without_attention)
+    watch_caches(anatomy, lacking)
     return model
 
 
@@ -59,12 +60,12 @@ def drop(model: nn.Module, plan: DropPlan) -> nn.Module:
 def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
     """Swap the plan's modules for stand-ins; yields the modules."""
     anatomy = check_plan(model, plan)
-    swaps, without_attention = _stand_ins(anatomy, plan)
+    swaps, lacking = _stand_ins(anatomy, plan)
     handles = []
     try:
         for block, name, _, stand_in in swaps:
             block.set_submodule(name, stand_in)
-        handles += watch_caches(anatomy, without_attention)
+        handles += watch_caches(anatomy, lacking)
         yield [module for _, _, module, _ in swaps]
     finally:
         for handle in handles:
@@ -74,9 +75,11 @@ def _without(model: nn.Module, plan: DropPlan) -> Iterator[list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def _on_cpu(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside, what these modules hold on a GPU is in the CPU's memory. The parameters remain the same objects."""
-    tensors = [part for module in modules for tensor in (*module.parameters(), *module.buffers()) for part in _parts(tensor)]
+def _on_cpu(modules: list[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Inside, what these modules hold on a GPU, and the model no more, is in the CPU's memory. The parameters remain the same
+    objects."""
+    kept = {id(tensor) for tensor in _tensors(model)}
+    tensors = [part for module in modules for tensor in _tensors(module) if id(tensor) not in kept for part in _parts(tensor)]
     homes = [(tensor, tensor.device) for tensor in tensors if _on_gpu(tensor)]
     try:
         for tensor, _ in homes:
@@ -85,6 +88,11 @@ def _on_cpu(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for tensor, device in homes:
             _move(tensor, device)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -106,30 +114,28 @@ def _move(tensor: torch.Tensor, device: torch.device) -> None:
 
 
 def left(anatomy: Anatomy, kind: str) -> list[int]:
-    """Indices of the layers whose "attention", or "mlp", is in its place now: neither dropped nor replaced by a map."""
-    family = family_of(anatomy.decoder.config)
-    name = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind][0]
-    there = anatomy.with_attention if kind == "attention" else range(len(anatomy))
-    return [index for index in there if not isinstance(anatomy.layers[index].block.get_submodule(name), StandIn)]
+    """Indices of the layers whose "attention", "cross_attention" or "mlp" is in its place now: neither dropped nor replaced by
+    a map."""
+    module = lambda layer: layer.block.get_submodule(layer.family.units[kind][0])  # noqa: E731
+    return [index for index in anatomy.having(kind) if not isinstance(module(anatomy.layers[index]), StandIn)]
 
 
 def available(anatomy: Anatomy, kind: str) -> list[int]:
-    """Indices of the layers that have something of this kind to drop: "attention", "mlp" or "block".
+    """Indices of the layers that have something of this kind to drop: "attention", "cross_attention", "mlp" or "block".
 
     A block can be dropped if its parts can, so none whose attention is another mixer.
     """
     if kind != "block":
         return left(anatomy, kind)
-    parts = {*left(anatomy, "attention"), *left(anatomy, "mlp")}
+    parts = {*left(anatomy, "attention"), *left(anatomy, "cross_attention"), *left(anatomy, "mlp")}
     return sorted(parts & set(anatomy.with_attention))
 
 
 def mapped(anatomy: Anatomy) -> Iterator[tuple[tuple[str, int], "Mapped"]]:
     """Places ("attention" or "mlp", layer) in which a linear map stands now, and the modules with their parameters."""
-    family = family_of(anatomy.decoder.config)
     for index, layer in enumerate(anatomy.layers):
-        for kind, unit in (("attention", family.attention_unit), ("mlp", family.mlp_unit)):
-            if kind == "attention" and not layer.has_attention:
+        for kind, unit in layer.family.units.items():
+            if not layer.has(kind):
                 continue
             if isinstance(module := layer.block.get_submodule(unit[0]), Mapped):
                 yield (kind, index), module
@@ -145,6 +151,8 @@ class Place:
     returns: int  # how many values; attention: output and weights; some MLPs: output and router scores
     term: str = ""  # the module inside of it that makes the term, where it adds the stream (its second input) itself
     full: bool = False  # the layer adds in place, so that the output needs its full shape
+    hands_on: bool = False  # the second value are the positions that later layers read as well: as given, or as made here
+    maker: nn.Module | None = None  # what makes them, if that is here
 
 
 class StandIn(nn.Module):
@@ -153,6 +161,10 @@ class StandIn(nn.Module):
     def __init__(self, place: "Place"):
         super().__init__()
         self.returns = place.returns
+        self.hands_on = place.hands_on
+        self.__dict__["maker"] = place.maker  # no child: what it holds keeps its name here
+        for name, module in place.maker.named_children() if place.maker else ():
+            self.add_module(name, module)
         self.term = place.term
         if self.term:  # where the term is seen, as in the module that stood here
             self.add_module(self.term, nn.Identity())
@@ -161,7 +173,17 @@ class StandIn(nn.Module):
         output = self.output(hidden_states)
         if self.term:
             output = args[0] + self.get_submodule(self.term)(output)
+        if self.hands_on:
+            return output, self._positions(hidden_states, **kwargs), *[None] * (self.returns - 2)
         return output if self.returns == 1 else (output, *[None] * (self.returns - 1))
+
+    def _positions(self, x: torch.Tensor, position_bias=None, mask=None, past_key_values=None, **kwargs) -> torch.Tensor | None:
+        """What is added to the scores of attention: (1, heads, T, past + T), as given, or as made here."""
+        if position_bias is not None or self.maker is None:
+            return position_bias
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        n_keys = past + x.shape[1] if mask is None else mask.shape[-1]
+        return self.maker.compute_bias(x.shape[1], n_keys, device=x.device, past_seen_tokens=past)
 
 
 class Dropped(StandIn):
@@ -204,19 +226,19 @@ class Mapped(StandIn):
 Swap = tuple[nn.Module, str, nn.Module, nn.Module]  # block, name, module, what stands in for it
 
 
-def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tuple[list[Swap], frozenset[int]]:
-    """What to swap, and the indices of all layers that then lack attention.
+def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tuple[list[Swap], dict[str, frozenset[int]]]:
+    """What to swap; and by kind, the indices of all layers that then lack their sub-layer.
 
     Changes nothing yet. A plan may meet a model that lacks sub-layers already: only what is still there is swapped.
     """
-    family = family_of(anatomy.decoder.config)
-    swaps, lacks_attention = [], set()
+    swaps: list[Swap] = []
+    lacking: dict[str, set[int]] = {kind: set() for kind in PLACES}
     for index, layer in enumerate(anatomy.layers):
         child = functools.partial(_child, anatomy, layer.block)
         kept: set[str] = set()  # modules that something still reads or writes
         idle: list[str] = []  # and those that a dropped unit leaves idle
-        for kind, unit in (("attention", family.attention_unit), ("mlp", family.mlp_unit)):
-            if kind == "attention" and not layer.has_attention:  # `check_plan` refuses to drop another mixer
+        for kind, unit in layer.family.units.items():
+            if not layer.has(kind):  # `check_plan` refuses to drop another mixer
                 kept.update(unit)
                 continue
             now, planned, linear = child(unit[0]), index in getattr(plan, kind), plan.map_of(kind, index)
@@ -225,29 +247,38 @@ def _stand_ins(anatomy: Anatomy, plan: DropPlan, for_good: bool = False) -> tupl
                 stand_in = now
             elif planned:
                 like = _weights(now, layer.block)
-                place = _place(family, kind, now)
+                place = _place(layer.family, kind, now)
                 stand_in = Dropped(place) if linear is None else Mapped(place, linear, like, for_good)
                 swaps.append((layer.block, unit[0], now, stand_in))
             else:
                 kept.update(unit)
                 continue
-            if kind == "attention":
-                lacks_attention.add(index)
+            lacking[kind].add(index)
             if isinstance(stand_in, Mapped):
                 kept.update(unit[1:])  # its norms
             else:
                 idle += unit[1:]
         names = dict.fromkeys(name for name in idle if name not in kept)  # a set, in order
         swaps += [(layer.block, name, child(name), nn.Identity()) for name in names if not isinstance(child(name), nn.Identity)]
-    return swaps, frozenset(lacks_attention)
+    return swaps, {kind: frozenset(layers) for kind, layers in lacking.items()}
 
 
 def _place(family: Family, kind: str, now: nn.Module) -> Place:
-    unit, term = (family.attention_unit, family.attention) if kind == "attention" else (family.mlp_unit, family.mlp)
+    unit, term = family.units[kind], family.term(kind)
     inside = term.removeprefix(f"{unit[0]}.") if term.startswith(f"{unit[0]}.") else ""
-    if kind == "attention":
-        return Place(family.attention_returns, inside)
+    if kind != "mlp":
+        name = family.position_bias
+        return Place(family.attention_returns, inside, hands_on=bool(name), maker=_part(now, name) if name else None)
     return Place(2 if family.mlp_returns_router and hasattr(now, "router") else 1, inside, family.mlp_is_added_to)
+
+
+def _part(attention: nn.Module, name: str) -> nn.Module | None:
+    """A copy of an attention that holds only its child of this name, the very same; None if it has none."""
+    if not hasattr(attention, name):
+        return None
+    part = copy.copy(attention)
+    part._modules = {name: getattr(attention, name)}
+    return part
 
 
 def _weights(module: nn.Module, block: nn.Module) -> torch.Tensor:

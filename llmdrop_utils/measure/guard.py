@@ -22,7 +22,13 @@ def tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
 
 
 def _tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
-    tokens, config = as_tokens(given), find_anatomy(model).decoder.config
+    tokens = as_tokens(given)
+    check_tokens(tokens, find_anatomy(model).decoder.config)
+    return tokens
+
+
+def check_tokens(tokens: torch.LongTensor, config) -> None:
+    """Raise LLMDropError for token ids that a model of this configuration does not know, and for samples that are too long."""
     longest = position_limit(config)
     if longest is not None and tokens.shape[1] > longest:
         raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
@@ -32,7 +38,22 @@ def _tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
             f"Token ids run from {low} to {high}, but this model knows 0 to {config.vocab_size - 1}: were they made with "
             "another model's tokenizer?"
         )
-    return tokens
+
+
+def as_mask(given: object, tokens: torch.Tensor) -> torch.Tensor:
+    """An attention mask of the shape of the tokens. Raises LLMDropError for anything else, and for samples without a token."""
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LLMDropError(f"The attention mask must have the shape of the tokens {tuple(tokens.shape)}: {error}.") from None
+    if tokens.is_floating_point():
+        raise LLMDropError("Images have no padding: leave the attention mask away.")
+    if mask.shape != tokens.shape or not bool(mask.bool().any(1).all()):
+        raise LLMDropError(
+            f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "
+            f"in each sample; found {tuple(mask.shape)}."
+        )
+    return mask
 
 
 def input_for(model: nn.Module, given: object) -> torch.Tensor:

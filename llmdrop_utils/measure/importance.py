@@ -6,10 +6,12 @@ X is the stream that the sub-layer reads, before its norm; norm and sub-layer ar
 layer's raw input and output. One forward pass without LM head gives all three kinds.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +19,12 @@ import torch
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.units import available
-from ..models.families import find_anatomy, input_device
-from .guard import input_for, measuring
-from .metrics import BIN_EDGES, KINDS, METRICS
+from ..models.families import Anatomy, find_anatomy, input_device
+from .guard import as_mask, input_for, measuring
+from .metrics import BIN_EDGES, METRICS
 from .probe import Probe
 from .rotary import rotary_following
+from .targets import pairs_for
 
 VERSION = 1  # raise when a change alters what is measured: stored results of older versions are then not used
 
@@ -30,12 +33,14 @@ VERSION = 1  # raise when a change alters what is measured: stored results of ol
 class Importance:
     """Importance of every attention, MLP and block of a model on one set of tokens.
 
-    per_sample: kind -> float64 (n_samples, n_layers), mean importance over the tokens of each sample
-    weights: int64 (n_samples,), tokens counted in each sample
+    per_sample: kind -> float64 (n_samples, n_layers), mean importance over the tokens of each sample; of an encoder-decoder
+        "cross_attention" too, which is NaN in the layers of its encoder
+    weights: int64 (n_samples,), tokens counted in each sample; of an encoder-decoder (n_samples, n_layers): those of the source
+        in the layers of the encoder, those of the target in the layers of the decoder
     histogram: kind -> int64 (n_layers, n_bins), number of tokens by importance (`BIN_EDGES`)
     model: identity of the model, where `load_model` loaded it
-    gone: ("attention" | "mlp" | "block", layer) of all that the model lacked, or had a map for: it cannot be dropped again.
-        Also what is no attention (Mamba, a convolution): its importance stands under "attention", and no method chooses it
+    gone: (kind, layer) of all that the model lacked, or had a map for: it cannot be dropped again. Also what is no attention
+        (Mamba, a convolution): its importance stands under "attention", and no method chooses it
     """
 
     per_sample: dict[str, np.ndarray]
@@ -46,7 +51,8 @@ class Importance:
 
     def __repr__(self) -> str:
         n_samples, n_layers = self.per_sample["block"].shape
-        return f"Importance({', '.join(self.per_sample)}: {n_layers} layers, {n_samples} samples, {self.weights.sum()} tokens)"
+        n_tokens = (self.weights if self.weights.ndim == 1 else self.weights[:, [0, -1]]).sum()
+        return f"Importance({', '.join(self.per_sample)}: {n_layers} layers, {n_samples} samples, {n_tokens} tokens)"
 
     @property
     def importance(self) -> dict[str, np.ndarray]:
@@ -73,7 +79,8 @@ class Importance:
     def quantiles(self, kind: str, q: list[float]) -> np.ndarray:
         """Quantiles of importance over tokens, float64 (n_layers, len(q)), interpolated within bins (12 % wide)."""
         counts = np.cumsum(self.histogram[kind], axis=1)
-        share = np.pad(counts / counts[:, -1:], ((0, 0), (1, 0)))
+        with np.errstate(invalid="ignore"):  # a layer that has none of this kind
+            share = np.pad(counts / counts[:, -1:], ((0, 0), (1, 0)))
         return 10.0 ** np.stack([np.interp(q, layer, BIN_EDGES) for layer in share])
 
     def first(self, n: int) -> "Importance":
@@ -84,8 +91,10 @@ class Importance:
     def to_json(self) -> dict:
         """Plain lists, for the store."""
         arrays = lambda values: {kind: array.tolist() for kind, array in values.items()}  # noqa: E731
+        nothing = np.array(None)  # JSON has no NaN
+        known = {kind: np.where(np.isnan(rows), nothing, rows) for kind, rows in self.per_sample.items()}
         return {
-            "per_sample": arrays(self.per_sample),
+            "per_sample": arrays(known),
             "weights": self.weights.tolist(),
             "histogram": arrays(self.histogram),
             "gone": [list(place) for place in sorted(self.gone)],
@@ -94,9 +103,10 @@ class Importance:
     @classmethod
     def from_json(cls, value: dict, model: str | None = None) -> "Importance":
         """The inverse of `to_json`; a record's key says which model it was. Old records, of whole models, have no "gone"."""
-        arrays = lambda values: {kind: np.array(rows) for kind, rows in values.items()}  # noqa: E731
         gone = frozenset((kind, layer) for kind, layer in value.get("gone", []))
-        return cls(arrays(value["per_sample"]), np.array(value["weights"]), arrays(value["histogram"]), model, gone)
+        per_sample = {kind: np.array(rows, dtype=np.float64) for kind, rows in value["per_sample"].items()}
+        histogram = {kind: np.array(rows) for kind, rows in value["histogram"].items()}
+        return cls(per_sample, np.array(value["weights"]), histogram, model, gone)
 
 
 def drop_order(importance: np.ndarray) -> tuple[int, ...]:
@@ -116,11 +126,13 @@ def measure_importance(
 
     Parameters
     ----------
-    model: a transformers causal language model or encoder of a family in `layouts.FAMILIES` or `encoder_layouts.ENCODERS`, of
-        any dtype, on any device or several, offloaded or not. It is left as it was.
+    model: a transformers causal language model, encoder or encoder-decoder of a family in `layouts.FAMILIES`,
+        `encoder_layouts.ENCODERS` or `encoder_decoder_layouts.ENCODER_DECODERS`, of any dtype, on any device or several,
+        offloaded or not. It is left as it was.
     tokens: LongTensor (n_samples, seq_len), or other integers of that shape, or what a tokenizer returns with its mask. For a
         vision encoder pixels, float (n_samples, channels, height, width), or what an image processor returns; its tokens are
-        the patches of an image and those that the model adds (a class token, registers).
+        the patches of an image and those that the model adds (a class token, registers). For an encoder-decoder sources and
+        targets, as `prepare_pairs` makes them; layers of the encoder read the source, those of the decoder the target.
     batch_size: samples per forward pass. On a GPU that runs out of memory it is halved, with a message.
     attention_mask: (n_samples, seq_len), nonzero where a token counts; None counts all. Padding may be on either side:
         positions are counted from the first token that counts.
@@ -132,55 +144,99 @@ def measure_importance(
     values in [0.99, 1]. What a dropped model lacks adds nothing and has importance zero; a map in its place has that of what
     it adds. Raises LLMDropError for wrong input and if the model produces infinities.
     """
-    anatomy = find_anatomy(model)
-    if attention_mask is None and isinstance(tokens, Mapping):
-        tokens, attention_mask = tokens.get("input_ids", tokens.get("pixel_values")), tokens.get("attention_mask")
-    given, batch_size = input_for(model, tokens), whole(batch_size, "The batch size")
-    attention_mask = None if attention_mask is None else _as_mask(attention_mask, given)
+    anatomy, batch_size = find_anatomy(model), whole(batch_size, "The batch size")
     if metric not in METRICS:
         raise LLMDropError(f"Unknown metric {metric!r}. The metrics are: {', '.join(METRICS)}.")
-    if attention_mask is not None:
-        attention_mask = attention_mask.to("cpu", torch.long)
-        if rotary_following(model):
-            batch_size = 1  # samples of other lengths would change each other
-    n_samples, n_bins = len(given), len(BIN_EDGES) - 1
-    means = np.zeros((len(KINDS), n_samples, len(anatomy)))
-    weights = np.zeros(n_samples, dtype=np.int64)
-    histogram = np.zeros((len(KINDS), len(anatomy), n_bins), dtype=np.int64)
-    device = input_device(model)
-    start = 0
-    with measuring(model), Probe(anatomy, metric) as probe:
+    halves = _halves(model, anatomy, tokens, attention_mask, metric)
+    if any(half.mask is not None for half in halves) and rotary_following(model):
+        batch_size = 1  # samples of other lengths would change each other
+    n_samples, device, start = len(halves[0].given), input_device(model), 0
+    with measuring(model), contextlib.ExitStack() as stack:
+        for half in halves:
+            stack.enter_context(half.probe)
         while start < n_samples:
             rows = slice(start, start + batch_size)
-            mask = None if attention_mask is None else attention_mask[rows]
-            if not probe.run(given[rows], mask, device):
+            if not _read(halves, rows, device):
                 if batch_size == 1:
-                    what = f"image of {tuple(given.shape[1:])}" if given.ndim == 4 else f"sample of {given.shape[1]} tokens"
-                    raise LLMDropError(f"Out of GPU memory with a single {what}. Use smaller ones.")
+                    raise LLMDropError(f"Out of GPU memory with a single {_described(halves)}. Use smaller ones.")
                 batch_size //= 2
                 torch.cuda.empty_cache()
                 print(f"out of GPU memory: going on with a batch of {batch_size}", file=sys.stderr)
                 continue
-            means[:, rows], weights[rows], counts = probe.finish(mask)
-            histogram += counts
-            start += len(given[rows])
-            on_batch(probe.shape.numel())
-    there = {kind: available(anatomy, kind) for kind in KINDS}
-    gone = frozenset((kind, layer) for kind in KINDS for layer in range(len(anatomy)) if layer not in there[kind])
-    by_kind = lambda array: {kind: array[k] for k, kind in enumerate(KINDS)}  # noqa: E731
-    return Importance(by_kind(means), weights, by_kind(histogram), getattr(model, "llmdrop_identity", None), gone)
+            for half in halves:
+                half.finish(rows)
+            start += len(halves[0].given[rows])
+            on_batch(sum(half.probe.n_tokens for half in halves))
+    kinds = halves[-1].probe.kinds
+    there = {kind: available(anatomy, kind) for kind in kinds}
+    gone = frozenset((kind, layer) for kind in kinds for layer in range(len(anatomy)) if layer not in there[kind])
+    per_sample = {kind: np.concatenate([half.of_kind(kind, half.means, np.nan) for half in halves], 1) for kind in kinds}
+    histogram = {kind: np.concatenate([half.of_kind(kind, half.histogram, 0) for half in halves], 0) for kind in kinds}
+    weights = halves[0].weights
+    if len(halves) > 1:
+        weights = np.concatenate([np.tile(half.weights[:, None], len(half.anatomy)) for half in halves], 1)
+    return Importance(per_sample, weights, histogram, getattr(model, "llmdrop_identity", None), gone)
 
 
-def _as_mask(given: object, tokens: torch.Tensor) -> torch.Tensor:
-    try:
-        mask = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise LLMDropError(f"The attention mask must have the shape of the tokens {tuple(tokens.shape)}: {error}.") from None
-    if tokens.is_floating_point():
-        raise LLMDropError("Images have no padding: leave the attention mask away.")
-    if mask.shape != tokens.shape or not bool(mask.bool().any(1).all()):
-        raise LLMDropError(
-            f"The attention mask must have the shape of the tokens {tuple(tokens.shape)} and leave at least one token "
-            f"in each sample; found {tuple(mask.shape)}."
-        )
-    return mask
+class _Half:
+    """A stack of layers, what it reads, and what is found: all of a model; or of an encoder-decoder the encoder, and then the
+    decoder."""
+
+    def __init__(self, anatomy: Anatomy, metric: str, given: torch.Tensor, mask: torch.Tensor | None, first: int = 0):
+        self.anatomy, self.given, self.mask = anatomy, given, mask
+        self.probe = Probe(anatomy, metric, first)
+        shape = len(self.probe.kinds), len(anatomy)
+        self.means = np.zeros((shape[0], len(given), shape[1]))
+        self.weights = np.zeros(len(given), dtype=np.int64)
+        self.histogram = np.zeros((*shape, len(BIN_EDGES) - 1), dtype=np.int64)
+
+    def mask_of(self, rows: slice) -> torch.Tensor | None:
+        return None if self.mask is None else self.mask[rows]
+
+    def finish(self, rows: slice) -> None:
+        """Take over what the probe has seen of these samples."""
+        self.means[:, rows], self.weights[rows], counts = self.probe.finish(self.mask_of(rows))
+        self.histogram += counts
+
+    def of_kind(self, kind: str, found: np.ndarray, nothing: float) -> np.ndarray:
+        """What was found of a kind; `nothing` everywhere if these layers have none."""
+        kinds = self.probe.kinds
+        return found[kinds.index(kind)] if kind in kinds else np.full_like(found[0], nothing)
+
+
+def _halves(model: torch.nn.Module, anatomy: Anatomy, tokens: Any, mask: torch.Tensor | None, metric: str) -> list[_Half]:
+    if anatomy.encoder is not None:
+        if mask is not None:
+            raise LLMDropError("Give the attention mask of an encoder-decoder with its source, as prepare_pairs does.")
+        pairs, n = pairs_for(model, tokens), anatomy.n_source
+        encoder = dataclasses.replace(anatomy, decoder=anatomy.encoder, layers=anatomy.layers[:n], encoder=None)
+        decoder = dataclasses.replace(anatomy, layers=anatomy.layers[n:], encoder=None)
+        return [
+            _Half(encoder, metric, pairs.source, pairs.source_mask),
+            _Half(decoder, metric, pairs.target, pairs.target_mask, first=n),
+        ]
+    if mask is None and isinstance(tokens, Mapping):
+        tokens, mask = tokens.get("input_ids", tokens.get("pixel_values")), tokens.get("attention_mask")
+    given = input_for(model, tokens)
+    return [_Half(anatomy, metric, given, None if mask is None else as_mask(mask, given).to("cpu", torch.long))]
+
+
+def _read(halves: list[_Half], rows: slice, device: torch.device) -> bool:
+    """Pass samples through all halves, of which the second reads what the first gives; False if the GPU ran out of memory."""
+    more: dict[str, torch.Tensor] = {}
+    for half in halves:
+        mask = half.mask_of(rows)
+        output = half.probe.run(half.given[rows], mask, device, **more)
+        if output is None:
+            return False
+        if mask is not None and half is not halves[-1]:
+            more = {"encoder_hidden_states": output.last_hidden_state, "encoder_attention_mask": mask.to(device)}
+    return True
+
+
+def _described(halves: list[_Half]) -> str:
+    """One sample, for messages."""
+    given = halves[0].given
+    if len(halves) > 1:
+        return f"pair of {given.shape[1]} and {halves[1].given.shape[1]} tokens"
+    return f"image of {tuple(given.shape[1:])}" if given.ndim == 4 else f"sample of {given.shape[1]} tokens"

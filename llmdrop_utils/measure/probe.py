@@ -1,10 +1,12 @@
 """Hooks that reduce each sub-layer's input and output to one number per token, during the forward pass."""
 
+import itertools
+
 import numpy as np
 import torch
 
 from ..base.errors import LLMDropError
-from ..models.families import Anatomy, family_of, stream_of, table_of, tensor_of
+from ..models.families import Anatomy, stream_of, table_of, tensor_of
 from .metrics import BIN_EDGES, KINDS, METRICS, dots
 
 
@@ -12,14 +14,17 @@ class Probe:
     """Hooks that reduce each sub-layer's input and output to one number per token, during the forward pass.
 
     Holds no more of the hidden states than the layer at hand needs. On leaving, all hooks are removed, errors included.
+    first: what the first layer is called in messages, if that is not layer 0.
     """
 
-    def __init__(self, anatomy: Anatomy, metric: str):
-        self.anatomy = anatomy
-        self.takes = family_of(anatomy.decoder.config).takes
+    def __init__(self, anatomy: Anatomy, metric: str, first: int = 0):
+        self.anatomy, self.first = anatomy, first
+        self.takes = anatomy.layers[0].family.takes
+        self.kinds = (*KINDS, "cross_attention") if anatomy.having("cross_attention") else KINDS
         self.dtype_read = next(p.dtype for p in anatomy.decoder.parameters() if p.is_floating_point())  # of pixels
         self.metric = METRICS[metric]
         self.handles: list = []
+        self.eps = 0.0  # the coarsest rounding: T5 keeps a part of its MLPs in float32
         self.checked = False  # the sum of parts is compared with the whole in the first batch
         self.seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # kind -> a few rows of x and of what is added
         self.normed: list[tuple[torch.Tensor, torch.Tensor]] = []  # a few rows of what each norm on the stream reads and gives
@@ -35,17 +40,28 @@ class Probe:
             ]
             if layer.mlp_input is not None:
                 self.handles.append(layer.mlp_input.register_forward_pre_hook(self._enter_mlp, with_kwargs=True))
+            if layer.cross_attention is not None and layer.cross_input is not None:
+                hook = self._after_cross_attention(index, layer.scale)
+                self.handles.append(layer.cross_input.register_forward_pre_hook(self._enter_cross_attention, with_kwargs=True))
+                self.handles.append(layer.cross_attention.register_forward_hook(hook))
             self.handles += [norm.register_forward_hook(self._after_norm) for norm in layer.stream_norms or ()]
         return self
 
     def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
-        self.block_input = self.mlp_input = None
+        self._forget()
 
-    def run(self, given: torch.Tensor, mask: torch.Tensor | None, device: torch.device) -> bool:
-        """Pass a batch of tokens (B, T), or of pixels (B, channels, height, width), through the model without its head; False
-        if the GPU ran out of memory."""
+    def _forget(self) -> None:
+        self.block_input: torch.Tensor | None = None
+        self.cross_input: torch.Tensor | None = None
+        self.mlp_input: torch.Tensor | None = None
+
+    def run(self, given: torch.Tensor, mask: torch.Tensor | None, device: torch.device, **more):
+        """Pass a batch of tokens (B, T), or of pixels (B, channels, height, width), through the model without its head.
+
+        more: what else it takes. Returns its output; None if the GPU ran out of memory.
+        """
         self.shape: torch.Size | None = None
         self.values: dict[tuple[str, int], torch.Tensor] = {}
         self.sums.clear()
@@ -54,13 +70,13 @@ class Probe:
         inputs = {self.takes[0]: given.to(device, dtype), "use_cache": False}
         if mask is not None:
             inputs |= {"attention_mask": mask.to(device), "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device)}
+        inputs |= more
         try:
-            self.anatomy.decoder(**{name: value for name, value in inputs.items() if name in self.takes})
+            return self.anatomy.decoder(**{name: value for name, value in inputs.items() if name in self.takes})
         except torch.OutOfMemoryError:
             self.values.clear()
-            self.block_input = self.mlp_input = None
-            return False
-        return True
+            self._forget()
+            return None
 
     def finish(self, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Means over tokens (kinds, B, layers), tokens per sample (B,), histograms (kinds, layers, bins) of the batch.
@@ -70,14 +86,14 @@ class Probe:
         assert self.shape is not None  # (B, T): a layer ran
         if not self.checked:
             self._check_sums()
-        values = _fetch([self.values[kind, layer] for kind in KINDS for layer in range(len(self.anatomy))])
-        values = values.view(len(KINDS), -1, *self.shape).double()
+        values = _fetch([self.values[kind, layer] for kind in self.kinds for layer in range(len(self.anatomy))])
+        values = values.view(len(self.kinds), -1, *self.shape).double()
         counted = torch.ones(self.shape, dtype=torch.bool) if mask is None else mask.bool()
         bad = ~torch.isfinite(values[:, :, counted])
         if bad.any():
             layer, kind = (int(i) for i in bad.any(-1).T.nonzero()[0])  # the first layer with such values
             raise LLMDropError(
-                f"The {KINDS[kind]} of layer {layer} gives values that are not finite in {self.dtype}. "
+                f"The {self.kinds[kind]} of layer {self.first + layer} gives values that are not finite in {self.dtype}. "
                 "Load the model in bfloat16 or float32 (float16 overflows in some models)."
             )
         weights = counted.sum(1)
@@ -88,9 +104,18 @@ class Probe:
         self.checked = True
         return means.transpose(1, 2).numpy(), weights.numpy(), counts.numpy()
 
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the last batch had, padding included."""
+        return 0 if self.shape is None else self.shape.numel()
+
     def _enter_block(self, module, args, kwargs) -> None:
-        self.block_input = self.mlp_input = stream_of(args, kwargs)  # the MLP's stream, unless it reads its own (below)
-        self.shape = self.block_input.shape[:-1]
+        stream = stream_of(args, kwargs)
+        self.block_input = self.cross_input = self.mlp_input = stream  # theirs too, unless they read their own (below)
+        self.shape = stream.shape[:-1]
+
+    def _enter_cross_attention(self, module, args, kwargs) -> None:
+        self.cross_input = stream_of(args, kwargs)
 
     def _enter_mlp(self, module, args, kwargs) -> None:
         self.mlp_input = stream_of(args, kwargs)
@@ -102,6 +127,12 @@ class Probe:
     def _after_attention(self, index: int, scale: float):
         def hook(module, args, output):
             self._record("attention", index, self.block_input, tensor_of(output), scale)
+
+        return hook
+
+    def _after_cross_attention(self, index: int, scale: float):
+        def hook(module, args, output):
+            self._record("cross_attention", index, self.cross_input, tensor_of(output), scale)
 
         return hook
 
@@ -119,7 +150,7 @@ class Probe:
                 self._add_sums(index, _first_rows(output))
                 self.seen.clear()
                 self.normed.clear()
-            self.block_input = self.mlp_input = None  # not held while the next layer's input is still being made
+            self._forget()  # not held while the next layer's input is still being made
 
         return hook
 
@@ -129,29 +160,41 @@ class Probe:
         # Stays on its device until the batch is done: fetching it now would stall a GPU at every sub-layer.
         self.values[kind, index] = self.metric(*dots(x, y, scale, y_is_sum=kind == "block")).float()
         self.dtype = y.dtype
+        self.eps = max(self.eps, torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
         if not self.checked:  # a copy: some models later add into this tensor
             self.seen[kind] = (_first_rows(x), _first_rows(y) * scale)
 
     def _add_sums(self, index: int, output: torch.Tensor) -> None:
         """Add up the parts of a layer, which `_check_sums` looks at once the batch is done."""
-        (x, attention), (mlp_stream, mlp) = (
-            (part.to(output.device) for part in self.seen[kind]) for kind in ("attention", "mlp")
-        )
-        tolerance = 8 * torch.finfo(self.dtype).eps * torch.stack([x, attention, output]).abs().max()
-        sums = [("stream + attention + MLP", x + attention + mlp, "the layer's output", output)]
-        if self.anatomy.layers[index].mlp_input is not None:
-            sums.append(("stream + attention", x + attention, "what the MLP reads", mlp_stream))
-        if self.anatomy.layers[index].stream_norms:
-            (after_attention, normed), (after_mlp, last) = self.normed
-            tolerance = 8 * torch.finfo(self.dtype).eps * torch.stack([x, attention, mlp_stream, mlp]).abs().max()
-            sums = [
-                ("stream + attention", x + attention, "what the norm after attention reads", after_attention),
-                ("the norm after attention", normed, "what the MLP reads", mlp_stream),
-                ("stream + MLP", mlp_stream + mlp, "what the norm after the MLP reads", after_mlp),
-                ("the norm after the MLP", last, "the layer's output", output),
-            ]
+        layer = self.anatomy.layers[index]
+        seen = {kind: tuple(part.to(output.device) for part in pair) for kind, pair in self.seen.items()}
+        steps = [("attention", "attention", *seen["attention"])]
+        if "cross_attention" in seen:
+            steps.append(("cross-attention", "the cross-attention", *seen["cross_attention"]))
+        steps.append(("MLP", "the MLP", *seen["mlp"]))
+        x, terms = steps[0][2], [term for *_, term in steps]
+        eps = 8 * self.eps
+        tolerance = eps * torch.stack([x, *terms[:-1], output]).abs().max()
+        if layer.stream_norms:
+            tolerance = eps * torch.stack([part for step in steps for part in step[2:]]).abs().max()
+            sums = self._post_norm_sums(steps, output)
+        else:
+            sums = [(f"stream + {' + '.join(name for name, *_ in steps)}", sum(terms, x), "the layer's output", output)]
+            for (name, _, stream, term), (_, reader, read, _) in itertools.pairwise(steps):
+                if layer.mlp_input is not None:
+                    sums.append((f"stream + {name}", stream + term, f"what {reader} reads", read))
         for name, value, whole_name, whole in sums:
             self.sums.append((index, name, whole_name, torch.stack([(value - whole).abs().max(), tolerance])))
+
+    def _post_norm_sums(self, steps: list[tuple], output: torch.Tensor) -> list[tuple]:
+        """The same where a norm on the stream comes after each part."""
+        sums, readers = [], [(f"what {reader} reads", stream) for _, reader, stream, _ in steps[1:]]
+        for (name, part, stream, term), (given, normed), after in zip(
+            steps, self.normed, [*readers, ("the layer's output", output)], strict=True
+        ):
+            sums.append((f"stream + {name}", stream + term, f"what the norm after {part} reads", given))
+            sums.append((f"the norm after {part}", normed, *after))
+        return sums
 
     def _check_sums(self) -> None:
         """x + attention + MLP must be the layer's output; otherwise `layouts.FAMILIES` is wrong about this model.
@@ -163,9 +206,9 @@ class Probe:
         for (index, name, whole_name, _), (error, tolerance) in zip(self.sums, found, strict=True):
             if np.isfinite(error) and error > tolerance:
                 raise LLMDropError(
-                    f"Layer {index} of this {self.anatomy.family} model does not add up: {name} differs from {whole_name} by "
-                    f"{error:.3g} (at most {tolerance:.3g} is rounding). Its entry in {table_of(self.anatomy.family)} is wrong "
-                    "for this model."
+                    f"Layer {self.first + index} of this {self.anatomy.family} model does not add up: {name} differs from "
+                    f"{whole_name} by {error:.3g} (at most {tolerance:.3g} is rounding). Its entry in "
+                    f"{table_of(self.anatomy.family)} is wrong for this model."
                 )
 
 

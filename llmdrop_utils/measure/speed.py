@@ -20,7 +20,7 @@ from ..base.checks import as_whole, whole
 from ..base.errors import LLMDropError, NotAvailable
 from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
-from ..models.families import find_anatomy, learned_positions
+from ..models.families import find_anatomy, learned_positions, need_decoder
 from .decoding import BACKENDS, check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
 from .guard import measuring
@@ -113,6 +113,7 @@ def measure_speed(
     if not isinstance(load, Load):
         raise LLMDropError(f'Expected a Load, such as Load("prefill", 2048), found {load!r}.')
     plans, repeats = check_plans(model, plans), whole(repeats, "The number of repeats")
+    need_decoder(find_anatomy(model))
     longest, known = load.context + load.new_tokens, learned_positions(find_anatomy(model).decoder.config)
     if known is not None and longest > known:
         raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
@@ -155,8 +156,7 @@ def largest_batch(model: nn.Module, length: int) -> int:
     config, device = find_anatomy(model).decoder.config, device_of(model)
     if device.type != "cuda":
         raise NotAvailable("Filling the memory with sequences takes a GPU. Set the profile's speed.batch_size to a number.")
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     each = kv_bytes(config, DropPlan(), 1, length, model.dtype.itemsize)
     return max(1, int(0.8 * free / each))
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
 )
@@ -35,6 +36,8 @@ SAME_ON_TEXT = {
 DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}  # names of the paper's own code
 DECODERS = ("decoder",)  # causal language models
 ENCODERS = ("text encoder", "vision encoder")
+ENCODER_DECODERS = ("encoder-decoder",)
+OTHERS = ENCODERS + ENCODER_DECODERS  # that are no decoders
 OTHER_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 
 
@@ -119,7 +122,8 @@ def text_part(config):
         text = _same_on_text(text)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
         return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model says whether the head is tied
+    # The whole model says whether the head is tied.
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
 
@@ -147,28 +151,33 @@ def _part(name: str, config, kinds: tuple[str, ...]):
         )
     if kind not in kinds:
         raise other_kind(name, kind, kinds, config)
+    if kind == "encoder-decoder" and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise LLMDropError(
+            f"{name} is an encoder-decoder ({config.model_type}) that does not read text and write text. Give one that does, "
+            "such as google-t5/t5-small."
+        )
     return {"decoder": text_part, "vision encoder": vision_part}.get(kind, lambda config: config)(config)
 
 
 def other_kind(name: str, kind: str | None, kinds: tuple[str, ...], config=None) -> LLMDropError:
     """The error to raise for a model that is not of one of the kinds that are wanted. config: its configuration, if known."""
     what = "" if config is None else f" ({config.model_type})"
-    if kind == "decoder":
-        return LLMDropError(f"{name} is a causal language model{what}, no encoder. load_model loads it.")
-    if kind == "encoder-decoder":
-        wanted = "encoder" if kinds == ENCODERS else "causal language model"
+    found, loader = {
+        "decoder": ("a causal language model", "load_model"),
+        "text encoder": ("an encoder", "load_encoder"),
+        "vision encoder": ("a vision encoder", "load_encoder"),
+        "encoder-decoder": ("an encoder-decoder", "load_encoder_decoder"),
+    }.get(kind or "", ("", ""))
+    if kinds == DECODERS and found:
         return LLMDropError(
-            f"{name} is an encoder-decoder{what}, no {wanted}. Encoder-decoders cannot be measured yet. Give a model such as "
-            f"{'answerdotai/ModernBERT-base' if kinds == ENCODERS else 'Qwen/Qwen3-8B'}."
+            f"{name} is {found}{what}, no causal language model. {loader} loads it, and notebook 12 measures such models. "
+            "Where next tokens are predicted, give a model such as Qwen/Qwen3-8B."
         )
-    if kind in ENCODERS:
-        return LLMDropError(
-            f"{name} is {'an encoder' if kind == 'text encoder' else 'a vision encoder'}{what}, no causal language model. "
-            "load_encoder loads it, and notebook 12 measures such models. Where next tokens are predicted, give a model such "
-            "as Qwen/Qwen3-8B."
-        )
+    if found:
+        wanted = "encoder-decoder" if kinds == ENCODER_DECODERS else "encoder"
+        return LLMDropError(f"{name} is {found}{what}, no {wanted}. {loader} loads it.")
     model_type, wanted, example = config.model_type, "causal language model", "Qwen/Qwen3-8B"
-    if kinds == ENCODERS:
+    if kinds != DECODERS:
         wanted, example = "encoder that can be measured", "answerdotai/ModernBERT-base or facebook/dinov2-small"
     elif (text := config.get_text_config()) is not config:
         return LLMDropError(

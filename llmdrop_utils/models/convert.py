@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base import files
@@ -234,7 +241,8 @@ def generated(name: str, recipe: dict, kind: str = "decoder") -> Path:
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with building(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
-        (AutoModelForCausalLM if kind == "decoder" else AutoModel).from_config(config).save_pretrained(temporary)
+        made_by = {"decoder": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}.get(kind, AutoModel)
+        made_by.from_config(config).save_pretrained(temporary)
         if "images" in recipe:
             write_text(temporary / "preprocessor_config.json", json.dumps(recipe["images"]))
         else:

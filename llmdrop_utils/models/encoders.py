@@ -62,7 +62,7 @@ def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None
 
 
 def attention_of(config) -> str:
-    """How attention is computed in an encoder of this configuration: "sdpa" or "eager"."""
+    """How attention is computed in an encoder, or encoder-decoder, of this configuration: "sdpa" or "eager"."""
     return "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager"
 
 

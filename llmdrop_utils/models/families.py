@@ -1,6 +1,6 @@
 """A model taken apart: its decoder or encoder, its layers, and the modules at which attention and MLP can be seen.
 
-`layouts.FAMILIES` and `encoder_layouts.ENCODERS` say where they are in each family.
+`layouts.FAMILIES`, `encoder_layouts.ENCODERS` and `encoder_decoder_layouts.ENCODER_DECODERS` say where they are in each family.
 """
 
 import dataclasses
@@ -9,33 +9,42 @@ import torch
 from torch import nn
 
 from ..base.errors import LLMDropError
+from .encoder_decoder_layouts import ENCODER_DECODERS, Halves
 from .encoder_layouts import ENCODERS
 from .layouts import FAMILIES, Family
-from .refused import REFUSED
+from .refused import REFUSED, REFUSED_ENCODER_DECODERS
 
 # ---- finding the anatomy of a model ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: the block, and the modules at which its two terms can be seen."""
+    """One layer: the block, and the modules at which its terms can be seen."""
 
+    family: Family  # what is stated about it
     block: nn.Module
     attention: nn.Module
     mlp: nn.Module
     mlp_input: nn.Module | None
     scale: float
     has_attention: bool = True  # False: `attention` is another mixer, which a hybrid model has in its place
-    stream_norms: tuple[nn.Module, nn.Module] | None = None  # post-norm: they act on the stream, after attention and after MLP
+    stream_norms: tuple[nn.Module, ...] | None = None  # post-norm: they act on the stream, one after each term
+    cross_attention: nn.Module | None = None  # in the decoder of an encoder-decoder
+    cross_input: nn.Module | None = None
+
+    def has(self, kind: str) -> bool:
+        """Is it built with an "attention", "cross_attention" or "mlp", dropped or not?"""
+        return {"attention": self.has_attention, "cross_attention": self.cross_attention is not None, "mlp": True}[kind]
 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """A causal language model or an encoder, taken apart."""
+    """A causal language model, an encoder or an encoder-decoder, taken apart."""
 
     family: str  # config.model_type
     decoder: nn.Module  # or the encoder: embeddings, layers, final norm; no head
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # of an encoder-decoder those of its encoder, then those of its decoder
+    encoder: nn.Module | None = None  # of an encoder-decoder
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -43,7 +52,16 @@ class Anatomy:
     @property
     def with_attention(self) -> list[int]:
         """Indices of the layers that are built with attention, dropped or not: all of them, but for hybrids."""
-        return [index for index, layer in enumerate(self.layers) if layer.has_attention]
+        return self.having("attention")
+
+    def having(self, kind: str) -> list[int]:
+        """Indices of the layers that are built with something of this kind, dropped or not."""
+        return [index for index, layer in enumerate(self.layers) if layer.has(kind)]
+
+    @property
+    def n_source(self) -> int:
+        """How many of the layers read a source: those of the encoder of an encoder-decoder."""
+        return 0 if self.encoder is None else len(self) - len(self.having("cross_attention"))
 
     @property
     def other_mixers(self) -> str | None:
@@ -56,6 +74,8 @@ def family_of(config) -> Family:
     """The family of a configuration. Raises LLMDropError for a refused one, saying why, and for an unknown one, saying what
     to add and where."""
     config = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise _no_decoder(config.model_type)
     family = (FAMILIES | ENCODERS).get(config.model_type)
     if callable(family):
         family = family(config)
@@ -74,10 +94,26 @@ def family_of(config) -> Family:
     return family
 
 
+def halves_of(config) -> Halves:
+    """What is stated about the halves of an encoder-decoder. Raises LLMDropError for a family that is refused or unknown."""
+    name = config.model_type
+    if reason := REFUSED_ENCODER_DECODERS.get(name):
+        raise LLMDropError(f"This {name} model cannot be taken apart: {reason}.")
+    if name not in ENCODER_DECODERS:
+        raise LLMDropError(
+            f"The encoder-decoder family {name!r} is unknown. Add it to ENCODER_DECODERS in "
+            "llmdrop_utils/models/encoder_decoder_layouts.py, and a tiny model to tests/encoder_decoder_families.py. Known: "
+            f"{', '.join(sorted(ENCODER_DECODERS))}."
+        )
+    return ENCODER_DECODERS[name]
+
+
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Take a transformers model apart. Raises LLMDropError for a family that is unknown or not built as stated."""
     if not isinstance(model, nn.Module):
         raise LLMDropError(f"Expected a model, found {type(model).__name__}. `load_model` returns a model and its tokenizer.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return _find_halves(model)
     decoder = _decoder_of(model)
     config = decoder.config
     family = family_of(config)
@@ -92,6 +128,29 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(config.model_type, decoder, layers)
 
 
+def _find_halves(model: nn.Module) -> Anatomy:
+    """An encoder-decoder taken apart."""
+    name, halves = model.config.model_type, halves_of(model.config)
+    try:
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        layers = tuple(
+            _take_apart(block, family, has_attention=True)
+            for stack, family in ((encoder, halves.encoder), (decoder, halves.decoder))
+            for block in stack.get_submodule(family.layers)
+        )
+        readers = [
+            layer.block.get_submodule(halves.decoder.attention_unit[0]) for layer in layers if layer.has("cross_attention")
+        ]
+    except AttributeError as error:
+        raise not_as_stated(name, error) from error
+    if not all(getattr(reader, "is_causal", True) for reader in readers):  # UMT5 in transformers 5.17
+        raise LLMDropError(
+            f"This {name} model cannot be taken apart: its decoder sees tokens that are still to come, an error of this "
+            "version of transformers. Install a later one."
+        )
+    return Anatomy(name, decoder, layers, encoder)
+
+
 def _decoder_of(model: nn.Module) -> nn.Module:
     """The decoder or encoder without its head."""
     is_decoder = hasattr(model, "get_decoder") and model.config.model_type not in ENCODERS
@@ -102,12 +161,22 @@ def _decoder_of(model: nn.Module) -> nn.Module:
 
 
 def need_decoder(anatomy: Anatomy) -> None:
-    """Raise LLMDropError for an encoder, where next tokens are predicted."""
+    """Raise LLMDropError for an encoder or an encoder-decoder, where next tokens of a text are predicted."""
+    if anatomy.encoder is not None:
+        raise _no_decoder(anatomy.family)
     if anatomy.family in ENCODERS:
         raise LLMDropError(
             f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select and dropped "
             "take it; for all else give a causal language model."
         )
+
+
+def _no_decoder(model_type: str) -> LLMDropError:
+    """The error to raise for an encoder-decoder where next tokens of a text are predicted."""
+    return LLMDropError(
+        f"This {model_type} model is an encoder-decoder, which predicts a target from a source. measure_importance, "
+        "score_targets, select and dropped take it; for all else give a causal language model."
+    )
 
 
 def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
@@ -121,6 +190,8 @@ def not_as_stated(model_type: str, error: AttributeError) -> LLMDropError:
 def table_of(model_type: str) -> str:
     """Where the entry of a family is, for messages."""
     table, file = ("ENCODERS", "encoder_layouts") if model_type in ENCODERS else ("FAMILIES", "layouts")
+    if model_type in ENCODER_DECODERS:
+        table, file = "ENCODER_DECODERS", "encoder_decoder_layouts"
     return f"{table} (llmdrop_utils/models/{file}.py)"
 
 
@@ -136,15 +207,18 @@ MIXERS = ("linear_attention", "conv")  # layer types that have no attention, and
 
 
 def _take_apart(block: nn.Module, family: Family, has_attention: bool) -> Layer:
-    norms = family.stream_norms
+    norms, module = family.stream_norms, block.get_submodule
     return Layer(
+        family=family,
         block=block,
         attention=block.get_submodule(family.attention if has_attention else family.mixer or ""),
         mlp=block.get_submodule(family.mlp),
         mlp_input=None if family.mlp_input is None else block.get_submodule(family.mlp_input),
         scale=1.0 if family.scale is None else float(getattr(block, family.scale)),
         has_attention=has_attention,
-        stream_norms=None if norms is None else (block.get_submodule(norms[0]), block.get_submodule(norms[1])),
+        stream_norms=None if norms is None else tuple(module(name) for name in norms),
+        cross_attention=None if family.cross_attention is None else module(family.cross_attention),
+        cross_input=None if family.cross_input is None else module(family.cross_input),
     )
 
 

@@ -34,7 +34,7 @@ class Family:
     # without it (children of the layer). A module in both units is read by both, so it is removed only with both.
     attention_unit: tuple[str, ...] = ("self_attn", "input_layernorm")
     mlp_unit: tuple[str, ...] = ("mlp", "post_attention_layernorm")
-    stream_norms: tuple[str, str] | None = None  # post-norm: they act on the stream itself, after attention and after the MLP
+    stream_norms: tuple[str, ...] | None = None  # post-norm: they act on the stream itself, after attention and after the MLP
     attention_is_one_module: bool = True  # False: the first module of the unit is a part of attention, so no map can replace it
     mlp_is_one_module: bool = True  # likewise
     attention_returns: int = 2  # how many values: its output first, then its weights and what else there is
@@ -42,7 +42,22 @@ class Family:
     mlp_is_added_to: bool = False  # the layer adds into the MLP's output in place or reshapes it, so it needs its full shape
     takes: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids", "use_cache")  # what its forward reads, input first
     interpolates: bool = False  # vision: positions are interpolated, so that images of any size can be read
+    # Decoders of encoder-decoders (`encoder_decoder_layouts`): between attention and MLP their layers read the encoder.
+    cross_attention: str | None = None
+    cross_input: str | None = None  # it reads the stream for the cross-attention
+    cross_unit: tuple[str, ...] = ()
+    position_bias: str | None = None  # inside attention: makes positions that later layers read as well, so it stays (T5)
     unsupported: str | None = None  # why this configuration of the family cannot be taken apart
+
+    @property
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """Kind -> its unit, in the order of the layer."""
+        cross = {"cross_attention": self.cross_unit} if self.cross_unit else {}
+        return {"attention": self.attention_unit, **cross, "mlp": self.mlp_unit}
+
+    def term(self, kind: str) -> str:
+        """The module whose output is the term of this kind."""
+        return {"attention": self.attention, "cross_attention": self.cross_attention or "", "mlp": self.mlp}[kind]
 
     @property
     def adds_stream(self) -> bool:

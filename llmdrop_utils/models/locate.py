@@ -51,7 +51,7 @@ class LocatedModel:
 def locate_model(name: str, kinds: tuple[str, ...] = DECODERS) -> LocatedModel:
     """Bring the files of a model onto this machine and say which model it is, without loading it.
 
-    kinds: what it may be (`config.kind_of`): a causal language model, or one of `config.ENCODERS`. `name` is a name in
+    kinds: what it may be (`config.kind_of`): a causal language model, or some of `config.OTHERS`. `name` is a name in
     data/sources.yaml, a local directory, a .gguf file (of several shards any one), a hub id ("org/model",
     "org/model@commit") or the address of its page, or "random:<name>" for one of the shapes in data/sources.yaml with random
     weights. Raises LLMDropError for an unknown name or unusable files, NotAvailable if this machine cannot fetch it.

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..base.errors import LLMDropError, NotAvailable
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Download, Hub, packaged, stored_commit, unpacked_files
 from .cache_shape import cache_geometry
-from .config import DECODERS, ENCODERS, check_settings, config_of, other_kind, read_config
+from .config import DECODERS, check_settings, config_of, other_kind, read_config
 from .convert import UNREADABLE, converted_folder, first_line, generated_folder
-from .families import family_of, stream_width
+from .families import family_of, find_anatomy, halves_of, stream_width
 from .locate import (
     adapter_error,
     check_folder,
@@ -63,16 +63,19 @@ class Shape:
 
     @classmethod
     def of_encoder(cls, config) -> "Shape":
-        """The shape of an encoder's configuration, without its pooler: no cache, and no vocabulary if it reads images.
+        """The shape of an encoder's configuration, without its pooler, or of an encoder-decoder's: no cache, and no vocabulary
+        if it reads images.
 
         Raises LLMDropError for an unknown family, and for a configuration that no model can be built from.
         """
-        family_of(config)
+        is_pair = config.is_encoder_decoder
+        (halves_of if is_pair else family_of)(config)
         try:
             with torch.device("meta"):
-                model = AutoModel.from_config(config)
+                model = (AutoModelForSeq2SeqLM if is_pair else AutoModel).from_config(config)
             parameters = sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("pooler."))
-            return cls(parameters, config.num_hidden_layers, config.hidden_size, getattr(config, "vocab_size", 0), 0)
+            layers = len(find_anatomy(model)) if is_pair else config.num_hidden_layers
+            return cls(parameters, layers, config.hidden_size, getattr(config, "vocab_size", 0), 0)
         except Exception as error:  # whatever a family raises
             raise LLMDropError(
                 f"No {config.model_type} model can be built as its config.json says: {first_line(error)}."
@@ -91,7 +94,7 @@ class Shape:
         if settings["model_type"] not in CONFIG_MAPPING:
             return None
         config = config_of(name, settings, kinds)
-        if kinds == ENCODERS:
+        if kinds != DECODERS:
             return cls.of_encoder(config)
         return cls.of_config(config, parameters if config.model_type == settings["model_type"] else None, name)
 
@@ -167,7 +170,7 @@ def _local(folder: Path, kinds: tuple[str, ...]) -> Outlook:
     check_folder(folder.name, folder, kinds)
     check_reader(folder.name, folder)
     config = read_config(folder.name, folder, kinds)
-    shape = Shape.of_encoder(config) if kinds == ENCODERS else Shape.of_config(config, name=folder.name)
+    shape = Shape.of_encoder(config) if kinds != DECODERS else Shape.of_config(config, name=folder.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Outlook(local_label(folder), Download("local", size), shape, folder_identity(folder))
 

@@ -1,4 +1,4 @@
-"""Families of transformers' causal language models that are known, and why they cannot be taken apart."""
+"""Families of transformers' causal language models and encoder-decoders that are known, and why they cannot be taken apart."""
 
 UNSTATED = "nobody has stated and tested yet where its attention and MLP are (its norms act on the residual stream itself)"
 HALF = "it is the decoder of an encoder-decoder, made to read what an encoder gives"
@@ -34,4 +34,19 @@ REFUSED: dict[str, str] = {
     "cpmant": "its modules add their terms to the residual stream themselves, without letting them be seen",
     "gpt_neox_japanese": "a bias outside of its attention is a part of what the attention adds",
     "reformer": "it has two residual streams, and its attention shares queries and keys by hashing",
+}
+
+SPARSE = "nobody has stated and tested yet where the parts of its sparse attention are"
+EXPERTS = "nobody has stated and tested yet where its experts are"
+HEARS = "it reads sound"
+
+REFUSED_ENCODER_DECODERS: dict[str, str] = {
+    **dict.fromkeys(["bigbird_pegasus", "led", "longt5", "pegasus_x"], SPARSE),
+    **dict.fromkeys(["nllb-moe", "switch_transformers"], EXPERTS),
+    **dict.fromkeys(["speech_to_text", "speecht5", "whisper"], HEARS),
+    **dict.fromkeys(["seamless_m4t", "seamless_m4t_v2"], "it reads sound as well as text, by two encoders"),
+    **dict.fromkeys(["t5gemma", "t5gemma2"], "nobody has stated and tested yet where its attention and MLP are"),
+    "encoder-decoder": "its halves are models of two families, of which nobody has tested a pair yet",
+    "fsmt": "its layers hold tokens before samples",
+    "prophetnet": "its decoder predicts several tokens ahead, in several streams",
 }

@@ -9,7 +9,8 @@ from ..base.errors import LLMDropError, NotApplicable
 from ..dropping.plan import DropPlan
 from ..dropping.units import available
 from ..measure.alone import measure_without_residual
-from ..measure.importance import KINDS, drop_order
+from ..measure.importance import drop_order
+from ..measure.metrics import KINDS
 from ..measure.taylor import measure_taylor
 from ..measure.text import score_text
 from ..measure.weights import has_plain_queries, query_key_norm, weight_norm

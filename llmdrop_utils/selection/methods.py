@@ -9,12 +9,13 @@ import torch
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..dropping.plan import DropPlan
+from ..dropping.plan import PLACES, DropPlan
 from ..dropping.units import available, skipping
 from ..measure.guard import measuring, not_finite_error, tokens_for
-from ..measure.importance import KINDS, Importance, measure_importance
-from ..models.families import find_anatomy, input_device, stream_of, tensor_of
-from .ranking import SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
+from ..measure.importance import Importance, measure_importance
+from ..measure.metrics import KINDS
+from ..models.families import find_anatomy, input_device, need_decoder, stream_of, tensor_of
+from .ranking import CROSS, SELECTIONS, check_count, check_kind, drop_sequence, plan_of, select
 
 # ---- methods by name ----------------------------------------------------------------------------------------------------
 
@@ -95,8 +96,11 @@ def _random(context: Context, kind: str, n_drop: int) -> DropPlan:
 def by_order(context: Context, kind: str, n_drop: int, order: Iterable[int]) -> DropPlan:
     """The first n layers of an order, without what the model lacks already."""
     check_kind(kind, KINDS)
-    there = available(find_anatomy(context.model), kind)
-    plan = _by_layer([layer for layer in order if layer in there], len(find_anatomy(context.model)), kind, n_drop)
+    anatomy = find_anatomy(context.model)
+    if anatomy.encoder is not None:  # a block of its decoder has a third part
+        need_decoder(anatomy)
+    there = available(anatomy, kind)
+    plan = _by_layer([layer for layer in order if layer in there], len(anatomy), kind, n_drop)
     return dataclasses.replace(plan, model=getattr(context.model, "llmdrop_identity", None))
 
 
@@ -116,9 +120,10 @@ def select_iteratively(
     All other sub-layers keep running, those of the same layer too; the official code skips the whole layer. The
     first pass is that of `select` on the same tokens.
     """
-    n_layers = len(find_anatomy(model))
-    check_kind(kind, SELECTIONS)
-    n_drop = check_count(n_drop, 2 * n_layers if kind == "joint" else n_layers, kind)
+    anatomy = find_anatomy(model)
+    n_layers = len(anatomy)
+    check_kind(kind, SELECTIONS if anatomy.encoder is None else (*SELECTIONS, CROSS))
+    n_drop = check_count(n_drop, sum(len(anatomy.having(each)) for each in PLACES) if kind == "joint" else n_layers, kind)
     chosen: list[tuple[str, int]] = []
     first = plan = None
     while len(chosen) < n_drop:

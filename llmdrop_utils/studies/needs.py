@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..base.errors import LLMDropError
-from ..models.config import DECODERS, ENCODERS
+from ..models.config import DECODERS, OTHERS
 from ..models.names import folder_identity
 from ..models.outlook import Outlook, Shape, outlook
 from ..models.recipe import load_recipe, series_folder, untrained
@@ -162,7 +162,7 @@ def _lacking(needed: Needed, number: str) -> str | None:
 def _add_model(needed: Needed, name: str, number: str, several: bool) -> Outlook | None:
     if name not in needed.models:
         try:
-            kinds = ENCODERS if is_of_encoders(number) else DECODERS
+            kinds = OTHERS if is_of_encoders(number) else DECODERS
             needed.models[name] = outlook(name, needed.hub, kinds)
         except LLMDropError as reason:
             if not several:

@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 from ..base import files
-from ..models.encoders import load_located_encoder
+from ..models.encoder_decoders import load_located_other
 from ..models.load import load_located
 from ..models.locate import LocatedModel
 from ..report.show import show
@@ -81,7 +81,7 @@ class Page:
 
     def example_model(self, name: str | None = None):
         """One model of the run (the first, or the one of this name) and what makes its input, for a live example."""
-        load = load_located if "decoder" in self.study.kinds else load_located_encoder
+        load = load_located if "decoder" in self.study.kinds else load_located_other
         return load(self.located(name), self.profile.dtype)
 
     def located(self, name: str | None = None) -> LocatedModel:

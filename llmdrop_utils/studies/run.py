@@ -13,7 +13,7 @@ from ..base.errors import DiskFull, LLMDropError, NotApplicable, NotAvailable, e
 from ..base.settings import Settings
 from ..base.store import Store
 from ..measure.importance import Importance
-from ..models.config import DECODERS, ENCODERS
+from ..models.config import DECODERS, ENCODER_DECODERS, ENCODERS
 from ..models.families import family_of, position_limit
 from ..models.kinds import kind_of_model
 from ..models.load import attention_implementation, load_config, load_tokenizer
@@ -212,9 +212,11 @@ class Study:
             return None
         if kind in ENCODERS:
             return f"{label(model)} is a {kind}: it predicts no next token. Notebook 12 measures it."
+        if kind in ENCODER_DECODERS:
+            return f"{label(model)} is an {kind}: it predicts a target from a source. Notebook 12 measures it."
         return (
-            f"{label(model)} is a {kind}, and this notebook is about encoders of text and of images. Give one as MODEL, or "
-            "none to measure those of the profile."
+            f"{label(model)} is a {kind}, and this notebook is about encoders of text and of images, and encoder-decoders. "
+            "Give one as MODEL, or none to measure those of the profile."
         )
 
 

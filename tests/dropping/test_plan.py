@@ -156,7 +156,7 @@ def test_keys():
     assert plain.key == PlanKey((1, 3), (2,)) == DropPlan((1, 3), (2,)).key
     assert json.dumps(plain.key.to_json()) == '{"attention": [1, 3], "mlp": [2]}'
     mapped = DropPlan((3, 1), (2,), maps={("mlp", 2): A, ("attention", 3): B})
-    assert mapped.key == ((1, 3), (2,), (("attention", 3, B.fingerprint), ("mlp", 2, A.fingerprint)))
+    assert mapped.key == PlanKey((1, 3), (2,), (("attention", 3, B.fingerprint), ("mlp", 2, A.fingerprint)))
     assert mapped.key.to_json() == {
         "attention": [1, 3],
         "mlp": [2],

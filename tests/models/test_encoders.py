@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from llmdrop_utils import LLMDropError, NotAvailable, load_encoder, load_model
 from llmdrop_utils.models import packaged
-from llmdrop_utils.models.config import ENCODERS, kind_of
+from llmdrop_utils.models.config import OTHERS, kind_of
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.encoders import ImageSettings, Pooling
 from llmdrop_utils.models.families import position_limit
@@ -265,7 +265,7 @@ def test_a_sentence_encoder_of_the_hub(network, tmp_path, cache):
 
 def test_every_encoder_is_pinned():
     for source in catalogue()["encoders"].values():
-        assert source["kind"] in ENCODERS
+        assert source["kind"] in OTHERS
         assert {"title", "licence"} <= set(source)
         if "packages" in source:
             assert size_of(source["packages"]).total > 0

@@ -79,6 +79,7 @@ EXEMPT = {
     ("RankingWork", "batch_size"): ROUNDING,
     ("EncoderImportanceWork", "batch_size"): ROUNDING,
     ("EmbeddingWork", "batch_size"): ROUNDING,
+    ("TargetWork", "batch_size"): ROUNDING,
     ("DataSet", "name"): "the same samples under another name",
     ("DataSet", "groups"): "intervals are made later, from values of each sample",
     ("SpeedWork", "longest"): "it says how large a batch fills the GPU, and matters only there (below)",
@@ -268,6 +269,7 @@ def test_kinds_of_values_are_apart():
         ("ChoiceWork", kept_module, "VERSION"),
         ("EncoderImportanceWork", encoders_module, "IMPORTANCE_VERSION"),
         ("EmbeddingWork", encoders_module, "VERSION"),
+        ("TargetWork", encoders_module, "TARGETS_VERSION"),
         ("CheckpointWork", served_module, "VERSION"),
         ("ServedWork", served_module, "VERSION"),
     ],
@@ -281,8 +283,8 @@ def test_a_raised_version_changes_the_address(monkeypatch, cls, module, constant
 
 ALL = {"ImportanceWork", "TextWork", "TaskWork", "IterativeWork", "SpeedWork", "CausesWork", "RankWork"}
 ALL |= {"OrderWork", "ContinuationWork", "CheckpointWork", "ServedWork", "EncoderImportanceWork", "EmbeddingWork"}
-ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork",
-        "RankingWork"}  # fmt: skip
+ALL |= {"ProbeWork", "GenerationWork", "ConfidenceWork", "ChangedWork", "ChangedSpeedWork", "MadeWork", "ChoiceWork"}
+ALL |= {"RankingWork", "TargetWork"}
 
 
 @pytest.mark.parametrize(

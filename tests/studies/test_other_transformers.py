@@ -1,18 +1,32 @@
 """Notebook 12: from values to rows by hand, tiny encoders end to end, and what is said of models of another kind."""
 
+import encoder_decoder_families
 import encoder_families
 import families
 import numpy as np
 import pandas as pd
 import pytest
 
-from llmdrop_utils import DropPlan, LLMDropError, dropped, embed, load_encoder, load_profile
+from llmdrop_utils import (
+    DropPlan,
+    Importance,
+    LLMDropError,
+    dropped,
+    embed,
+    load_encoder,
+    load_encoder_decoder,
+    load_profile,
+    prepare_pairs,
+    score_targets,
+)
 from llmdrop_utils.base import files
 from llmdrop_utils.base.errors import NotApplicable
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.kinds import kind_of_model
 from llmdrop_utils.report.rules import decide
+from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE, CHECKS
+from llmdrop_utils.studies.other_transformers.pair_rows import pair_importance_rows, target_rows
 from llmdrop_utils.studies.other_transformers.rows import (
     MEAN,
     decoder_quality_rows,
@@ -152,6 +166,50 @@ def test_the_decoder_beside_them():
     assert decoder_rows({}) == decoder_quality_rows({}) == []
 
 
+def test_importance_of_encoder_decoders_by_depth():
+    """An encoder of one layer and a decoder of two; samples of 1 and 3 source tokens and of 2 and 2 target tokens.
+
+    Encoder attention: (1 x 0.2 + 3 x 0.6) / 4 = 0.5; cross-attention of the last layer (0.1 + 0.3) / 2 = 0.2.
+    """
+    attention, cross = [[0.2, 0.4, 0.6], [0.6, 0.6, 0.6]], [[np.nan, 0.5, 0.1], [np.nan, 0.5, 0.3]]
+    rows = {"attention": attention, "mlp": attention, "block": attention, "cross_attention": cross}
+    weights = np.array([[1, 2, 2], [3, 2, 2]])
+    scores = Importance({kind: np.array(values) for kind, values in rows.items()}, weights, {})
+    first, second = pair_importance_rows({"web": scores})
+    assert (first["corpus"], first["layer"], second["layer"]) == ("web", 0, 1)
+    assert first["encoder_attention"] == first["encoder_mlp"] == pytest.approx(0.5)
+    assert (first["self_attention"], second["self_attention"]) == pytest.approx((0.5, 0.6))
+    assert (first["cross_attention"], second["cross_attention"]) == pytest.approx((0.5, 0.2))
+    assert np.isnan([second[f"encoder_{name}"] for name in ("attention", "mlp", "attention_low", "mlp_high")]).all()
+    assert second["cross_attention_low"] <= 0.2 <= second["cross_attention_high"]
+    assert first["cross_attention_low"] == first["cross_attention_high"] == pytest.approx(0.5)
+
+
+def test_intervals_of_a_decoder_weigh_samples_by_their_targets():
+    """One source is as long as a hundred others, and all targets are as long as each other."""
+    values = np.linspace(0.1, 0.9, 9)
+    weights = np.array([[100 if i == 8 else 1, 2] for i in range(9)])
+    rows = {kind: np.stack([values, values], 1) for kind in ("attention", "mlp", "block")}
+    rows["cross_attention"] = np.stack([np.full(9, np.nan), values], 1)
+    (row,) = pair_importance_rows({"web": Importance(rows, weights, {})})
+    assert row["cross_attention"] == row["self_attention"] == pytest.approx(0.5)
+    assert row["encoder_attention"] > 0.85
+    assert row["self_attention_low"] + row["self_attention_high"] == pytest.approx(1, abs=0.01)  # as far down as up
+    assert row["encoder_attention_low"] + row["encoder_attention_high"] > 1.05
+
+
+def test_what_targets_cost():
+    """Targets of 1 and 3 tokens: dense (4 + 3 x 2) / 4 = 2.5, without cross-attention (5 + 3 x 3) / 4 = 3.5: 1 more, surely."""
+    cells = [DENSE_CELL, Cell("cross_attention", 1), Cell("attention", 2)]
+    values = [{"nll": nll, "tokens": [1, 3]} for nll in ([4.0, 2.0], [5.0, 3.0], [4.0, 3.0])]
+    dense, cross, attention = target_rows(cells, values, {"cross_attention": 2, "attention": 8})
+    assert (dense["nats"], dense["added"], dense["share"]) == (2.5, 0, 0)
+    assert (cross["nats"], cross["added"], cross["added_low"], cross["added_high"]) == (3.5, 1, 1, 1)
+    assert (cross["share"], attention["share"]) == (0.5, 0.25)
+    assert (attention["added"], attention["samples"], attention["tokens"]) == (0.75, 2, 4)
+    assert attention["added_low"] < 0.75 < attention["added_high"]
+
+
 # ---- end to end ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,10 +261,49 @@ def test_a_decoder_of_the_user_s(results, tmp_path):
     assert STUDIES["01_similarity"].passes_over(None) is None
 
 
+def test_tables_of_an_encoder_decoder(results):
+    """Numbers of one plan are those that the public functions give."""
+    tables = STUDIES[NOTEBOOK](load_profile("smoke").replacing(others={"models": ["tiny-t5"]}))
+    about = tables["pairs"].iloc[0]
+    assert (about["model"], about["encoder_layers"], about["decoder_layers"]) == ("tiny-t5", 4, 3)
+    assert tables["models"].empty
+    assert list(tables["pair_importance"]["layer"]) == [0, 1, 2, 3] * 2
+    model, tokenizer = load_encoder_decoder("tiny-t5", load_profile("smoke").dtype)
+    assert about["parameters"] == sum(p.numel() for p in model.parameters())
+    data = DataSet.of_passages("random-digits", 12, 8, skip=6)
+    given = prepare_pairs(tokenizer, data.inputs[:12], data.inputs[12:])
+    cross = tables["pair_importance"].query("corpus == 'random-words'")["cross_attention"].dropna()
+    rows = tables["targets"].set_index(["corpus", "kind", "n"])
+    assert sorted(n for _, kind, n in rows.loc[["random-digits"]].index if kind == "cross_attention") == [1, 2, 3]
+    for plan, place in ((DropPlan(), ("dense", 0)), (DropPlan(cross_attention=(4 + cross.argmin(),)), ("cross_attention", 1))):
+        with dropped(model, plan):
+            expected = np.log(score_targets(model, given).perplexity)
+        assert rows.loc[("random-digits", *place), "nats"] == pytest.approx(expected, rel=1e-4)
+    assert rows.loc[("random-digits", "cross_attention", 3), "share"] == 1
+    assert ADVICE[NOTEBOOK](tables).startswith("**tiny-t5**, 4 layers in the encoder and 3 in the decoder: by the upper end")
+    for name in ("figS34_importance", "figS35_curves"):
+        assert FIGURES[name].draw(tables).takeaway == ""
+
+
+def test_an_encoder_decoder_of_the_user_s(results, tmp_path):
+    """Notebook 12 measures it alone, and the others say what it is."""
+    folder = tmp_path / "mine"
+    encoder_decoder_families.tiny("bart", vocab_size=257).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    profile = load_profile("smoke", str(folder))
+    assert len(STUDIES[NOTEBOOK](profile)["pairs"]) == 1
+    for name, study in STUDIES.items():
+        if name != NOTEBOOK:
+            with pytest.raises(
+                NotApplicable, match=r"mine-\w+ is an encoder-decoder: it predicts a target from a source. Noteb"
+            ):
+                study(profile)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("minilm-l6", "text encoder"), ("vit-s-focus", "vision encoder"), ("smollm2-135m", "decoder"), ("small-llama", "decoder"),
-     ("random:llama-2-7b", "decoder"), ("no such model", None)],
+     ("random:llama-2-7b", "decoder"), ("tiny-t5", "encoder-decoder"), ("no such model", None)],
 )  # fmt: skip
 def test_kinds_of_names(name, kind):
     assert kind_of_model(name) == kind

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, for_each_model
+from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, figure, for_each_model, nothing_to_show
 from ...report.tables import Tables
 from .rows import FINDING, MEAN
 from .work import AGREEMENT, COSINE
@@ -19,6 +19,8 @@ PANELS = {COSINE: "Cosine with dense", AGREEMENT: "Rank agreement", "found": "Fo
 def figS34_importance(tables: Tables) -> Drawing:
     """Importance by depth of text encoders, vision transformers and the run's first decoder, each on its first data set."""
     rows = tables["importance"]
+    if rows.empty:
+        return nothing_to_show("This run has no encoder.", rows)
     first = rows[rows["corpus"] == rows.groupby("model")["corpus"].transform("first")]
     data = pd.concat([part for part in (first[["model", "kind", "layer", "importance", "low", "high"]], tables["decoder"])
                       if len(part)], ignore_index=True)  # fmt: skip
@@ -53,6 +55,8 @@ def figS35_curves(tables: Tables) -> Drawing:
     similarities, and what is found (retrieval by reciprocal rank, 1-NN accuracy; of the decoder next-token accuracy), above
     guessing. Means over data sets; bars: 95 % intervals.
     """
+    if tables["quality"].empty:
+        return nothing_to_show("This run has no encoder.", tables["quality"])
     data = _curves(tables)
     models = list(data["model"].unique())
     shape = {"figsize": (WIDTH, 0.6 + 1.6 * len(models)), "squeeze": False, "sharey": "row"}

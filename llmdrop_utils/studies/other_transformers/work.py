@@ -1,4 +1,5 @@
-"""Notebook 12, what is measured: importance in encoders, and what embeddings are worth under each of several plans."""
+"""Notebook 12, what is measured: importance in encoders and encoder-decoders; and under each of several plans what embeddings
+are worth, or what a target costs."""
 
 import dataclasses
 
@@ -17,7 +18,9 @@ from ...measure.embeddings import (
 from ...measure.encoding import embed, prepare
 from ...measure.importance import VERSION as IMPORTANCE_VERSION
 from ...measure.importance import measure_importance
-from ...models.encoders import load_located_encoder
+from ...measure.targets import VERSION as TARGETS_VERSION
+from ...measure.targets import prepare_pairs, score_targets
+from ...models.encoder_decoders import load_located_other
 from ...sources.images import fingerprint_images, load_images
 from ...sources.pairs import fingerprint_texts, load_pairs
 from ..work import METRIC, Work
@@ -81,15 +84,31 @@ class DataSet:
         return {measure: np.asarray(each, dtype=np.float64).tolist() for measure, each in found.items()}
 
 
+def given_to(model, reader, data: DataSet) -> dict:
+    """What a model reads of a data set; of an encoder-decoder the first halves of passages, and as targets the second ones."""
+    if not model.config.is_encoder_decoder:
+        return prepare(reader, data.inputs)
+    n = len(data.groups)
+    return prepare_pairs(reader, data.inputs[:n], data.inputs[n:])
+
+
+def given_by(model, reader, data: DataSet, batch_size: int = 16) -> np.ndarray:
+    """What a model gives for it: an embedding of each input, float64 (n_inputs, width); of an encoder-decoder what each target
+    costs, in nats per token, (n,)."""
+    if not model.config.is_encoder_decoder:
+        return embed(model, reader, data.inputs, batch_size)
+    return score_targets(model, given_to(model, reader, data), batch_size).nll
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderWork(Work):
-    """What is measured while an encoder reads a data set."""
+    """What is measured while an encoder or an encoder-decoder reads a data set."""
 
     data: DataSet
     batch_size: int
 
     def loaded(self):
-        return load_located_encoder(self.model, self.dtype)
+        return load_located_other(self.model, self.dtype)
 
     @property
     def tokens_to_pass(self) -> int:
@@ -102,14 +121,14 @@ class EncoderWork(Work):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderImportanceWork(EncoderWork):
-    """Importance of all sub-layers of an encoder."""
+    """Importance of all sub-layers."""
 
     @property
     def keys(self) -> list[dict]:
         return [self._key("encoder importance", IMPORTANCE_VERSION, read=self.data.fingerprint, metric=METRIC)]
 
     def measure(self, model, tokenizer, update) -> list[dict]:
-        scores = measure_importance(model, prepare(tokenizer, self.data.inputs), self.batch_size, metric=METRIC)
+        scores = measure_importance(model, given_to(model, tokenizer, self.data), self.batch_size, metric=METRIC)
         update(len(self.data.inputs))
         return [scores.to_json()]
 
@@ -136,5 +155,30 @@ class EmbeddingWork(EncoderWork):
             with skipping(model, plan):
                 other = embed(model, tokenizer, self.data.inputs, self.batch_size) if plan.n_drop else dense
             values.append(self.data.compare(dense, other))
+            update(len(self.data.inputs))
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetWork(EncoderWork):
+    """What targets cost an encoder-decoder under each of several plans, given their sources."""
+
+    plans: tuple[DropPlan, ...]
+
+    @property
+    def keys(self) -> list[dict]:
+        given = self.data.fingerprint
+        return [self._key("targets", TARGETS_VERSION, read=given, plan=plan.key.to_json()) for plan in self.plans]
+
+    @property
+    def tokens_to_pass(self) -> int:
+        return len(self.data.inputs) * len(self.plans)
+
+    def measure(self, model, tokenizer, update) -> list[dict]:
+        given, values = given_to(model, tokenizer, self.data), []
+        for plan in self.plans:
+            with skipping(model, plan):
+                scores = score_targets(model, given, self.batch_size)
+            values.append({"nll": scores.nll.tolist(), "tokens": scores.tokens.tolist()})
             update(len(self.data.inputs))
         return values
