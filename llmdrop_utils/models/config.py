@@ -19,6 +19,7 @@ from transformers import (
 
 from ..base.errors import LLMDropError
 from .convert import first_line
+from .refused import REFUSED
 
 # Where checkpoints of multimodal models keep the weights of their text part -> where the text model has them.
 TEXT_WEIGHTS = {
@@ -53,7 +54,8 @@ def kind_of(config) -> str | None:
     "encoder-decoder"; None for something else."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    is_one = config.get_text_config() is config  # ModernVBERT reads images beside text
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and is_one and not getattr(config, "is_decoder", False):
         return "text encoder"
     if type(text_part(config)) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "decoder"
@@ -119,8 +121,13 @@ def text_part(config):
         text = _same_on_text(text)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
         return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model says whether the head is tied
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)  # the whole model says it
     return text
+
+
+def is_multimodal(config) -> bool:
+    """Does it describe a model of text and of something else, of which the text part is a language model by itself?"""
+    return text_part(config) is not config or config.get_text_config() is not config
 
 
 def _same_on_text(text):
@@ -170,6 +177,8 @@ def other_kind(name: str, kind: str | None, kinds: tuple[str, ...], config=None)
     model_type, wanted, example = config.model_type, "causal language model", "Qwen/Qwen3-8B"
     if kinds == ENCODERS:
         wanted, example = "encoder that can be measured", "answerdotai/ModernBERT-base or facebook/dinov2-small"
+        if reason := REFUSED.get(model_type):
+            return LLMDropError(f"{name} is a {model_type} model, which cannot be taken apart: {reason}. Give {example}.")
     elif (text := config.get_text_config()) is not config:
         return LLMDropError(
             f"{name} is multimodal ({model_type}), and its text part ({text.model_type}) cannot be taken by itself. Give a "

@@ -15,7 +15,7 @@ from transformers import MODEL_MAPPING, AutoModel
 from ..base.errors import LLMDropError
 from .config import ENCODERS, full_config, kind_of, read_config
 from .convert import UNREADABLE, first_line
-from .families import position_limit
+from .families import family_of, position_limit
 from .load import check_weights, default_dtype, load_tokenizer, ready
 from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 
@@ -23,6 +23,8 @@ from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 POOLER = re.compile(r"^pooler\.")
 REMAINDERS = re.compile(
     r"(^|\.)(pooler|lm_head|cls|classifier|vocab_(transform|layer_norm|projector)|position_ids|mask_token)(\.|$)"
+    r"|^(generator_predictions|generator_lm_head|discriminator_predictions|lm_predictions)\."  # ELECTRA, DeBERTa
+    r"|(^|\.)((cls|distillation)_classifier|contact_head)\."  # DeiT, ESM
     r"|^(head|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias)(\.|$)"
 )
 
@@ -47,6 +49,7 @@ def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None
     """`load_encoder` for files that are on this machine already."""
     try:
         config = read_config(located.name, located.folder, ENCODERS)
+        family_of(config)  # one that cannot be taken apart is refused before its weights are read
         if kind_of(config) == "vision encoder":
             reader = read_image_settings(located)
         else:

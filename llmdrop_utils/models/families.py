@@ -95,7 +95,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 def _decoder_of(model: nn.Module) -> nn.Module:
     """The decoder or encoder without its head."""
     is_decoder = hasattr(model, "get_decoder") and model.config.model_type not in ENCODERS
-    decoder = model.get_decoder() if is_decoder else model.base_model
+    is_bare = hasattr(model, "embeddings")  # DINOv3 calls its layers alone its base model
+    decoder = model.get_decoder() if is_decoder else model if is_bare else model.base_model
     if hasattr(decoder, "lm_head") or not hasattr(decoder, "config"):  # Llama 4 gives all of it; ModernBERT's head is "decoder"
         decoder = model.model
     return decoder
@@ -179,7 +180,16 @@ def position_limit(config) -> int | None:
     return known - config.pad_token_id - 1 if config.model_type in COUNTED_FROM_PADDING else known
 
 
-COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")  # the first position is the one after that of padding
+COUNTED_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "mpnet",
+)  # the first position is the one after that of padding
 
 
 LEARNED = {"gpt2", "opt", "gpt_bigcode", "gpt_neo", "biogpt", "ctrl"}  # (those of CTRL are a table of sines that ends)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from encoder_families import CASES, inputs, tiny
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from llmdrop_utils import (
     DropPlan,
@@ -30,12 +30,17 @@ from llmdrop_utils.measure.metrics import KINDS
 from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.models.families import family_of, find_anatomy, input_device, position_limit, stream_width
 
-LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers", "vit": "layers"}
-LAYERS |= {"clip": "encoder.layers", "siglip": "encoder.layers"}
+LAYERS = {"distilbert": "transformer.layer", "dinov3": "model.layer"}
+LAYERS |= dict.fromkeys(["modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobert", "ultrabert"], "layers")
+LAYERS |= dict.fromkeys(["vit", "deit", "vit_msn", "ijepa"], "layers")
+LAYERS |= dict.fromkeys(["clip", "siglip", "chinese-clip"], "encoder.layers")
+LIKE_BERT = ("bert", "electra", "ernie", "rembert", "deberta", "deberta-v2")
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+LIKE_NOMIC = ("nomic_bert", "gte", "jina_embeddings_v3")
+OTHERS = ("distilbert", "modernbert", "eurobert", "ultrabert", "megatron-bert")
 NORMS = {  # post-norm: after attention, after the MLP
-    "bert": ("attention.output.LayerNorm", "output.LayerNorm"),
-    "roberta": ("attention.output.LayerNorm", "output.LayerNorm"),
-    "xlm-roberta": ("attention.output.LayerNorm", "output.LayerNorm"),
+    **dict.fromkeys([*LIKE_BERT, *LIKE_ROBERTA], ("attention.output.LayerNorm", "output.LayerNorm")),
+    **dict.fromkeys(LIKE_NOMIC, ("post_attention_layernorm", "post_mlp_layernorm")),
     "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
     "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
@@ -112,7 +117,7 @@ def test_equals_float64_reference(name, padding):
     exact = copy.deepcopy(model).double()
     blocks = exact.get_submodule(LAYERS.get(name, "encoder.layer"))
     more = {} if mask is None else {"attention_mask": mask}
-    if mask is not None and name in ("bert", "distilbert", "modernbert"):  # the others count positions themselves
+    if mask is not None and name in (*LIKE_BERT, *LIKE_NOMIC, *OTHERS):  # the others count positions themselves
         more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     given = given.double() if case.is_vision else given
     expected = reference(name, exact, blocks, (case.attention, case.mlp), lambda m: m(given, **more), mask)
@@ -214,7 +219,7 @@ def test_iterative_selection():
 
 
 def test_every_family_has_a_tiny_model():
-    assert {case.model_type for case in CASES.values()} == set(ENCODERS)
+    assert {case.model_type for case in CASES.values()} == {*ENCODERS} & {*CONFIG_MAPPING}
 
 
 @pytest.mark.parametrize("name", CASES)
