@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from ..base import files
 from ..base.errors import LLMDropError
-from .config import TEXT_WEIGHTS, full_config, read_config
+from .config import TEXT_WEIGHTS, full_config, is_multimodal, kind_of, read_config
 from .convert import UNREADABLE, first_line
 from .locate import LocatedModel, locate_model
 
@@ -201,6 +201,17 @@ def load_tokenizer(located: LocatedModel):
 def load_config(located: LocatedModel):
     """The configuration alone, to know a model's family without loading weights; of a multimodal model its text part's."""
     return read_config(located.name, located.folder)
+
+
+def said_of_parts(located: LocatedModel) -> str | None:
+    """What a page says of a multimodal model: that its text part is measured. None for all others."""
+    whole = full_config(located.name, located.folder)
+    if kind_of(whole) != "decoder" or not is_multimodal(whole):
+        return None
+    return (
+        f"{located.name} is multimodal ({whole.model_type}). What is measured is its text part, on text alone: a "
+        f"{load_config(located).get_text_config().model_type} decoder."
+    )
 
 
 def attention_implementation(located: LocatedModel) -> str:
