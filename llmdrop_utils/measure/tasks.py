@@ -19,6 +19,7 @@ from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
+from ..models.families import find_anatomy, need_decoder
 from ..sources.task_data import build_requests, load_task, silent
 from .guard import finite_generation, measuring
 from .rotary import rotary_following
@@ -58,6 +59,7 @@ class FastLM(HFLM):
             raise LLMDropError(f"Expected a tokenizer, found {tokenizer!r}. (Models with random weights have none.)")
         batch_size = whole(batch_size, "The batch size")
         plans = check_plans(model, plans)
+        need_decoder(find_anatomy(model))
         lacks_padding = all(token is None for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token))
         if lacks_padding:
             tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token, which the model does not know

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
@@ -96,12 +97,18 @@ def config_of(name: str, settings: Any, kinds: tuple[str, ...] = DECODERS):
 
 
 def check_settings(name: str, settings: Any) -> None:
-    """Raise LLMDropError unless the content of a config.json is a mapping that names a kind of model."""
+    """Raise LLMDropError unless the content of a config.json is a mapping that names a kind of model, not one that is code."""
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         found = "it has no text under 'model_type'" if isinstance(settings, dict) else f"it holds {type(settings).__name__}"
         raise LLMDropError(
             f"The config.json of {name} is not that of a transformers model: {found}. Expected is a mapping such as "
             '{"model_type": "llama", ...}. Download it again, or save the model with save_pretrained.'
+        )
+
+    if "auto_map" in settings and settings["model_type"] not in CONFIG_MAPPING:
+        raise LLMDropError(
+            f"{name} ({settings['model_type']}) comes with code of its own, which is not run, and this version of transformers "
+            "does not know the family. Install a later one, or give a model of a family that it knows."
         )
 
 

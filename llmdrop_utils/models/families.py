@@ -127,6 +127,12 @@ def table_of(model_type: str) -> str:
 
 def _layer_types(config) -> list[str]:
     if kinds := getattr(config, "layer_types", None):
+        for index, kind in enumerate(kinds):
+            if kind not in MIXERS and not kind.endswith("attention"):
+                raise LLMDropError(
+                    f"Layer {index} of this {config.model_type} model is of the kind {kind!r}, which is unknown. Known are "
+                    f"kinds of attention, and {' and '.join(MIXERS)} in its place."
+                )
         return kinds
     raise LLMDropError(
         f"This transformers does not say which layers of {config.model_type} models have attention. Install a later one."

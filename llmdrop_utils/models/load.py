@@ -208,8 +208,9 @@ def said_of_parts(located: LocatedModel) -> str | None:
     whole = full_config(located.name, located.folder)
     if kind_of(whole) != "decoder" or not is_multimodal(whole):
         return None
+    name, _, _ = located.name.partition(",")  # of a stage of a series the series
     return (
-        f"{located.name} is multimodal ({whole.model_type}). What is measured is its text part, on text alone: a "
+        f"{name} is multimodal ({whole.model_type}). What is measured is its text part, on text alone: a "
         f"{load_config(located).get_text_config().model_type} decoder."
     )
 

@@ -44,6 +44,7 @@ REFUSED: dict[str, str] = {
     "mobilebert": "each of its layers is a bottleneck with several MLPs",
     **dict.fromkeys(["convbert", "esmc", "flaubert", "ibert", "layoutlm", "longformer", "luke", "mra"], UNTESTED),
     **dict.fromkeys(["neomme", "nystromformer", "squeezebert", "tapas", "tipsv2_vision_model", "yoso"], UNTESTED),
+    **dict.fromkeys(["clip_text_model", "siglip_text_model"], "of a pair of encoders the one for images is taken"),
     # Encoders of images.
     **dict.fromkeys(["bit", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "focalnet", "hgnet_v2"], NO_ATTENTION),
     **dict.fromkeys(["mobilenet_v1", "mobilenet_v2", "poolformer", "pp_lcnet", "regnet", "resnet", "textnet"], NO_ATTENTION),

@@ -7,7 +7,6 @@ that come after it are applied here, by hand.
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,17 +17,25 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from llmdrop_utils import (
     DropPlan,
+    FastLM,
     LLMDropError,
+    Load,
+    greedy,
+    kv_bytes,
     measure_causes,
     measure_importance,
+    measure_speed,
     perplexity,
     repair,
-    save_dropped,
+    run_tasks,
+    select_by,
     select_iteratively,
 )
 from llmdrop_utils.measure.metrics import KINDS
+from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.models.families import family_of, find_anatomy, input_device, position_limit, stream_width
+from llmdrop_utils.selection.methods import Context
 
 LAYERS = {"distilbert": "transformer.layer", "dinov3": "model.layer"}
 LAYERS |= dict.fromkeys(["modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobert", "ultrabert"], "layers")
@@ -197,17 +204,29 @@ def test_the_longest_text_that_can_be_read():
 @pytest.mark.parametrize(
     "work",
     [
-        lambda model: repair(model, inputs("bert"), DropPlan((1,))),
-        lambda model: perplexity(model, inputs("bert")),
-        lambda model: measure_causes(model, inputs("bert")),
-        lambda model: save_dropped(model, None, DropPlan((1,)), "nowhere"),
+        lambda model, given: repair(model, given, DropPlan((1,))),
+        lambda model, given: perplexity(model, given),
+        lambda model, given: measure_causes(model, given),
+        lambda model, given: measure_speed(model, Load("decode", context=8, new_tokens=2)),
+        lambda model, given: measure_speed(model, Load("prefill", context=8)),
+        lambda model, given: greedy(model, given, 2),
+        lambda model, given: FastLM(model, byte_tokenizer()),
+        lambda model, given: run_tasks(model, byte_tokenizer(), ["openbookqa"], limit=2, num_fewshot=0),
+        lambda model, given: select_by("Taylor", Context(model, given, batch_size=2, seed=0), "attention", 1),
+        lambda model, given: select_by("greedy KL", Context(model, given, batch_size=2, seed=0), "attention", 1),
+        lambda model, given: select_by("output change", Context(model, given, batch_size=2, seed=0), "attention", 1),
     ],
-    ids=["repair", "perplexity", "causes", "save"],
+    ids=["repair", "perplexity", "causes", "decode", "prefill", "greedy", "FastLM", "tasks", "Taylor", "KL", "output change"],
 )
-def test_what_takes_a_causal_language_model(work):
-    with pytest.raises(LLMDropError, match="This bert model is an encoder, which predicts no next token. measure_importance"):
-        work(tiny("bert"))
-    assert not any(Path().glob("*nowhere*"))
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_what_takes_a_causal_language_model(name, work):
+    with pytest.raises(LLMDropError, match=f"This {name} model is an encoder, which predicts no next token. measure_import"):
+        work(tiny(name), inputs(name))
+
+
+def test_encoders_have_no_cache():
+    with pytest.raises(LLMDropError, match="bert models are encoders, which keep no keys and values"):
+        kv_bytes(tiny("bert").config, DropPlan(), 1, 8, 4)
 
 
 def test_iterative_selection():

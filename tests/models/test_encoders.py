@@ -147,6 +147,27 @@ def test_other_kinds_are_refused(tmp_path, cache):
         load_model("minilm-l6")
 
 
+def test_the_text_half_of_a_pair_is_refused(tmp_path, cache):
+    text = encoder_families.TEXT | {"bos_token_id": 1, "eos_token_id": 2}
+    half = AutoModel.from_config(AutoConfig.for_model("clip_text_model", **text))
+    with pytest.raises(LLMDropError, match="half is a clip_text_model model, .* of a pair of encoders the one for images"):
+        load_encoder(saved(tmp_path / "half", half))
+    both = text | {"projection_dim": 32}
+    pair = AutoModel.from_config(AutoConfig.for_model("clip", text_config=both, vision_config=encoder_families.VISION))
+    name = saved(tmp_path / "pair", pair)
+    with_weights(tmp_path / "pair", lambda w: {key: value for key, value in w.items() if "vision" not in key})
+    with pytest.raises(LLMDropError, match=r"pair-\w+ lacks \d+ of the weights that its config.json promises"):
+        load_encoder(name)
+
+
+def test_a_family_that_cannot_be_taken_apart_is_refused_before_its_weights_are_read(tmp_path, cache):
+    albert = AutoModel.from_config(AutoConfig.for_model("albert", **encoder_families.TEXT, embedding_size=16))
+    name = saved(tmp_path / "m", albert)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(LLMDropError, match="albert model cannot be taken apart: its layers share their weights"):
+        load_encoder(name)
+
+
 def test_a_reader_is_needed(tmp_path, cache):
     for name in ("vit", "bert"):
         encoder_families.tiny(name).save_pretrained(tmp_path / name)

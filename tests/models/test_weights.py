@@ -14,7 +14,16 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from llmdrop_utils import LLMDropError, dropped, load_model, locate_model, locate_series, measure_importance, select
+from llmdrop_utils import (
+    LLMDropError,
+    dropped,
+    load_encoder,
+    load_model,
+    locate_model,
+    locate_series,
+    measure_importance,
+    select,
+)
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.outlook import outlook
@@ -137,6 +146,17 @@ def test_configs_that_describe_no_model(tmp_path, cache, change, message):
         with pytest.raises(LLMDropError, match=message) as caught:
             read(name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_family_that_comes_as_code(tmp_path, cache):
+    """It is not run."""
+    code = {"AutoConfig": "configuration_new.NewConfig", "AutoModelForCausalLM": "modeling_new.NewForCausalLM"}
+    name = saved(tmp_path / "m", families.tiny("llama"), model_type="new", auto_map=code)
+    for file in ("configuration_new.py", "modeling_new.py"):
+        (tmp_path / "m" / file).write_text("raise SystemExit")
+    for read in (locate_model, load_model, load_encoder, lambda name: outlook(name, sizes.Hub())):
+        with pytest.raises(LLMDropError, match=r"m.* \(new\) comes with code of its own, which is not run, and this version"):
+            read(name)
 
 
 @pytest.mark.parametrize("change", [{"layer_types": ["full_attention"]}, {"num_hidden_layers": "4"}, None])
