@@ -86,11 +86,11 @@ def embed(
 def _check_reader(model: nn.Module, reader) -> None:
     anatomy = find_anatomy(model)
     if anatomy.family not in ENCODERS:
-        raise LLMDropError(f"This {anatomy.family} model is no encoder. load_encoder loads one, which makes embeddings.")
+        raise LLMDropError(f"This {anatomy.family} model is no encoder. load_encoder loads one.")
     if (family_of(anatomy.decoder.config).takes[0] == "pixel_values") != isinstance(reader, ImageSettings):
         raise LLMDropError(
-            f"A {type(reader).__name__} makes no input for a {anatomy.family} model. Give the reader that load_encoder returned "
-            "with the model."
+            f"A {type(reader).__name__} makes no input for a {anatomy.family} model. Give the reader that load_encoder "
+            "returned with it."
         )
 
 
