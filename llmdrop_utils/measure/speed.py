@@ -20,7 +20,7 @@ from ..base.checks import as_whole, whole
 from ..base.errors import LLMDropError, NotAvailable
 from ..dropping.plan import DropPlan, check_plans
 from ..dropping.units import skipping
-from ..models.families import find_anatomy, learned_positions, need_decoder
+from ..models.families import find_anatomy, learned_positions
 from .decoding import BACKENDS, check_length, device_of, holding_layers, new_cache, next_token, random_tokens, rewinder, stepper
 from .floors import cache_bytes, floor_seconds, kv_bytes, parts_of_pass
 from .guard import measuring
@@ -113,8 +113,7 @@ def measure_speed(
     if not isinstance(load, Load):
         raise LLMDropError(f'Expected a Load, such as Load("prefill", 2048), found {load!r}.')
     plans, repeats = check_plans(model, plans), whole(repeats, "The number of repeats")
-    need_decoder(anatomy := find_anatomy(model))
-    longest, known = load.context + load.new_tokens, learned_positions(anatomy.decoder.config)
+    longest, known = load.context + load.new_tokens, learned_positions(find_anatomy(model).decoder.config)
     if known is not None and longest > known:
         raise LLMDropError(f"{longest} tokens are more than the {known} positions that the model knows.")
     while True:
