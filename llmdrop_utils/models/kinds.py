@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from ..sources.catalogue import catalogue
 from ..sources.sizes import Hub
-from .config import is_multimodal, kind_of, read_settings
+from .config import full_config, is_multimodal, kind_of
 from .names import HUB_ID, holds_gguf, local_path, plain_name
 
 
@@ -39,11 +39,9 @@ def _config_of(name: str, hub: Hub | None) -> Any:
     """The configuration in a folder, or of a model on the hub; None for another name, and for one that cannot be read."""
     try:
         if (path := local_path(name)) is not None:
-            settings = read_settings(name, path)
-        else:
-            hub_id = HUB_ID.fullmatch(name)
-            settings = (hub or Hub()).config(hub_id["id"], hub_id["revision"]) if hub_id else None
-        more = dict(settings or {})
+            return full_config(name, path)
+        hub_id = HUB_ID.fullmatch(name)
+        more = dict(((hub or Hub()).config(hub_id["id"], hub_id["revision"]) if hub_id else None) or {})
         return AutoConfig.for_model(more.pop("model_type"), **more)
     except Exception:  # a family checks its settings as it likes
         return None

@@ -85,6 +85,8 @@ def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, devic
         ignore_mismatched_sizes=True,  # they are refused below, and named
     )
     check_weights(located.name, located.folder, model, found, is_part)
+    if is_part:  # transformers would save it under the names that it was loaded from
+        model._weight_conversions = None
     return ready(model, located)
 
 

@@ -5,7 +5,7 @@ import json
 import families
 import pytest
 import torch
-from multimodal import MULTIMODAL, SIGLIP, gemma3, multimodal, whole
+from multimodal import CLIP, MULTIMODAL, SIGLIP, gemma3, multimodal, whole
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -15,16 +15,21 @@ from transformers import (
 )
 
 from llmdrop_utils import (
+    DropPlan,
     LLMDropError,
     dropped,
+    load_dropped,
     load_encoder,
     load_model,
     locate_model,
     locate_series,
     measure_importance,
+    save_dropped,
     select,
 )
 from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.models.families import find_anatomy
+from llmdrop_utils.models.kinds import kind_of_model
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.outlook import outlook
 from llmdrop_utils.sources import sizes
@@ -266,11 +271,27 @@ def test_the_text_part_is_taken(tmp_path, cache, kind):
         torch.testing.assert_close(part(tokens).logits, model(input_ids=tokens).logits)
     n = sum(weight.numel() for weight in part.parameters())
     assert outlook(name, sizes.Hub()).shape.parameters == n < sum(weight.numel() for weight in model.parameters())
+    plan = DropPlan((find_anatomy(part).with_attention[0],), (1,))
+    save_dropped(part, None, plan, tmp_path / "dropped")  # under the names of a text model
+    with dropped(part, plan), torch.no_grad():
+        assert torch.equal(load_dropped(tmp_path / "dropped", torch.float32, "cpu")[0](tokens).logits, part(tokens).logits)
     with_weights(
         tmp_path / "m", lambda w: {k: v for k, v in w.items() if "layers.1.self_attn.q_proj.weight" not in k or "vision" in k}
     )
     with pytest.raises(LLMDropError, match=r"lacks 1 of the weights .* model.layers.1.self_attn.q_proj"):
         load_model(name)
+
+
+def test_a_text_part_of_a_refused_family(tmp_path, cache):
+    """It is told apart, and refused before it is planned or measured."""
+    text = families.SMALL | {"model_type": "falcon_h1", "vocab_size": 257}
+    name = saved(tmp_path / "m", whole("llava", text, CLIP))
+    assert kind_of_model(name) == "decoder"
+    with pytest.raises(LLMDropError, match="This falcon_h1 model cannot be taken apart: a third term is added"):
+        outlook(name, sizes.Hub())
+    model, _ = load_model(name, torch.float32, "cpu")
+    with pytest.raises(LLMDropError, match="This falcon_h1 model cannot be taken apart: a third term is added"):
+        measure_importance(model, torch.randint(3, 97, (2, 9)))
 
 
 def test_a_text_part_that_is_no_model(tmp_path, cache):
