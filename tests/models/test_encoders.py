@@ -418,10 +418,11 @@ def test_damaged_onnx_files_leave_nothing(tmp_path, cache):
         with pytest.raises(LLMDropError, match="tiny-vit is no ONNX file of a vision encoder, or it is damaged"):
             packaged.packaged_folder([tmp_path / "m.onnx"], "tiny-vit", source)
     assert not [path for path in (cache / "models").rglob("*") if path.suffix in (".json", ".safetensors")]
-    del weights["encoder.layer.1.mlp.fc1.bias"]
-    folder = packaged.packaged_folder([exported(weights, tmp_path / "m.onnx")], "tiny-vit", source)
-    with pytest.raises(LLMDropError, match="lacks 1 of the weights that its config.json promises, such as encoder.layer.1.mlp"):
-        load_encoder(str(folder))
+    for missing, n in (("encoder.layer.1.mlp.fc1.bias", 1), ("encoder.layer.2.", 18)):  # a weight, and a layer
+        fewer = {key: weight for key, weight in weights.items() if not key.startswith(missing)}
+        folder = packaged.packaged_folder([exported(fewer, tmp_path / "m.onnx")], "tiny-vit", source)
+        with pytest.raises(LLMDropError, match=f"lacks {n} of the weights that its config.json promises, such as {missing}"):
+            load_encoder(str(folder))
 
 
 def test_without_the_package_onnx(tmp_path, cache, monkeypatch):
