@@ -216,8 +216,9 @@ def ladder() -> list[str]:
         f"Its importance (1 − cosine of input and output) is the least of the three on {(least == 'reproduced').sum()} of "
         f"{len(least)} models, on each of 4 corpora; Qwen2.5-Coder-1.5B is open, and Gemma-3-270M deviates.",
         "From Qwen2.5-Coder-0.5B to 1.5B the share of attention layers that can go falls by "
-        f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}), while half gone leaves "
-        f"{100 * more['change']:.0f} points more {span(more, scale=100, form='.0f')}; over all five models no trend can be told.",
+        f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}), while half gone "
+        f"leaves {100 * more['change']:.0f} points more {span(more, scale=100, form='.0f')}; over all five models no trend can "
+        "be told.",
         f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
         f"{overall['correlation']:.2f} {span(overall, form='.2f')} as a mean of the models.",
     ]

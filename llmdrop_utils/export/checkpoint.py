@@ -1,8 +1,9 @@
 """Dropped models as transformers checkpoints: the weights of what is dropped are not on disk.
 
-`AutoModelForCausalLM.from_pretrained` gives the dropped model after `import llmdrop_utils`. Without it, transformers refuses:
-it does not know the model type, and weights have a variant in their names (model.llmdrop.safetensors), so that no class of
-the base model's family finds them either. It would fill what is not on disk with random numbers.
+`AutoModelForCausalLM.from_pretrained`, of an encoder `AutoModel.from_pretrained`, gives the dropped model after `import
+llmdrop_utils`. Without it, transformers refuses: it does not know the model type, and weights have a variant in their names
+(model.llmdrop.safetensors), so that no class of the base model's family finds them either. It would fill what is not on disk
+with random numbers.
 """
 
 import dataclasses
@@ -13,18 +14,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from ..base.errors import LLMDropError
 from ..base.files import building
 from ..dropping.maps import LinearMap
 from ..dropping.plan import NAMES, DropPlan, check_plan
 from ..dropping.units import StandIn, drop, left, mapped, skipping
-from ..models.config import config_of, read_settings, says_dropped
+from ..models.config import DECODERS, config_of, read_settings, says_dropped
+from ..models.config import ENCODERS as KINDS_OF_ENCODERS
 from ..models.convert import UNREADABLE, first_line
-from ..models.families import find_anatomy, need_decoder, stream_width
+from ..models.encoder_layouts import ENCODERS
+from ..models.encoders import POOLER, load_encoder_weights, load_reader
+from ..models.families import find_anatomy, stream_width
 from ..models.load import check_weights, load_tokenizer, load_weights
-from ..models.locate import LocatedModel, has_tokenizer, locate_dropped
+from ..models.locate import IMAGE_SETTINGS, LocatedModel, has_tokenizer, locate_dropped
 from ..models.names import folder_identity
 from . import MODEL_TYPE
 from .official import drop_lists, plan_from_config
@@ -40,8 +50,9 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
 
     Parameters
     ----------
-    model: the dense model, or one that lacks what the plan drops and nothing else. It stays as it is.
-    tokenizer: saved with its chat template; None for a model without one.
+    model: the dense model, or one that lacks what the plan drops and nothing else. It stays as it is. Of an encoder what
+        `load_encoder` loads is kept: no pooler and no head.
+    tokenizer: saved with its chat template; None for a model without one. Of an encoder its reader.
     folder: must not exist yet.
     max_shard_size: as in transformers' `save_pretrained`.
 
@@ -50,7 +61,7 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
     """
     folder = Path(folder)
     anatomy = check_plan(model, plan)
-    need_decoder(anatomy)
+    is_encoder = anatomy.family in ENCODERS
     for kind, name in NAMES.items():
         built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
         lacks = set(built) - set(left(anatomy, kind)) - set(getattr(plan, kind))
@@ -62,7 +73,13 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
     if folder.exists():
         raise LLMDropError(f"{folder} exists already. Give a dropped model a folder of its own.")
     with skipping(model, plan), building(folder) as temporary:
-        PreTrainedModel.save_pretrained(model, temporary, variant=VARIANT, max_shard_size=max_shard_size)
+        kept, weights = model, None
+        if is_encoder:
+            kept = anatomy.decoder
+            weights = {key: weight for key, weight in kept.state_dict().items() if not POOLER.search(key)}
+        PreTrainedModel.save_pretrained(kept, temporary, variant=VARIANT, max_shard_size=max_shard_size, state_dict=weights)
+        if is_encoder and (pooling := getattr(model, "llmdrop_pooling", None)):
+            pooling.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         _describe(temporary, model, plan)
@@ -74,9 +91,9 @@ def load_dropped(name: Path | str, dtype: torch.dtype | None = None, device: str
 
     name: a folder, or a hub id ("org/model", "org/model@commit"). dtype, device: as in `load_model`.
 
-    Returns (model in eval mode, tokenizer; None if there is none beside the weights). `model.llmdrop_plan` is the plan; plans
-    that were made for the base fit the model, too. Raises LLMDropError for a model that is not dropped, and for a checkpoint
-    that is damaged or incomplete.
+    Returns (model in eval mode, tokenizer or an encoder's reader; None if there is none beside the weights).
+    `model.llmdrop_plan` is the plan; plans that were made for the base fit the model, too. Raises LLMDropError for a model that
+    is not dropped, and for a checkpoint that is damaged or incomplete.
     """
     name, folder = locate_dropped(str(name))
     settings = read_settings(name, folder)
@@ -87,8 +104,11 @@ def load_dropped(name: Path | str, dtype: torch.dtype | None = None, device: str
     try:
         config = dropped_config(settings)
         located = LocatedModel(name, folder, config.llmdrop["base"] or folder_identity(folder))
-        tokenizer = load_tokenizer(located) if has_tokenizer(folder) else None
-        return load_weights(located, config, dtype, device), tokenizer
+        has_reader = has_tokenizer(folder) or (folder / IMAGE_SETTINGS).exists()
+        if config.model_type in ENCODERS:
+            reader = load_reader(located, config) if has_reader else None
+            return load_encoder_weights(located, config, dtype, device), reader
+        return load_weights(located, config, dtype, device), load_tokenizer(located) if has_reader else None
     except UNREADABLE as error:
         raise LLMDropError(f"{name} could not be loaded: {first_line(error)}") from error
 
@@ -157,7 +177,7 @@ def dropped_config(settings: dict, **kwargs):
     for name in ("per_layer_config", "auto_map"):
         settings.pop(name, None)
     plan_from_config(settings)  # raises for lists that no plan can have
-    base: Any = type(config_of("the dropped model", settings))
+    base: Any = type(config_of("the dropped model", settings, DECODERS + KINDS_OF_ENCODERS))
     config = _config_class(base).from_dict(settings, **kwargs)
     (config[0] if isinstance(config, tuple) else config).llmdrop = about
     return config
@@ -167,10 +187,13 @@ def dropped_config(settings: dict, **kwargs):
 def _config_class(base) -> Any:
     """The family's configuration under a type of its own, for which transformers finds the class of the dropped model."""
     config = type(f"Dropped{base.__name__}", (base,), {"__module__": __name__})
-    dense = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    mapping, auto = MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    if base.model_type in ENCODERS:
+        mapping, auto = MODEL_MAPPING, AutoModel
+    dense = mapping[base]
     # It keeps name and module: transformers looks up some of its rules by them, such as those that rename weights.
     model = type(dense.__name__, (_DroppedModel, dense), {"__module__": dense.__module__, "config_class": config})
-    AutoModelForCausalLM.register(config, model)
+    auto.register(config, model)
     return config
 
 
@@ -182,6 +205,8 @@ class _DroppedModel:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if getattr(self, "pooler", None) is not None:
+            self.pooler = None  # of an encoder; it is not stored
         self.llmdrop_plan = _plan(config)
         drop(self, self.llmdrop_plan)
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError, NotAvailable
-from ..models.families import find_anatomy
+from ..models.families import find_anatomy, need_decoder
 from .guard import finite_generation, measuring, tokens_for
 
 BACKENDS = ("eager", "compiled")
@@ -124,8 +124,9 @@ def check_length(cache: Cache, expected: int) -> None:
 
 
 def random_tokens(model, batch_size: int, length: int) -> torch.LongTensor:
+    need_decoder(anatomy := find_anatomy(model))
     generator = torch.Generator().manual_seed(0)
-    vocabulary = find_anatomy(model).decoder.config.vocab_size
+    vocabulary = anatomy.decoder.config.vocab_size
     return torch.randint(vocabulary, (batch_size, length), generator=generator).to(device_of(model))
 
 

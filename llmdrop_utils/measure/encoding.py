@@ -9,7 +9,9 @@ from torch import nn
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
+from ..models.encoder_layouts import ENCODERS
 from ..models.encoders import ImageSettings, Pooling
+from ..models.families import family_of, find_anatomy
 from .guard import evaluating
 
 CLASS_TOKENS = ("cls_token", "class_embedding")  # names of what a vision transformer puts before the patches
@@ -22,12 +24,13 @@ def prepare(reader, samples: Sequence) -> dict[str, torch.Tensor]:
     what the model knows; or images as uint8 (height, width, 3), which are scaled and normalised as published. Raises
     LLMDropError for texts given to a model of images, and for images given to one of text.
     """
-    is_text = all(isinstance(sample, str) for sample in samples)
-    if not samples or is_text == isinstance(reader, ImageSettings):
-        wanted = "images, uint8 (height, width, 3)" if isinstance(reader, ImageSettings) else "texts"
-        given = "nothing" if not samples else "texts" if is_text else f"{type(samples[0]).__name__}"
+    reads_images = isinstance(reader, ImageSettings)
+    wrong = [sample for sample in samples if isinstance(sample, str) == reads_images]
+    if isinstance(samples, str) or not len(samples) or wrong:
+        wanted = "a list of images, uint8 (height, width, 3)" if reads_images else "a list of texts"
+        given = "one text" if isinstance(samples, str) else f"some {type(wrong[0]).__name__}" if wrong else "nothing"
         raise LLMDropError(f"This model reads {wanted}, but was given {given}.")
-    if isinstance(reader, ImageSettings):
+    if reads_images:
         return {"pixel_values": torch.stack([_pixels(reader, sample) for sample in samples])}
     return dict(reader(list(samples), padding=True, truncation=True, return_tensors="pt"))
 
@@ -62,9 +65,13 @@ def embed(
 
     model, reader: from `load_encoder`; the model may lack layers (`dropped`). Sentence encoders pool as published, other
     text encoders by the mean over tokens. Of images it is the class token's state, or without one the mean over patches.
-    on_batch: called after each batch with the number of samples done. Raises what `prepare` raises.
+    on_batch: called after each batch with the number of samples done. Raises what `prepare` raises, and LLMDropError for a
+    model that is no encoder and for the reader of another one.
     """
     batch_size, embeddings = whole(batch_size, "The batch size"), []
+    _check_reader(model, reader)
+    if isinstance(samples, str):
+        prepare(reader, samples)  # which says what is wrong: each letter would be a text
     with evaluating(model):
         for start in range(0, len(samples), batch_size):
             inputs = prepare(reader, samples[start : start + batch_size])
@@ -74,6 +81,17 @@ def embed(
             embeddings.append(pooling_of(model)(states, mask).double().cpu().numpy())
             on_batch(len(embeddings[-1]))
     return np.concatenate(embeddings) if embeddings else np.zeros((0, 0))
+
+
+def _check_reader(model: nn.Module, reader) -> None:
+    anatomy = find_anatomy(model)
+    if anatomy.family not in ENCODERS:
+        raise LLMDropError(f"This {anatomy.family} model is no encoder. load_encoder loads one.")
+    if (family_of(anatomy.decoder.config).takes[0] == "pixel_values") != isinstance(reader, ImageSettings):
+        raise LLMDropError(
+            f"A {type(reader).__name__} makes no input for a {anatomy.family} model. Give the reader that load_encoder "
+            "returned with it."
+        )
 
 
 def _for_model(tensor: torch.Tensor, model: nn.Module) -> torch.Tensor:

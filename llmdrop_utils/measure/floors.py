@@ -12,9 +12,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..base.checks import whole
+from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
 from ..dropping.units import left
 from ..models.cache_shape import cache_geometry, numbers_multiplied
+from ..models.encoder_layouts import ENCODERS
 from ..models.families import find_anatomy
 
 
@@ -35,6 +37,8 @@ def kv_bytes(config, plan: DropPlan, batch_size: int, length: int, bytes_per_num
     batch_size, length = whole(batch_size, "The batch size"), whole(length, "The number of tokens", at_least=0)
     bytes_per_number = whole(bytes_per_number, "The number of bytes")
     config = config.get_text_config()
+    if config.model_type in ENCODERS:
+        raise LLMDropError(f"{config.model_type} models are encoders, which keep no keys and values.")
     numbers = sum(
         per_token * (length if window is None else min(length, window - 1))
         for layer, (per_token, window) in enumerate(cache_geometry(config))

@@ -8,7 +8,7 @@ import torch
 
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan
-from ..models.families import find_anatomy, position_limit
+from ..models.families import find_anatomy, need_decoder, position_limit
 from ..sources.texts import as_tokens
 from .scoring import score
 
@@ -39,11 +39,11 @@ def score_text(
 
     The divergence is from the first plan: give `DropPlan()`, the dense model, first. Raises LLMDropError for wrong input.
     """
-    config = find_anatomy(model).decoder.config
+    need_decoder(anatomy := find_anatomy(model))
     tokens = as_tokens(tokens, shortest=2)
     requests = [(sample[:1], sample[1:]) for sample in tokens.tolist()]
     longest = tokens.shape[1] - 1
-    known = position_limit(config)
+    known = position_limit(anatomy.decoder.config)
     if known is not None and longest > known:
         raise LLMDropError(f"Samples of {longest + 1} tokens are too long for this model, which knows {known} positions.")
     scores = score(model, requests, plans, max_length=longest, kl=True, on_batch=on_batch)

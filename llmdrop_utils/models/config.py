@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -20,6 +21,7 @@ from transformers import (
 
 from ..base.errors import LLMDropError
 from .convert import first_line
+from .refused import REFUSED
 
 # Where checkpoints of multimodal models keep the weights of their text part -> where the text model has them.
 TEXT_WEIGHTS = {
@@ -56,7 +58,8 @@ def kind_of(config) -> str | None:
     "encoder-decoder"; None for something else."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    is_one = config.get_text_config() is config  # ModernVBERT reads images beside text
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and is_one and not getattr(config, "is_decoder", False):
         return "text encoder"
     if type(text_part(config)) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "decoder"
@@ -97,12 +100,18 @@ def config_of(name: str, settings: Any, kinds: tuple[str, ...] = DECODERS):
 
 
 def check_settings(name: str, settings: Any) -> None:
-    """Raise LLMDropError unless the content of a config.json is a mapping that names a kind of model."""
+    """Raise LLMDropError unless the content of a config.json is a mapping that names a kind of model, not one that is code."""
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         found = "it has no text under 'model_type'" if isinstance(settings, dict) else f"it holds {type(settings).__name__}"
         raise LLMDropError(
             f"The config.json of {name} is not that of a transformers model: {found}. Expected is a mapping such as "
             '{"model_type": "llama", ...}. Download it again, or save the model with save_pretrained.'
+        )
+
+    if "auto_map" in settings and settings["model_type"] not in CONFIG_MAPPING:
+        raise LLMDropError(
+            f"{name} ({settings['model_type']}) comes with code of its own, which is not run, and this version of transformers "
+            "does not know the family. Install a later one, or give a model of a family that it knows."
         )
 
 
@@ -122,9 +131,13 @@ def text_part(config):
         text = _same_on_text(text)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "logit_scale", None):
         return config  # (Aya Vision scales no logits, unlike the Cohere2 that is its text part)
-    # The whole model says whether the head is tied.
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)  # the whole model says it
     return text
+
+
+def is_multimodal(config) -> bool:
+    """Does it describe a model of text and of something else, of which the text part is a language model by itself?"""
+    return text_part(config) is not config or config.get_text_config() is not config
 
 
 def _same_on_text(text):
@@ -179,6 +192,8 @@ def other_kind(name: str, kind: str | None, kinds: tuple[str, ...], config=None)
     model_type, wanted, example = config.model_type, "causal language model", "Qwen/Qwen3-8B"
     if kinds != DECODERS:
         wanted, example = "encoder that can be measured", "answerdotai/ModernBERT-base or facebook/dinov2-small"
+        if reason := REFUSED.get(model_type):
+            return LLMDropError(f"{name} is a {model_type} model, which cannot be taken apart: {reason}. Give {example}.")
     elif (text := config.get_text_config()) is not config:
         return LLMDropError(
             f"{name} is multimodal ({model_type}), and its text part ({text.model_type}) cannot be taken by itself. Give a "

@@ -25,6 +25,16 @@ BERT = Family(
     takes=TEXT,
 )
 
+# As in BERT, but with a norm before each sub-layer, and none on the stream: h = x + dense(self(norm(x))).
+PRE_NORM_BERT = dataclasses.replace(
+    BERT,
+    mlp_input="LayerNorm",
+    attention_unit=("attention.self", "attention.output.dense", "attention.LayerNorm"),
+    mlp_unit=("intermediate", "output.dense", "LayerNorm"),
+    stream_norms=None,
+    takes=COUNTS_POSITIONS,
+)
+
 MPNET = dataclasses.replace(
     BERT,
     attention="attention.attn",
@@ -47,6 +57,14 @@ DISTILBERT = Family(
 
 MODERNBERT = Family(
     attention="attn", mlp_input="mlp_norm", attention_unit=("attn", "attn_norm"), mlp_unit=("mlp", "mlp_norm"), takes=TEXT
+)
+
+NOMIC_BERT = Family(
+    mlp_input="mlp",
+    attention_unit=("self_attn",),
+    mlp_unit=("mlp",),
+    stream_norms=("post_attention_layernorm", "post_mlp_layernorm"),
+    takes=TEXT,
 )
 
 VIT = Family(
@@ -82,21 +100,49 @@ def _dinov2(config) -> Family:
     )
 
 
-def _bert(takes: tuple[str, ...]) -> Callable[[object], Family]:
+def _dinov3(config) -> Family:
+    return dataclasses.replace(_dinov2(config), layers="model.layer", attention_returns=2)
+
+
+def _unless_decoder(layout: Family, **changes) -> Callable[[object], Family]:
+    """Families whose configuration can also make a decoder of them."""
+
     def family(config) -> Family:
         problem = "it is a decoder of a family that is known as encoders" if config.is_decoder else None
-        return dataclasses.replace(BERT, takes=takes, unsupported=problem)
+        return dataclasses.replace(layout, unsupported=problem, **changes)
 
     return family
 
 
+def _deberta(config) -> Family:
+    if getattr(config, "conv_kernel_size", 0):
+        return Family(unsupported="a convolution adds to the residual stream after its first layer")
+    return BERT
+
+
 ENCODERS: dict[str, Family | Callable[[object], Family]] = {
-    "bert": _bert(TEXT),
-    **dict.fromkeys(["roberta", "xlm-roberta"], _bert(COUNTS_POSITIONS)),
+    **dict.fromkeys(["bert", "electra", "ernie", "rembert"], _unless_decoder(BERT)),
+    **dict.fromkeys(["roberta", "xlm-roberta", "camembert", "data2vec-text"], _unless_decoder(BERT, takes=COUNTS_POSITIONS)),
+    **dict.fromkeys(["deberta", "deberta-v2"], _deberta),
+    "esm": _unless_decoder(PRE_NORM_BERT),
+    "xlm-roberta-xl": _unless_decoder(
+        PRE_NORM_BERT, attention_unit=("attention.self", "attention.output.dense", "attention.self_attn_layer_norm")
+    ),
+    "megatron-bert": _unless_decoder(
+        PRE_NORM_BERT,
+        mlp_input="ln",
+        attention_unit=("attention.self", "attention.output.dense", "attention.ln"),
+        mlp_unit=("intermediate", "output.dense", "ln"),
+        takes=TEXT,
+    ),
+    "roberta-prelayernorm": _unless_decoder(PRE_NORM_BERT, mlp_input="intermediate", mlp_unit=("intermediate", "output.dense")),
     "mpnet": MPNET,
     "distilbert": DISTILBERT,
+    **dict.fromkeys(["nomic_bert", "gte", "jina_embeddings_v3"], NOMIC_BERT),
     "modernbert": MODERNBERT,
-    "vit": VIT,
-    "dinov2": _dinov2,
-    **dict.fromkeys(["clip_vision_model", "siglip_vision_model"], CLIP),
+    **dict.fromkeys(["eurobert", "ultrabert"], Family(takes=TEXT)),
+    **dict.fromkeys(["vit", "deit", "vit_msn", "ijepa"], VIT),
+    **dict.fromkeys(["dinov2", "dinov2_with_registers"], _dinov2),
+    "dinov3_vit": _dinov3,
+    **dict.fromkeys(["clip_vision_model", "siglip_vision_model", "chinese_clip_vision_model"], CLIP),
 }

@@ -7,15 +7,17 @@ them is published beside its weights (`Pooling`).
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel
 
 from ..base.errors import LLMDropError
-from .config import ENCODERS, full_config, kind_of, read_config
+from .config import ENCODERS, full_config, read_config
 from .convert import UNREADABLE, first_line
-from .families import position_limit
+from .encoder_layouts import IMAGES
+from .families import family_of, position_limit
 from .load import check_weights, default_dtype, load_tokenizer, ready
 from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 
@@ -23,6 +25,8 @@ from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 POOLER = re.compile(r"^pooler\.")
 REMAINDERS = re.compile(
     r"(^|\.)(pooler|lm_head|cls|classifier|vocab_(transform|layer_norm|projector)|position_ids|mask_token)(\.|$)"
+    r"|^(generator_predictions|generator_lm_head|discriminator_predictions|lm_predictions)\."  # ELECTRA, DeBERTa
+    r"|(^|\.)((cls|distillation)_classifier|contact_head)\."  # DeiT, ESM
     r"|^(head|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias)(\.|$)"
 )
 
@@ -47,18 +51,23 @@ def load_located_encoder(located: LocatedModel, dtype: torch.dtype | None = None
     """`load_encoder` for files that are on this machine already."""
     try:
         config = read_config(located.name, located.folder, ENCODERS)
-        if kind_of(config) == "vision encoder":
-            reader = read_image_settings(located)
-        else:
-            reader = load_tokenizer(located)
-            known = (longest_text(located), position_limit(config))
-            reader.model_max_length = min([reader.model_max_length, *(each for each in known if each)])
-        pooling = read_pooling(located)  # what is wrong with the small files costs nothing to find
-        return _load_weights(located, config, pooling, dtype, device), reader
+        reader = load_reader(located, config)  # what is wrong with the small files costs nothing to find
+        return load_encoder_weights(located, config, dtype, device), reader
     except torch.OutOfMemoryError as error:
         raise LLMDropError(f"{located.name} does not fit into the GPU's memory. Use device='cpu'.") from error
     except UNREADABLE as error:
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
+
+
+def load_reader(located: LocatedModel, config):
+    """What makes the input of an encoder of this configuration: a tokenizer, or `ImageSettings`. Raises LLMDropError for a
+    family that cannot be taken apart, and for files that are missing or damaged."""
+    if family_of(config).takes == IMAGES:
+        return read_image_settings(located)
+    reader = load_tokenizer(located)
+    known = (longest_text(located), position_limit(config))
+    reader.model_max_length = min([reader.model_max_length, *(each for each in known if each)])
+    return reader
 
 
 def attention_of(config) -> str:
@@ -66,7 +75,10 @@ def attention_of(config) -> str:
     return "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
-def _load_weights(located: LocatedModel, config, pooling, dtype: torch.dtype | None, device: str | None) -> nn.Module:
+def load_encoder_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:
+    """The encoder of this configuration, with the weights of a folder and its published pooling; dtype and device as in
+    `load_encoder`."""
+    pooling = read_pooling(located)
     is_part = config.model_type != full_config(located.name, located.folder).model_type
     model, found = AutoModel.from_pretrained(
         located.folder,
@@ -101,6 +113,13 @@ class ImageSettings:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int  # filter of PIL: 2 bilinear, 3 bicubic
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `read_image_settings` reads."""
+        final, edge = {"height": self.height, "width": self.width}, self.shortest_edge
+        cropped = {"size": final} if edge is None else {"size": {"shortest_edge": edge}, "crop_size": final}
+        more = {"do_center_crop": edge is not None, "image_mean": self.mean, "image_std": self.std, "resample": self.resample}
+        (folder / IMAGE_SETTINGS).write_text(json.dumps(cropped | more, indent=1) + "\n", encoding="utf-8")
 
 
 def read_image_settings(located: LocatedModel) -> ImageSettings:
@@ -149,6 +168,17 @@ class Pooling:
             counts = mask.bool().unsqueeze(-1)
             pooled = states.where(counts, 0).sum(1) / counts.sum(1)
         return nn.functional.normalize(pooled, dim=-1) if self.normalise else pooled
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write what `read_pooling` reads, as sentence-transformers does."""
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalise else [])]
+        modules = [
+            {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(kinds)
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules, indent=1) + "\n", encoding="utf-8")
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": self.mode}) + "\n", encoding="utf-8")
 
 
 def read_pooling(located: LocatedModel) -> Pooling | None:

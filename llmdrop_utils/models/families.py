@@ -154,7 +154,8 @@ def _find_halves(model: nn.Module) -> Anatomy:
 def _decoder_of(model: nn.Module) -> nn.Module:
     """The decoder or encoder without its head."""
     is_decoder = hasattr(model, "get_decoder") and model.config.model_type not in ENCODERS
-    decoder = model.get_decoder() if is_decoder else model.base_model
+    is_bare = hasattr(model, "embeddings")  # DINOv3 calls its layers alone its base model
+    decoder = model.get_decoder() if is_decoder else model if is_bare else model.base_model
     if hasattr(decoder, "lm_head") or not hasattr(decoder, "config"):  # Llama 4 gives all of it; ModernBERT's head is "decoder"
         decoder = model.model
     return decoder
@@ -197,6 +198,12 @@ def table_of(model_type: str) -> str:
 
 def _layer_types(config) -> list[str]:
     if kinds := getattr(config, "layer_types", None):
+        for index, kind in enumerate(kinds):
+            if kind not in MIXERS and not kind.endswith("attention"):
+                raise LLMDropError(
+                    f"Layer {index} of this {config.model_type} model is of the kind {kind!r}, which is unknown. Known are "
+                    f"kinds of attention, and {' and '.join(MIXERS)} in its place."
+                )
         return kinds
     raise LLMDropError(
         f"This transformers does not say which layers of {config.model_type} models have attention. Install a later one."
@@ -253,7 +260,16 @@ def position_limit(config) -> int | None:
     return known - config.pad_token_id - 1 if config.model_type in COUNTED_FROM_PADDING else known
 
 
-COUNTED_FROM_PADDING = ("roberta", "xlm-roberta", "mpnet")  # the first position is the one after that of padding
+COUNTED_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "mpnet",
+)  # the first position is the one after that of padding
 
 
 LEARNED = {"gpt2", "opt", "gpt_bigcode", "gpt_neo", "biogpt", "ctrl"}  # (those of CTRL are a table of sines that ends)

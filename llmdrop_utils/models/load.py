@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from ..base import files
 from ..base.errors import LLMDropError
-from .config import TEXT_WEIGHTS, full_config, read_config
+from .config import TEXT_WEIGHTS, full_config, is_multimodal, kind_of, read_config
 from .convert import UNREADABLE, first_line
 from .locate import LocatedModel, locate_model
 
@@ -85,6 +85,8 @@ def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, devic
         ignore_mismatched_sizes=True,  # they are refused below, and named
     )
     check_weights(located.name, located.folder, model, found, is_part)
+    if is_part:  # transformers would save it under the names that it was loaded from
+        model._weight_conversions = None
     return ready(model, located)
 
 
@@ -201,6 +203,18 @@ def load_tokenizer(located: LocatedModel):
 def load_config(located: LocatedModel):
     """The configuration alone, to know a model's family without loading weights; of a multimodal model its text part's."""
     return read_config(located.name, located.folder)
+
+
+def said_of_parts(located: LocatedModel) -> str | None:
+    """What a page says of a multimodal model: that its text part is measured. None for all others."""
+    whole = full_config(located.name, located.folder)
+    if kind_of(whole) != "decoder" or not is_multimodal(whole):
+        return None
+    name, _, _ = located.name.partition(",")  # of a stage of a series the series
+    return (
+        f"{name} is multimodal ({whole.model_type}). What is measured is its text part, on text alone: a "
+        f"{load_config(located).get_text_config().model_type} decoder."
+    )
 
 
 def attention_implementation(located: LocatedModel) -> str:

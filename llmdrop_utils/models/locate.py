@@ -166,7 +166,15 @@ def locate_dropped(name: str) -> tuple[str, Path]:
     hub_id = HUB_ID.fullmatch(name)
     if path is not None or hub_id is None or looks_local(name):
         raise LLMDropError(f"Expected the folder or the hub id of a dropped model, found {name!r}. save_dropped writes one.")
-    return name, fetch_hub(hub_id["id"], hub_id["revision"])
+    return name, _fetched(hub_id["id"], hub_id["revision"])
+
+
+def _fetched(repository: str, revision: str | None) -> Path:
+    """The folder of a model of the hub; of a sentence encoder how it pools, too, which is in folders of their own."""
+    folder = fetch_hub(repository, revision)
+    if (folder / "modules.json").exists():
+        fetch_hub(repository, folder.name, patterns=["*/config.json"], ignored=None)
+    return folder
 
 
 def forget_converted(name: str) -> None:
@@ -203,11 +211,9 @@ def shape_of(name: str) -> tuple[dict, Path, str]:
 
 
 def _located_hub(name: str, repository: str, revision: str | None, kinds: tuple[str, ...]) -> LocatedModel:
-    folder = fetch_hub(repository, revision)
+    folder = _fetched(repository, revision)
     check_folder(name, folder, kinds)
     check_reader(name, folder)
-    if (folder / "modules.json").exists():  # a sentence encoder: how it pools is in folders of their own
-        fetch_hub(repository, folder.name, patterns=["*/config.json"], ignored=None)
     # A model of the paper that is asked for by its hub id is still that model.
     known: dict = next((s for s in catalogue()["models"].values() if s.get("hub") == repository), {})
     identity = f"hub:{repository}@{folder.name}"  # .../snapshots/<commit>

@@ -48,9 +48,10 @@ class Shape:
     def of_config(cls, config, parameters: int | None = None, name: str = "the model") -> "Shape":
         """The shape of a transformers configuration; parameters are counted on the device "meta" unless they are known.
 
-        Raises LLMDropError for a configuration that no model can be built from.
+        Raises LLMDropError for an unknown or refused family, and for a configuration that no model can be built from.
         """
         text = config.get_text_config()
+        family_of(text)
         try:
             geometry = cache_geometry(text)
             if parameters is None:

@@ -1,4 +1,4 @@
-"""Families of transformers' causal language models and encoder-decoders that are known, and why they cannot be taken apart."""
+"""Families of transformers' models that are known, and why they cannot be taken apart: decoders, encoders, and both in one."""
 
 UNSTATED = "nobody has stated and tested yet where its attention and MLP are (its norms act on the residual stream itself)"
 HALF = "it is the decoder of an encoder-decoder, made to read what an encoder gives"
@@ -6,12 +6,14 @@ STREAMS = "it mixes several residual streams (hyper-connections), so a sub-layer
 SCALED = "its layers multiply the residual stream itself by learned numbers, so that it is no sum of terms"
 NO_ATTENTION = "it has no attention"
 DRAFT = "it drafts tokens for another model, whose cache it reads"
+UNTESTED = "nobody has stated and tested yet where its attention and MLP are"
+STAGES = "its layers stand in stages of different widths, so that no residual stream goes through all of them"
+OUTSIDE = "its layers multiply what they add by learned vectors outside of any module"
+NOT_ALONE = "transformers' AutoModel cannot load it without the text encoder beside it"
 THREE = "a third term is added to the residual stream in each layer, beside attention and MLP"
 
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(["bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"], UNSTATED),
-    **dict.fromkeys(["rembert", "roc_bert", "roformer", "xmod"], UNSTATED),
-    **dict.fromkeys(["megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl"], "it is an encoder"),
+    **dict.fromkeys(["bert-generation", "big_bird", "roc_bert", "roformer", "xmod"], UNSTATED),
     **dict.fromkeys(["git", "xlm", "xlnet", "openai-gpt", "minimax"], UNSTATED),
     **dict.fromkeys(["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"], HALF),
     **dict.fromkeys(["musicgen_decoder", "musicgen_melody_decoder", "plbart", "prophetnet", "trocr", "whisper"], HALF),
@@ -34,6 +36,25 @@ REFUSED: dict[str, str] = {
     "cpmant": "its modules add their terms to the residual stream themselves, without letting them be seen",
     "gpt_neox_japanese": "a bias outside of its attention is a part of what the attention adds",
     "reformer": "it has two residual streams, and its attention shares queries and keys by hashing",
+    # Encoders of text.
+    "albert": "its layers share their weights, so that none can be dropped alone",
+    "fnet": NO_ATTENTION,
+    "funnel": "it shortens its text on the way, so that tokens have no stream of their own",
+    "perceiver": "a few learned states read its input, and only they pass its layers",
+    "mobilebert": "each of its layers is a bottleneck with several MLPs",
+    **dict.fromkeys(["convbert", "esmc", "flaubert", "ibert", "layoutlm", "longformer", "luke", "mra"], UNTESTED),
+    **dict.fromkeys(["neomme", "nystromformer", "squeezebert", "tapas", "tipsv2_vision_model", "yoso"], UNTESTED),
+    **dict.fromkeys(["clip_text_model", "siglip_text_model"], "of a pair of encoders the one for images is taken"),
+    # Encoders of images.
+    **dict.fromkeys(["bit", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "focalnet", "hgnet_v2"], NO_ATTENTION),
+    **dict.fromkeys(["mobilenet_v1", "mobilenet_v2", "poolformer", "pp_lcnet", "regnet", "resnet", "textnet"], NO_ATTENTION),
+    **dict.fromkeys(["cvt", "dinat", "donut-swin", "hiera", "levit", "mobilevit", "mobilevitv2"], STAGES),
+    **dict.fromkeys(["pvt", "pvt_v2", "segformer", "swiftformer", "swin", "swinv2"], STAGES),
+    **dict.fromkeys(["beit", "data2vec-vision"], OUTSIDE),
+    "vit_mae": "it reads a random part of the patches of an image, another one each time",
+    "siglip2_vision_model": "it reads patches and their places. SigLIP 2 of one size is a siglip model, which works",
+    **dict.fromkeys(["altclip_vision_model", "blip_vision_model", "blip_2_vision_model"], NOT_ALONE),
+    **dict.fromkeys(["clipseg_vision_model", "metaclip_2_vision_model"], NOT_ALONE),
 }
 
 SPARSE = "nobody has stated and tested yet where the parts of its sparse attention are"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..base.errors import LLMDropError
 from ..models.config import DECODERS, OTHERS
+from ..models.kinds import kind_of_model
 from ..models.names import folder_identity
 from ..models.outlook import Outlook, Shape, outlook
 from ..models.recipe import load_recipe, series_folder, untrained
@@ -89,6 +90,10 @@ class Needed:
         """The models that a notebook is about, by their names in the profile."""
         return self.settings["others"]["models"] if is_of_encoders(number) else self.profile.models
 
+    def reads(self, kind: str) -> bool:
+        """Is there an encoder of this kind among those of notebook 12? One of unknown kind may be of either."""
+        return bool({kind, None} & {kind_of_model(name, self.hub) for name in self.settings["others"]["models"]})
+
     def runs(self, number: str) -> list[Profile]:
         """The runs that make a notebook: one, or one for each model, and the one that compares them."""
         if not self.profile.one_by_one:
@@ -127,11 +132,13 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
     for number in needed.chosen:
         sections = set(sections_of(number)) | (set(QUALITY) & set(settings) if number == "05" and with_scores else set())
         corpora = settings["calibration"]["corpora"] if "calibration" in sections else []
-        for corpus in settings["others"]["texts"] if is_of_encoders(number) else corpora:
+        if is_of_encoders(number):
+            corpora = settings["others"]["texts"] if needed.reads("text encoder") else []
+        for corpus in corpora:
             needed.add("text", corpus, _text(corpus, needed.hub), [number])
         for name in settings["tasks"]["names"] if set(QUALITY) <= sections else []:
             needed.add("tasks", *_task_data(name, settings["tasks"]["data"], needed.hub), [number])
-        for name in settings["others"]["images"] if is_of_encoders(number) else []:
+        for name in settings["others"]["images"] if is_of_encoders(number) and needed.reads("vision encoder") else []:
             if packages := catalogue()["images"].get(name, {}).get("packages"):
                 needed.add("images", name, packaged(packages), [number])
         if number == "07":

@@ -11,7 +11,7 @@ from IPython.display import Image, Markdown, display
 
 from ..base import files
 from ..models.encoder_decoders import load_located_other
-from ..models.load import load_located
+from ..models.load import load_located, said_of_parts
 from ..models.locate import LocatedModel
 from ..report.show import show
 from ..report.style import FIGURES, draw
@@ -34,11 +34,14 @@ class Page:
         if folder := os.environ.get(TABLES):
             self.scratch = tempfile.TemporaryDirectory()  # the run's own figures stay as they are
             self.folders = dataclasses.replace(self.folders, tables=Path(folder), figures=Path(self.scratch.name))
-            self.tables = read_tables(self.folders.tables / notebook)
+            self.tables, parts = read_tables(self.folders.tables / notebook), []
         else:
             self.tables = self.study(self.profile)
+            parts = [said_of_parts(model) for model in self.study.models(self.profile)[0]]
         self.say(_neighbours(notebook, self._has_page))
         self.say(f"Run `{self.profile.run}`: {self.profile.description}")
+        for said in filter(None, dict.fromkeys(parts)):
+            self.say(said)
         for row in self.tables["not_run"].itertuples():
             self.say(f"**Not run:** {row.what}: {row.reason}")
 

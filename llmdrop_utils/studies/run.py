@@ -15,7 +15,7 @@ from ..base.store import Store
 from ..measure.importance import Importance
 from ..models.config import DECODERS, ENCODER_DECODERS, ENCODERS
 from ..models.families import family_of, position_limit
-from ..models.kinds import kind_of_model
+from ..models.kinds import kind_of_model, multimodal_kind
 from ..models.load import attention_implementation, load_config, load_tokenizer
 from ..models.locate import LocatedModel, locate_available
 from ..models.names import label
@@ -214,9 +214,11 @@ class Study:
             return f"{label(model)} is a {kind}: it predicts no next token. Notebook 12 measures it."
         if kind in ENCODER_DECODERS:
             return f"{label(model)} is an {kind}: it predicts a target from a source. Notebook 12 measures it."
+        whole = multimodal_kind(model, hub)
+        what = f"The text part of {label(model)} ({whole})" if whole else label(model)
         return (
-            f"{label(model)} is a {kind}, and this notebook is about encoders of text and of images, and encoder-decoders. "
-            "Give one as MODEL, or none to measure those of the profile."
+            f"{what} is a {kind}, and this notebook is about encoders of text and of images, and encoder-decoders. Give one as "
+            "MODEL, or none to measure those of the profile."
         )
 
 

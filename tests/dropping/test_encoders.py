@@ -69,6 +69,17 @@ def test_equals_silenced_projections(name, plan):
     torch.testing.assert_close(read(for_good, given), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_what_a_dropped_model_cannot_read_changes_nothing(name):
+    model, before = dense(name), snapshot(name, dense(name))
+    other = inputs("vit" if name == "bert" else "bert")
+    with pytest.raises((ValueError, AttributeError)), dropped(model, PLANS["joint"]):  # as transformers says it
+        read(model, other)
+    with pytest.raises(LLMDropError, match="Expected"), dropped(model, PLANS["joint"]):
+        measure_importance(model, other)
+    assert snapshot(name, model) == before
+
+
 @every_plan
 @every_family
 def test_exactly_the_unit_is_dropped(name, plan):

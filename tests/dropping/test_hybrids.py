@@ -104,6 +104,13 @@ def test_saved_timed_and_tuned(name, layers, tmp_path):
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in mixers.items())
 
 
+def test_a_layer_of_an_unknown_kind():
+    model = families.tiny("qwen3_next")
+    model.config.layer_types = [*model.config.layer_types[:2], "hybrid"]
+    with pytest.raises(LLMDropError, match="Layer 2 of this qwen3_next model is of the kind 'hybrid', which is unknown. Known"):
+        measure_importance(model, TOKENS)
+
+
 def test_all_attention_dropped():
     model = families.tiny("jamba")
     with dropped(model, DropPlan((0, 2))):

@@ -7,35 +7,47 @@ that come after it are applied here, by hand.
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from encoder_families import CASES, inputs, tiny
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from llmdrop_utils import (
     DropPlan,
+    FastLM,
     LLMDropError,
+    Load,
+    greedy,
+    kv_bytes,
     measure_causes,
     measure_importance,
+    measure_speed,
     perplexity,
     repair,
-    save_dropped,
+    run_tasks,
+    select_by,
     select_iteratively,
 )
 from llmdrop_utils.measure.metrics import KINDS
+from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.encoder_layouts import ENCODERS
 from llmdrop_utils.models.families import family_of, find_anatomy, input_device, position_limit, stream_width
+from llmdrop_utils.selection.methods import Context
 
-LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers", "vit": "layers"}
-LAYERS |= {"clip": "encoder.layers", "siglip": "encoder.layers"}
+LAYERS = {"distilbert": "transformer.layer", "dinov3": "model.layer"}
+LAYERS |= dict.fromkeys(["modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobert", "ultrabert"], "layers")
+LAYERS |= dict.fromkeys(["vit", "deit", "vit_msn", "ijepa"], "layers")
+LAYERS |= dict.fromkeys(["clip", "siglip", "chinese-clip"], "encoder.layers")
+LIKE_BERT = ("bert", "electra", "ernie", "rembert", "deberta", "deberta-v2")
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+LIKE_NOMIC = ("nomic_bert", "gte", "jina_embeddings_v3")
+OTHERS = ("distilbert", "modernbert", "eurobert", "ultrabert", "megatron-bert")
 NORMS = {  # post-norm: after attention, after the MLP
-    "bert": ("attention.output.LayerNorm", "output.LayerNorm"),
-    "roberta": ("attention.output.LayerNorm", "output.LayerNorm"),
-    "xlm-roberta": ("attention.output.LayerNorm", "output.LayerNorm"),
+    **dict.fromkeys([*LIKE_BERT, *LIKE_ROBERTA], ("attention.output.LayerNorm", "output.LayerNorm")),
+    **dict.fromkeys(LIKE_NOMIC, ("post_attention_layernorm", "post_mlp_layernorm")),
     "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
     "distilbert": ("sa_layer_norm", "output_layer_norm"),
 }
@@ -112,7 +124,7 @@ def test_equals_float64_reference(name, padding):
     exact = copy.deepcopy(model).double()
     blocks = exact.get_submodule(LAYERS.get(name, "encoder.layer"))
     more = {} if mask is None else {"attention_mask": mask}
-    if mask is not None and name in ("bert", "distilbert", "modernbert"):  # the others count positions themselves
+    if mask is not None and name in (*LIKE_BERT, *LIKE_NOMIC, *OTHERS):  # the others count positions themselves
         more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     given = given.double() if case.is_vision else given
     expected = reference(name, exact, blocks, (case.attention, case.mlp), lambda m: m(given, **more), mask)
@@ -192,17 +204,29 @@ def test_the_longest_text_that_can_be_read():
 @pytest.mark.parametrize(
     "work",
     [
-        lambda model: repair(model, inputs("bert"), DropPlan((1,))),
-        lambda model: perplexity(model, inputs("bert")),
-        lambda model: measure_causes(model, inputs("bert")),
-        lambda model: save_dropped(model, None, DropPlan((1,)), "nowhere"),
+        lambda model, given: repair(model, given, DropPlan((1,))),
+        lambda model, given: perplexity(model, given),
+        lambda model, given: measure_causes(model, given),
+        lambda model, given: measure_speed(model, Load("decode", context=8, new_tokens=2)),
+        lambda model, given: measure_speed(model, Load("prefill", context=8)),
+        lambda model, given: greedy(model, given, 2),
+        lambda model, given: FastLM(model, byte_tokenizer()),
+        lambda model, given: run_tasks(model, byte_tokenizer(), ["openbookqa"], limit=2, num_fewshot=0),
+        lambda model, given: select_by("Taylor", Context(model, given, batch_size=2, seed=0), "attention", 1),
+        lambda model, given: select_by("greedy KL", Context(model, given, batch_size=2, seed=0), "attention", 1),
+        lambda model, given: select_by("output change", Context(model, given, batch_size=2, seed=0), "attention", 1),
     ],
-    ids=["repair", "perplexity", "causes", "save"],
+    ids=["repair", "perplexity", "causes", "decode", "prefill", "greedy", "FastLM", "tasks", "Taylor", "KL", "output change"],
 )
-def test_what_takes_a_causal_language_model(work):
-    with pytest.raises(LLMDropError, match="This bert model is an encoder, which predicts no next token. measure_importance"):
-        work(tiny("bert"))
-    assert not any(Path().glob("*nowhere*"))
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_what_takes_a_causal_language_model(name, work):
+    with pytest.raises(LLMDropError, match=f"This {name} model is an encoder, which predicts no next token. measure_import"):
+        work(tiny(name), inputs(name))
+
+
+def test_encoders_have_no_cache():
+    with pytest.raises(LLMDropError, match="bert models are encoders, which keep no keys and values"):
+        kv_bytes(tiny("bert").config, DropPlan(), 1, 8, 4)
 
 
 def test_iterative_selection():
@@ -214,7 +238,7 @@ def test_iterative_selection():
 
 
 def test_every_family_has_a_tiny_model():
-    assert {case.model_type for case in CASES.values()} == set(ENCODERS)
+    assert {case.model_type for case in CASES.values()} == {*ENCODERS} & {*CONFIG_MAPPING}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 """What encoders read, and one vector of it."""
 
 import encoder_families
+import families
 import numpy as np
 import pytest
 import torch
@@ -42,8 +43,11 @@ def test_texts_are_padded():
 @pytest.mark.parametrize(
     ("reader", "samples", "message"),
     [
-        (SETTINGS, ["a cat"], r"This model reads images, uint8 \(height, width, 3\), but was given texts\."),
-        (byte_tokenizer(), [flat(2, 2, 0, 0, 0)], r"This model reads texts, but was given ndarray\."),
+        (SETTINGS, ["a cat"], r"This model reads a list of images, uint8 \(height, width, 3\), but was given some str\."),
+        (byte_tokenizer(), [flat(2, 2, 0, 0, 0)], r"This model reads a list of texts, but was given some ndarray\."),
+        (byte_tokenizer(), ["a", flat(2, 2, 0, 0, 0)], r"This model reads a list of texts, but was given some ndarray\."),
+        (byte_tokenizer(), "a cat", "but was given one text"),
+        (SETTINGS, "a cat", "but was given one text"),
         (SETTINGS, [], "but was given nothing"),
         (SETTINGS, [np.zeros((3, 24, 24))], r"Expected images as uint8 \(height, width, 3\), found \(3, 24, 24\)\."),
         (SETTINGS, [flat(2, 2, 0, 0, 0)[:, :, 0]], r"found \(2, 2\)\."),
@@ -52,6 +56,25 @@ def test_texts_are_padded():
 def test_what_a_model_does_not_read(reader, samples, message):
     with pytest.raises(LLMDropError, match=message):
         prepare(reader, samples)
+
+
+def test_images_in_one_array():
+    images = np.stack([flat(9, 9, 1, 2, 3), flat(9, 9, 200, 0, 0)])
+    assert torch.equal(prepare(SETTINGS, images)["pixel_values"], prepare(SETTINGS, list(images))["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("model", "reader", "samples", "message"),
+    [
+        (lambda: encoder_families.tiny("vit"), byte_tokenizer(), ["a"], r"A \w+ makes no input for a vit model"),
+        (lambda: encoder_families.tiny("bert"), SETTINGS, [flat(9, 9, 1, 2, 3)], "A ImageSettings makes no input for a bert"),
+        (lambda: encoder_families.tiny("bert"), byte_tokenizer(), "a cat", "but was given one text"),
+        (lambda: families.tiny("llama"), byte_tokenizer(), ["a"], "This llama model is no encoder. load_encoder loads one"),
+    ],
+)
+def test_what_cannot_be_embedded(model, reader, samples, message):
+    with pytest.raises(LLMDropError, match=message):
+        embed(model(), reader, samples)
 
 
 def test_padding_does_not_count():

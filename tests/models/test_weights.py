@@ -5,18 +5,31 @@ import json
 import families
 import pytest
 import torch
+from multimodal import CLIP, MULTIMODAL, SIGLIP, gemma3, multimodal, whole
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
 
-from llmdrop_utils import LLMDropError, dropped, load_model, locate_model, locate_series, measure_importance, select
+from llmdrop_utils import (
+    DropPlan,
+    LLMDropError,
+    dropped,
+    load_dropped,
+    load_encoder,
+    load_model,
+    locate_model,
+    locate_series,
+    measure_importance,
+    save_dropped,
+    select,
+)
 from llmdrop_utils.models.convert import byte_tokenizer
+from llmdrop_utils.models.families import find_anatomy
+from llmdrop_utils.models.kinds import kind_of_model
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.outlook import outlook
 from llmdrop_utils.sources import sizes
@@ -140,6 +153,17 @@ def test_configs_that_describe_no_model(tmp_path, cache, change, message):
         assert "\n" not in str(caught.value)
 
 
+def test_a_family_that_comes_as_code(tmp_path, cache):
+    """It is not run."""
+    code = {"AutoConfig": "configuration_new.NewConfig", "AutoModelForCausalLM": "modeling_new.NewForCausalLM"}
+    name = saved(tmp_path / "m", families.tiny("llama"), model_type="new", auto_map=code)
+    for file in ("configuration_new.py", "modeling_new.py"):
+        (tmp_path / "m" / file).write_text("raise SystemExit")
+    for read in (locate_model, load_model, load_encoder, lambda name: outlook(name, sizes.Hub())):
+        with pytest.raises(LLMDropError, match=r"m.* \(new\) comes with code of its own, which is not run, and this version"):
+            read(name)
+
+
 @pytest.mark.parametrize("change", [{"layer_types": ["full_attention"]}, {"num_hidden_layers": "4"}, None])
 def test_configs_on_the_hub_that_describe_no_model(tmp_path, network, cache, change):
     saved(tmp_path / "m", families.tiny("qwen3"))
@@ -235,53 +259,22 @@ def test_a_folder_without_tokenizer(tmp_path, cache):
 # ---- multimodal models --------------------------------------------------------------------------------------------------
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
-          "patch_size": 8}  # fmt: skip
-CLIP, SIGLIP, PIXTRAL = (VISION | {"model_type": kind} for kind in ("clip_vision_model", "siglip_vision_model", "pixtral"))
-QWEN = {"depth": 1, "embed_dim": 32, "num_heads": 4}
-QWEN_3 = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
-LLAMA_4 = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
-PLACES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}  # time, height, width
-
-# Kind of model -> the text model that is taken, its settings beside `families.SMALL`, those of the vision tower.
-MULTIMODAL = {
-    "llava": ("llama", {}, CLIP),
-    "llava_next": ("mistral", {}, CLIP),
-    "mistral3": ("mistral", {}, PIXTRAL),
-    "idefics3": ("llama", {}, VISION),
-    "smolvlm": ("llama", {}, VISION),
-    "paligemma": ("gemma", {}, SIGLIP | {"projection_dim": 32}),
-    "internvl": ("qwen2", {}, VISION | {"image_size": [16, 16], "patch_size": [8, 8]}),
-    "llama4": ("llama4_text", families.MORE["llama4_text"].settings, VISION | LLAMA_4),
-    "lfm2_vl": ("lfm2", families.CONVOLUTION, VISION | {"model_type": "siglip2_vision_model"}),
-    "qwen2_vl": ("qwen2", PLACES, QWEN | {"hidden_size": 32}),
-    "qwen2_5_vl": ("qwen2", PLACES, QWEN | {"hidden_size": 32, "out_hidden_size": 32}),
-    "qwen3_vl": ("qwen3", PLACES, QWEN_3),
-    "qwen3_vl_moe": ("qwen3_moe", families.MOE | PLACES, QWEN_3),
-    "qwen3_5": ("qwen3_5_text", families.DELTA, QWEN_3),
-}
-
-
-def multimodal(kind):
-    text, settings, vision = MULTIMODAL[kind]
-    own = CONFIG_MAPPING[kind].sub_configs["text_config"]
-    name = {} if hasattr(own, "model_type") and kind.startswith(("qwen", "llama4")) else {"model_type": text}
-    config = AutoConfig.for_model(kind, text_config=families.SMALL | settings | name, vision_config=vision)
-    return AutoModelForImageTextToText.from_config(config).eval()
-
-
 @pytest.mark.parametrize("kind", MULTIMODAL)
 def test_the_text_part_is_taken(tmp_path, cache, kind):
     """On text alone it predicts what the whole model predicts."""
-    whole, text = multimodal(kind), MULTIMODAL[kind][0]
-    name = saved(tmp_path / "m", whole)
+    model, text = multimodal(kind), MULTIMODAL[kind][0]
+    name = saved(tmp_path / "m", model)
     part, _ = load_model(name, torch.float32, "cpu")
     assert part.config.model_type == text
     tokens = torch.randint(20, 97, (2, 9))
     with torch.no_grad():
-        torch.testing.assert_close(part(tokens).logits, whole(input_ids=tokens).logits)
+        torch.testing.assert_close(part(tokens).logits, model(input_ids=tokens).logits)
     n = sum(weight.numel() for weight in part.parameters())
-    assert outlook(name, sizes.Hub()).shape.parameters == n < sum(weight.numel() for weight in whole.parameters())
+    assert outlook(name, sizes.Hub()).shape.parameters == n < sum(weight.numel() for weight in model.parameters())
+    plan = DropPlan((find_anatomy(part).with_attention[0],), (1,))
+    save_dropped(part, None, plan, tmp_path / "dropped")  # under the names of a text model
+    with dropped(part, plan), torch.no_grad():
+        assert torch.equal(load_dropped(tmp_path / "dropped", torch.float32, "cpu")[0](tokens).logits, part(tokens).logits)
     with_weights(
         tmp_path / "m", lambda w: {k: v for k, v in w.items() if "layers.1.self_attn.q_proj.weight" not in k or "vision" in k}
     )
@@ -289,10 +282,21 @@ def test_the_text_part_is_taken(tmp_path, cache, kind):
         load_model(name)
 
 
+def test_a_text_part_of_a_refused_family(tmp_path, cache):
+    """It is told apart, and refused before it is planned or measured."""
+    text = families.SMALL | {"model_type": "falcon_h1", "vocab_size": 257}
+    name = saved(tmp_path / "m", whole("llava", text, CLIP))
+    assert kind_of_model(name) == "decoder"
+    with pytest.raises(LLMDropError, match="This falcon_h1 model cannot be taken apart: a third term is added"):
+        outlook(name, sizes.Hub())
+    model, _ = load_model(name, torch.float32, "cpu")
+    with pytest.raises(LLMDropError, match="This falcon_h1 model cannot be taken apart: a third term is added"):
+        measure_importance(model, torch.randint(3, 97, (2, 9)))
+
+
 def test_a_text_part_that_is_no_model(tmp_path, cache):
     """Aya Vision scales no logits, as the Cohere 2 does that its text part says it is."""
-    config = AutoConfig.for_model("aya_vision", text_config=families.SMALL | {"model_type": "cohere2"}, vision_config=SIGLIP)
-    name = saved(tmp_path / "m", AutoModelForImageTextToText.from_config(config))
+    name = saved(tmp_path / "m", whole("aya_vision", families.SMALL | {"model_type": "cohere2"}, SIGLIP))
     with pytest.raises(
         LLMDropError, match=r"is multimodal \(aya_vision\), and its text part .* cannot be taken by itself. Give"
     ):
@@ -301,13 +305,9 @@ def test_a_text_part_that_is_no_model(tmp_path, cache):
 
 def test_a_whole_model_whose_text_can_be_read(tmp_path, cache):
     """transformers' causal language model of Gemma 3 has the vision tower, which text passes by."""
-    text = families.SMALL | families.SLIDING | {"query_pre_attn_scalar": 8, "vocab_size": 300, "model_type": "gemma3_text"}
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config=SIGLIP, mm_tokens_per_image=4, image_token_index=290
-    )
-    whole, tokens = AutoModelForImageTextToText.from_config(config).eval(), torch.randint(20, 97, (2, 9))
-    model, _ = load_model(saved(tmp_path / "m", whole), torch.float32, "cpu")
+    both, tokens = gemma3(), torch.randint(20, 97, (2, 9))
+    model, _ = load_model(saved(tmp_path / "m", both), torch.float32, "cpu")
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+        torch.testing.assert_close(model(input_ids=tokens).logits, both(input_ids=tokens).logits)
     with dropped(model, select(measure_importance(model, tokens), "attention", 1)):
         assert model(input_ids=tokens).logits.isfinite().all()

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+from multimodal import gemma3, multimodal
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -164,3 +165,19 @@ def test_a_tokenizer_without_special_tokens(open_notebook, tmp_path):
     folder = save(tmp_path / "bare", PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules))))
     page = open_notebook("02_drop_curves", folder)
     assert set(page.tables["tasks"]["task"]) == {"openbookqa", "winogrande"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("llava", "llama"), ("qwen2_vl", "qwen2"), ("smolvlm", "llama"), ("gemma3", "gemma3_text")]
+)
+def test_the_text_part_of_a_multimodal_model(open_notebook, tmp_path, kind, text):
+    """It is measured as a decoder, and the page says so."""
+    shape = {"vocab_size": 300, "max_position_embeddings": 512}
+    (gemma3(**shape) if kind == "gemma3" else multimodal(kind, **shape)).save_pretrained(tmp_path / "both")
+    byte_tokenizer().save_pretrained(tmp_path / "both")
+    page = open_notebook("01_similarity", tmp_path / "both")
+    assert set(page.tables["importance"]["layer"]) == {0, 1, 2}
+    (said,) = [said for said in page.said if "is multimodal" in str(said)]
+    assert f"({kind}). What is measured is its text part, on text alone: a {text} decoder." in said
+    with pytest.raises(NotApplicable, match=rf"^The text part of both-\w+ \({kind}\) is a decoder, and this notebook is about"):
+        open_notebook("12_other_transformers", tmp_path / "both")

@@ -1,5 +1,7 @@
 """Notebook 12: from values to rows by hand, tiny encoders end to end, and what is said of models of another kind."""
 
+import dataclasses
+
 import encoder_decoder_families
 import encoder_families
 import families
@@ -26,6 +28,7 @@ from llmdrop_utils.models.kinds import kind_of_model
 from llmdrop_utils.report.rules import decide
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.verdicts import ADVICE, CHECKS
+from llmdrop_utils.studies.needs import look_up
 from llmdrop_utils.studies.other_transformers.pair_rows import pair_importance_rows, target_rows
 from llmdrop_utils.studies.other_transformers.rows import (
     MEAN,
@@ -250,6 +253,20 @@ def test_one_model_of_the_user_s(results, tmp_path):
         if name != NOTEBOOK:
             with pytest.raises(NotApplicable, match=r"mine-\w+ is a text encoder: it predicts no next token\. Notebook 12"):
                 study(profile)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "images"), [("tiny-vit", [], ["photographs"]), ("tiny-bert", ["random-words", "random-digits"], [])]
+)
+def test_what_is_not_read_is_not_planned(name, texts, images):
+    """Texts for encoders of text, images for those of images."""
+    profile = load_profile("smoke", name)
+    (others,) = [section for section in profile.sections if section.__name__ == "Others"]
+    settings = profile.sections[others].model_copy(update={"images": ["photographs", "digits"]})
+    needed = look_up(dataclasses.replace(profile, sections=profile.sections | {others: settings}))
+    assert [item.name for item in needed.items if item.what == "text"] == texts
+    assert [item.name for item in needed.items if item.what == "images"] == images
+    assert needed.chosen == ["12"]
 
 
 def test_a_decoder_of_the_user_s(results, tmp_path):
