@@ -27,11 +27,10 @@ def counts_of_claims() -> list[str]:
     told = of_encoders.value_counts()
     size = only(table("07_training_stages/runs").query("model == 'small-llama'")["parameters"])
     return [
-        f"So far {sum('check' in claim for claim in listed)} of {len(listed)} claims can be tested. On one small model "
-        f"{verdicts['reproduced']} are reproduced, {verdicts['deviates']} deviate and {verdicts['inconclusive']} are "
-        f"inconclusive; {len(of_training)} about training deviate on a Llama of {size / 1e6:.1f}M parameters trained here; "
-        f"of {len(of_encoders)} about encoders {told['reproduced']} is reproduced and {told['deviates']} deviate; "
-        f"{verdicts['not run']} are not run."
+        f"Of {len(listed)} claims {verdicts['reproduced']} are reproduced on one small model, {verdicts['deviates']} deviate "
+        f"and {verdicts['inconclusive']} are inconclusive; {len(of_training)} about training deviate on a Llama of "
+        f"{size / 1e6:.1f}M parameters trained here; of {len(of_encoders)} about encoders {told['reproduced']} is reproduced "
+        f"and {told['deviates']} deviate; {verdicts['not run']} are not run."
     ]
 
 
@@ -219,8 +218,8 @@ def ladder() -> list[str]:
         f"{-100 * fewer['change']:.0f} points ({-100 * fewer['high']:.0f} to {-100 * fewer['low']:.0f}), while half gone "
         f"leaves {100 * more['change']:.0f} points more {span(more, scale=100, form='.0f')}; over all five models no trend can "
         "be told.",
-        f"What dropping a single attention layer costs follows its importance, with a rank correlation over layers of "
-        f"{overall['correlation']:.2f} {span(overall, form='.2f')} as a mean of the models.",
+        "What dropping a single attention layer costs goes with its importance: over layers, the rank correlation is "
+        f"{overall['correlation']:.2f} {span(overall, form='.2f')} in the mean.",
     ]
 
 

@@ -46,7 +46,7 @@ TOLD = {
         ),
     ),
     "claims": (CLAIMS.split("| Claim")[0], say.longer_training, ()),
-    "limits": (LIMITS, say.limits, ("135M", "4 bits", "7B or 70B", "float32")),
+    "limits": (LIMITS, say.limits, ("1.5B", "7B or 70B")),
 }
 
 

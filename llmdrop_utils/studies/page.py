@@ -38,7 +38,8 @@ class Page:
         else:
             self.tables = self.study(self.profile)
             parts = [said_of_parts(model) for model in self.study.models(self.profile)[0]]
-        self.say(_neighbours(notebook, self._has_page))
+        if links := _neighbours(notebook, self._has_page):
+            self.say(links)
         self.say(f"Run `{self.profile.run}`: {self.profile.description}")
         for said in filter(None, dict.fromkeys(parts)):
             self.say(said)
