@@ -90,9 +90,9 @@ class Needed:
         """The models that a notebook is about, by their names in the profile."""
         return self.settings["others"]["models"] if is_of_encoders(number) else self.profile.models
 
-    def reads(self, kind: str) -> bool:
-        """Is there an encoder of this kind among those of notebook 12? One of unknown kind may be of either."""
-        return bool({kind, None} & {kind_of_model(name, self.hub) for name in self.settings["others"]["models"]})
+    def reads(self, *kinds: str) -> bool:
+        """Is there a model of one of these kinds among those of notebook 12? One of unknown kind may be of any."""
+        return bool({*kinds, None} & {kind_of_model(name, self.hub) for name in self.settings["others"]["models"]})
 
     def runs(self, number: str) -> list[Profile]:
         """The runs that make a notebook: one, or one for each model, and the one that compares them."""
@@ -133,7 +133,7 @@ def look_up(profile: Profile, notebooks: str | None = None) -> Needed:
         sections = set(sections_of(number)) | (set(QUALITY) & set(settings) if number == "05" and with_scores else set())
         corpora = settings["calibration"]["corpora"] if "calibration" in sections else []
         if is_of_encoders(number):
-            corpora = settings["others"]["texts"] if needed.reads("text encoder") else []
+            corpora = settings["others"]["texts"] if needed.reads("text encoder", "encoder-decoder") else []
         for corpus in corpora:
             needed.add("text", corpus, _text(corpus, needed.hub), [number])
         for name in settings["tasks"]["names"] if set(QUALITY) <= sections else []:

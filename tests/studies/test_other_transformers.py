@@ -256,10 +256,15 @@ def test_one_model_of_the_user_s(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "texts", "images"), [("tiny-vit", [], ["photographs"]), ("tiny-bert", ["random-words", "random-digits"], [])]
+    ("name", "texts", "images"),
+    [
+        ("tiny-vit", [], ["photographs"]),
+        ("tiny-bert", ["random-words", "random-digits"], []),
+        ("tiny-t5", ["random-words", "random-digits"], []),
+    ],
 )
 def test_what_is_not_read_is_not_planned(name, texts, images):
-    """Texts for encoders of text, images for those of images."""
+    """Texts for encoders of text and for encoder-decoders, images for those of images."""
     profile = load_profile("smoke", name)
     (others,) = [section for section in profile.sections if section.__name__ == "Others"]
     settings = profile.sections[others].model_copy(update={"images": ["photographs", "digits"]})
