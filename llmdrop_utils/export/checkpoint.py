@@ -32,7 +32,7 @@ from ..models.config import ENCODERS as KINDS_OF_ENCODERS
 from ..models.convert import UNREADABLE, first_line
 from ..models.encoder_layouts import ENCODERS
 from ..models.encoders import POOLER, load_encoder_weights, load_reader
-from ..models.families import find_anatomy, stream_width
+from ..models.families import find_anatomy, need_decoder, stream_width
 from ..models.load import check_weights, load_tokenizer, load_weights
 from ..models.locate import IMAGE_SETTINGS, LocatedModel, has_tokenizer, locate_dropped
 from ..models.names import folder_identity
@@ -61,7 +61,8 @@ def save_dropped(model: nn.Module, tokenizer, plan: DropPlan, folder: Path | str
     """
     folder = Path(folder)
     anatomy = check_plan(model, plan)
-    is_encoder = anatomy.family in ENCODERS
+    if not (is_encoder := anatomy.family in ENCODERS):
+        need_decoder(anatomy)
     for kind, name in NAMES.items():
         built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
         lacks = set(built) - set(left(anatomy, kind)) - set(getattr(plan, kind))

@@ -95,7 +95,7 @@ def test_transformers_alone_refuses(tmp_path):
     export_deci(model, tokenizer, DropPlan(attention=(1,)), tmp_path / "out", "vllm")
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
-    with pytest.raises(LLMDropError, match="could not be read"):
+    with pytest.raises(LLMDropError, match="comes with code of its own, which is not run"):
         load_model(str(tmp_path / "out"))
 
 
