@@ -9,7 +9,7 @@ from .config import ENCODER_DECODERS, full_config, kind_of, read_config
 from .convert import UNREADABLE, first_line
 from .encoders import attention_of, load_located_encoder
 from .families import halves_of, position_limit
-from .load import check_weights, default_dtype, load_tokenizer, ready
+from .load import check_weights, load_tokenizer, read_weights, ready
 from .locate import LocatedModel, locate_model
 
 
@@ -49,16 +49,6 @@ def load_located_other(located: LocatedModel, dtype: torch.dtype | None = None, 
 
 
 def _load_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:
-    model, found = AutoModelForSeq2SeqLM.from_pretrained(
-        located.folder,
-        config=config,
-        dtype=dtype or default_dtype(),
-        attn_implementation=attention_of(config),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, and named
-    )
+    model, found = read_weights(AutoModelForSeq2SeqLM, located, config, dtype, attention_of(config))
     check_weights(located.name, located.folder, model, found)
     return ready(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), located)

@@ -18,7 +18,7 @@ from .config import ENCODERS, full_config, read_config
 from .convert import UNREADABLE, first_line
 from .encoder_layouts import IMAGES
 from .families import family_of, position_limit
-from .load import check_weights, default_dtype, load_tokenizer, ready
+from .load import check_weights, load_tokenizer, read_weights, ready
 from .locate import IMAGE_SETTINGS, LocatedModel, locate_model
 
 # Weights beside an encoder's own: poolers, heads for masked tokens and classes, and the other half of a pair of encoders.
@@ -80,17 +80,7 @@ def load_encoder_weights(located: LocatedModel, config, dtype: torch.dtype | Non
     `load_encoder`."""
     pooling = read_pooling(located)
     is_part = config.model_type != full_config(located.name, located.folder).model_type
-    model, found = AutoModel.from_pretrained(
-        located.folder,
-        config=config,
-        dtype=dtype or default_dtype(),
-        attn_implementation=attention_of(config),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, and named
-    )
+    model, found = read_weights(AutoModel, located, config, dtype, attention_of(config))
     for kind, harmless in (("missing_keys", POOLER), ("unexpected_keys", REMAINDERS)):
         found[kind] = {key for key in found[kind] if not harmless.search(key)}
     check_weights(located.name, located.folder, model, found, is_part)

@@ -67,22 +67,35 @@ def load_located(located: LocatedModel, dtype: torch.dtype | None = None, device
         raise LLMDropError(f"{located.name} could not be loaded: {first_line(error)}") from error
 
 
-def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:
-    """The model of this configuration, with the weights of a folder; dtype and device as in `load_model`."""
-    is_part = config.model_type != full_config(located.name, located.folder).model_type
-    model, found = AutoModelForCausalLM.from_pretrained(
+def read_weights(auto, located: LocatedModel, config, dtype: torch.dtype | None, attention: str, **more) -> tuple:
+    """A model, by one of transformers' auto classes, from the files of a folder alone; and what was found there, which
+    `check_weights` judges. attention: how it is computed."""
+    return auto.from_pretrained(
         located.folder,
         config=config,
-        key_mapping=TEXT_WEIGHTS if is_part else None,
         dtype=dtype or default_dtype(),
-        device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
-        attn_implementation=attention_implementation(located),
+        attn_implementation=attention,
         use_safetensors=not located.pickled,
         trust_remote_code=False,
         local_files_only=True,
-        offload_folder=str(files.CACHE / "offload"),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, and named
+        ignore_mismatched_sizes=True,  # `check_weights` refuses them, and names them
+        **more,
+    )
+
+
+def load_weights(located: LocatedModel, config, dtype: torch.dtype | None, device: str | None) -> nn.Module:
+    """The model of this configuration, with the weights of a folder; dtype and device as in `load_model`."""
+    is_part = config.model_type != full_config(located.name, located.folder).model_type
+    model, found = read_weights(
+        AutoModelForCausalLM,
+        located,
+        config,
+        dtype,
+        attention_implementation(located),
+        key_mapping=TEXT_WEIGHTS if is_part else None,
+        device_map=device or ("auto" if torch.cuda.is_available() else "cpu"),
+        offload_folder=str(files.CACHE / "offload"),
     )
     check_weights(located.name, located.folder, model, found, is_part)
     if is_part:  # transformers would save it under the names that it was loaded from

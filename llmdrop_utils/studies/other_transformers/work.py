@@ -134,19 +134,26 @@ class EncoderImportanceWork(EncoderWork):
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbeddingWork(EncoderWork):
-    """What is found by the embeddings under each of several plans, and how they compare with the dense model's."""
+class UnderPlans(EncoderWork):
+    """What is measured under each of several plans."""
 
     plans: tuple[DropPlan, ...]
 
-    @property
-    def keys(self) -> list[dict]:
-        given = self.data.fingerprint
-        return [self._key("embeddings", VERSION, read=given, plan=plan.key.to_json()) for plan in self.plans]
+    def _keys(self, what: str, version: int) -> list[dict]:
+        return [self._key(what, version, read=self.data.fingerprint, plan=plan.key.to_json()) for plan in self.plans]
 
     @property
     def tokens_to_pass(self) -> int:
         return len(self.data.inputs) * len(self.plans)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingWork(UnderPlans):
+    """What is found by the embeddings under each of several plans, and how they compare with the dense model's."""
+
+    @property
+    def keys(self) -> list[dict]:
+        return self._keys("embeddings", VERSION)
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         dense = embed(model, tokenizer, self.data.inputs, self.batch_size)
@@ -160,19 +167,12 @@ class EmbeddingWork(EncoderWork):
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetWork(EncoderWork):
+class TargetWork(UnderPlans):
     """What targets cost an encoder-decoder under each of several plans, given their sources."""
-
-    plans: tuple[DropPlan, ...]
 
     @property
     def keys(self) -> list[dict]:
-        given = self.data.fingerprint
-        return [self._key("targets", TARGETS_VERSION, read=given, plan=plan.key.to_json()) for plan in self.plans]
-
-    @property
-    def tokens_to_pass(self) -> int:
-        return len(self.data.inputs) * len(self.plans)
+        return self._keys("targets", TARGETS_VERSION)
 
     def measure(self, model, tokenizer, update) -> list[dict]:
         given, values = given_to(model, tokenizer, self.data), []
