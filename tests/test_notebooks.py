@@ -7,9 +7,11 @@ import nbformat
 import papermill
 import pytest
 
+from llmdrop_utils import load_profile
+from llmdrop_utils.base import files
 from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.report.style import FIGURES
-from llmdrop_utils.studies.page import _neighbours
+from llmdrop_utils.studies.page import TABLES, Page, _neighbours
 from llmdrop_utils.studies.run import STUDIES
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -98,6 +100,19 @@ def test_links_to_the_neighbours():
     assert _neighbours("03_joint_drop", without_03) == f"Previous: {before} · Next: {after}", "its own page is there"
     assert _neighbours("02_drop_curves", without_03) == f"Previous: [01 similarity](01_similarity.ipynb) · Next: {after}"
     assert _neighbours("02_drop_curves", lambda name: False) == ""
+
+
+def test_which_pages_a_run_has(tmp_path, monkeypatch):
+    """Those that its profile plans for its model, and those that have tables; of a committed run the latter alone."""
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    page = object.__new__(Page)
+    page.profile = load_profile("smoke", "tiny-vit")
+    page.folders = files.local(page.profile.run)
+    assert [name for name in STUDIES if page._has_page(name)] == ["12_other_transformers"]
+    (page.folders.tables / "03_joint_drop").mkdir(parents=True)
+    assert page._has_page("03_joint_drop")
+    monkeypatch.setenv(TABLES, "anywhere")
+    assert [name for name in sorted(STUDIES) if page._has_page(name)] == ["03_joint_drop"]
 
 
 def test_pages_link_to_pages_that_are_there():

@@ -274,6 +274,14 @@ def test_what_is_not_read_is_not_planned(name, texts, images):
     assert needed.chosen == ["12"]
 
 
+def test_a_model_of_unknown_kind_may_read_anything(monkeypatch):
+    """Its configuration could not be read: the hub is away."""
+    monkeypatch.setattr("llmdrop_utils.studies.needs.kind_of_model", lambda name, hub: None)
+    needed = look_up(load_profile("smoke", "tiny-bert"))
+    assert needed.reads("text encoder")
+    assert needed.reads("vision encoder")
+
+
 def test_a_decoder_of_the_user_s(results, tmp_path):
     folder = tmp_path / "mine"
     families.tiny("llama").save_pretrained(folder)

@@ -288,14 +288,17 @@ def test_methods_beside_cosine():
     measures = {"text": (0.3, 0.1, 0.5), "tasks": (-0.02, -0.03, -0.01), "continuation": (0.1, 0.0, 0.2)}
     numbers = {m: dict(zip(("difference", "difference_low", "difference_high"), v, strict=True)) for m, v in measures.items()}
     quality = pd.DataFrame([
+        *(row | {"model": "b", "method": "random", "measure": m} | numbers[m] for m in measures),
+        *(row | {"method": "greedy KL", "measure": m, "n": 2} | numbers[m] for m in measures),
         *(row | {"method": "greedy KL", "measure": m} | numbers[m] | {"outcome": told}
           for m, told in (("text", "better"), ("tasks", "worse"), ("continuation", "better"))),
         *(row | {"method": "cosine", "measure": m, "outcome": "itself"} | numbers[m] for m in measures),
         *(row | {"method": "greedy KL", "measure": m, "kind": "mlp", "n": 6} | numbers[m] for m in measures),
         *(row | {"method": "greedy KL", "measure": m, "n": 8} | numbers[m] for m in ("text", "continuation")),
-        row | {"model": "b", "method": "random", "measure": "text"} | numbers["text"],
+        row | {"model": "c", "method": "random", "measure": "text"} | numbers["text"],
     ])  # fmt: skip
-    (found,) = compare._method_rows({"quality": quality})
+    first, found = compare._method_rows({"quality": quality})
+    assert [first[key] for key in ("model", "method", "n", "better", "worse")] == ["b", "random", 4, "", ""]
     assert found == {
         "model": "a", "method": "greedy KL", "n": 4, "against": "cosine", "text": 0.3, "text_low": 0.1, "text_high": 0.5,
         "tasks": -0.02, "tasks_low": -0.03, "tasks_high": -0.01, "continuation": 0.1, "continuation_low": 0.0,
