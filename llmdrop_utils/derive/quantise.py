@@ -1,4 +1,4 @@
-"""Weights of the decoder layers in 8 or 4 bits, rounded to nearest and stored by torchao.
+"""Weights of the layers of decoders, encoders and encoder-decoders in 8 or 4 bits, rounded to nearest and stored by torchao.
 
 The paper quantises to 4 bits by AWQ, on top of dropping (Table 11). AWQ scales weights by what it saw of activations; here no
 data is used. Weights w of a group share a scale s and a zero point z:
@@ -6,8 +6,8 @@ data is used. Weights w of a group share a scale s and a zero point z:
     w -> s (q - z),  q = round(w / s) + z,  s = (max(w, 0) - min(w, 0)) / (2^bits - 1)
 
 q and z are signed integers of so many bits. In 8 bits each row of a matrix is a group, in 4 bits each 32 numbers of a row.
-Embeddings, norms, biases, LM head and the maps of a drop plan stay as they are, and what is computed stays in the dtype of the
-model: a weight is dequantised for each use. So memory is saved, not time.
+Embeddings (also T5's, of positions), norms, biases, heads and the maps of a drop plan stay as they are, and what is computed
+stays in the dtype of the model: a weight is dequantised for each use. So memory is saved, not time.
 """
 
 import importlib
@@ -28,12 +28,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @torch.inference_mode(False)  # what is made in inference mode could never be trained again
 @torch.no_grad()
 def quantise(model: nn.Module, bits: int) -> nn.Module:
-    """Turn every linear map of the decoder layers into a quantised tensor of torchao, in place; returns the model.
+    """Turn every linear map of the layers into a quantised tensor of torchao, in place; returns the model.
 
     It computes with the numbers of `round_weights`, and is dropped and measured like any other model; what reads the weights
     themselves (weight norms, exports) needs the model of `round_weights`. torchao holds 4 bits in a byte of their own, on CPUs
     and GPUs alike; `quantised_bytes` tells what they take when packed. Inside `dropped`, only what is there is quantised.
-    `save_pretrained` stores it for transformers, which loads it in the dtype that it has (but cannot run Falcon then).
+    `save_pretrained` stores it for transformers, which loads it in the dtype that it has (but cannot run Falcon then, or load
+    BART and its kin).
 
     Raises, before anything is changed, LLMDropError for other bits than 8 and 4, for a model with a matrix that cannot be
     quantised, and for weights that are not plain tensors in memory; NotAvailable without torchao.
@@ -60,7 +61,7 @@ def round_weights(model: nn.Module, bits: int) -> nn.Module:
 
 
 def quantised_bytes(model: nn.Module, bits: int) -> int:
-    """Bytes that the parameters take when the linear maps of the decoder layers are stored in so many bits.
+    """Bytes that the parameters take when the linear maps of the layers are stored in so many bits.
 
     Such a map takes `bits` per number, packed, and per group a scale in the model's dtype and a byte for the zero point; in 8
     bits that is what torchao holds. Other parameters take what they take now, once if they are shared. What is dropped is not
@@ -138,7 +139,7 @@ def _ready(model: nn.Module, bits: object) -> tuple[int, list[nn.Linear], Any]:
 
 
 def _linears(model: nn.Module, bits: int) -> dict[str, nn.Linear]:
-    """The linear maps of the decoder layers, by the names of their weights. Raises LLMDropError if there are other matrices.
+    """The linear maps of the layers, by the names of their weights. Raises LLMDropError if there are other matrices.
 
     Maps of a drop plan are left out: so it does not matter whether a model is quantised first, or dropped.
     """
@@ -150,7 +151,7 @@ def _linears(model: nn.Module, bits: int) -> dict[str, nn.Linear]:
             where = f"{names[id(module)]}.{name}"
             if isinstance(module, nn.Linear) and name == "weight":
                 found[where] = module
-            elif parameter.ndim > 1:
+            elif parameter.ndim > 1 and not isinstance(module, nn.Embedding):
                 others.append(f"{where} of a {type(module).__name__}")
     if others:
         raise LLMDropError(

@@ -47,7 +47,7 @@ def pieces_of(notebook: str, profile: dict, model: str, shape: Shape, is_random:
     if notebook == "11":
         return [_importance(profile, 0, model, shape), *_causes(profile, model, shape)]
     if notebook == "12":
-        return [_embeddings(profile["others"], model, shape)]
+        return [_others(profile["others"], model, shape)]
     return []
 
 
@@ -101,15 +101,15 @@ def _causes(profile: dict, model: str, shape: Shape) -> list[Piece]:
     return [causes, _text(profile["text"], ("damage", model), shape, 1 + shape.layers)]
 
 
-def _embeddings(part: dict, model: str, shape: Shape) -> Piece:
-    """Importance, and embeddings of all samples under each plan, which has two thirds of the layers on average."""
+def _others(part: dict, model: str, shape: Shape) -> Piece:
+    """Importance, and embeddings or targets of all samples under each plan, which has two thirds of the layers on average."""
     is_text = shape.vocabulary > 0
     one = 2 * part["words"] * OF_WORD if is_text else OF_IMAGE
     sets, plans = part["texts" if is_text else "images"], 1 + 3 * min(part["steps"], shape.layers)
     tokens = len(sets) * one * (part["n_samples"] + part["n_tested"] * (2 + plans * 2 / 3))
     what = f"passages of 2 x {part['words']} words" if is_text else "images"
-    basis = f"embeddings of {len(sets)} x {part['n_tested']} {what} x {{plans}} plans"
-    return Piece(("embeddings", model), "importance", shape, basis, plans, tokens, plans)
+    basis = f"other transformers: {len(sets)} x {part['n_tested']} {what} x {{plans}} plans"
+    return Piece(("others", model), "importance", shape, basis, plans, tokens, plans)
 
 
 def _across(text: dict, model: str, shape: Shape, plans: int, corpora: int) -> Piece:

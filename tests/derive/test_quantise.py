@@ -3,6 +3,8 @@
 import copy
 import sys
 
+import encoder_decoder_families
+import encoder_families
 import families
 import pytest
 import torch
@@ -45,7 +47,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of the decoder layers, by name; in the families that are not refused, all of them are nn.Linear."""
+    """The linear maps of the layers, by name; in the families that are not refused, all of them are nn.Linear."""
     blocks = enumerate(layer.block for layer in find_anatomy(model).layers)
     return {f"{i}.{n}": m for i, block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear)}
 
@@ -118,6 +120,41 @@ def test_quantised_and_rounded_models_are_equal(name, bits):
         assert type(linear.weight).__name__ == "IntxUnpackedToInt8Tensor"
         assert torch.equal(linear.weight.dequantize(), plain[key].weight)
     assert type(quantised.get_input_embeddings().weight) is type(quantised.get_output_embeddings().weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("name", sorted(encoder_families.CASES))
+def test_encoders(name):
+    model, given = encoder_families.tiny(name), encoder_families.inputs(name)
+    quantised, rounded = quantise(copy.deepcopy(model), 8), round_weights(copy.deepcopy(model), 8)
+    assert changed(model, rounded) == weights_of_layers(model)
+    close(encoder_families.read(quantised, given), encoder_families.read(rounded, given))
+    assert not torch.equal(encoder_families.read(rounded, given), encoder_families.read(model, given))
+
+
+@pytest.mark.parametrize("name", sorted(encoder_decoder_families.CASES))
+def test_encoder_decoders(name):
+    model = encoder_decoder_families.tiny(name)
+    given = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, 5:]}
+    quantised, rounded = quantise(copy.deepcopy(model), 8), round_weights(copy.deepcopy(model), 8)
+    assert changed(model, rounded) == weights_of_layers(model)
+    with torch.no_grad():
+        close(quantised(**given).logits, rounded(**given).logits)
+        assert not torch.equal(rounded(**given).logits, model(**given).logits)
+    plain = sum(parameter.nbytes for parameter in model.parameters())
+    saved = sum(3 * linear.weight.numel() - 5 * len(linear.weight) for linear in linears(model).values())
+    assert quantised_bytes(model, 8) == plain - saved  # of 4 bytes 1; a scale and a zero point for each row
+
+
+def changed(before: nn.Module, after: nn.Module) -> set[str]:
+    """Names of the weights that are not the same."""
+    there = after.state_dict()
+    return {name for name, weight in before.state_dict().items() if not torch.equal(weight, there[name])}
+
+
+def weights_of_layers(model: nn.Module) -> set[str]:
+    """Names of the weights of all linear maps in the layers."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(linear)]}.weight" for linear in linears(model).values()}
 
 
 def test_errors_of_8_and_4_bits():
