@@ -16,9 +16,11 @@ def test_committed_profiles_fit_the_sources(name):
     shapes = {f"random:{shape}" for shape in catalogue()["shapes"]}
     assert set(profile.models) <= {*catalogue()["models"], *shapes}
     sections = profile.to_json()
-    if speed := sections.get("speed"):
-        ends = {speed["prompt"], speed["prompt"] + speed["new_tokens"]}
-        assert ends <= set(speed["contexts"]), "both ends of the generation are sampled"
+    for own in [sections, *(profile.of(model).to_json() for model in profile.models)]:
+        if speed := own.get("speed"):
+            first, last = min(speed["contexts"]), max(speed["contexts"])
+            assert first <= speed["prompt"], "the generation's begin is sampled, or lies between samples"
+            assert speed["prompt"] + speed["new_tokens"] <= last, "and so is its end"
     if "calibration" in sections:
         assert set(sections["calibration"]["corpora"]) <= set(catalogue()["corpora"])
 

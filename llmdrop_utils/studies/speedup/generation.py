@@ -87,23 +87,34 @@ def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed
         prefills = {t.cell: t for t in of_batch if t.row["what"] == "prefill" and t.row["context"] == prompt}
         samples: dict[tuple, dict[int, Timed]] = {}
         for t in of_batch:
-            context = t.row["context"]
-            if t.row["what"] == "decode" and t.row["backend"] == backend and prompt <= context <= prompt + new_tokens:
-                samples.setdefault(t.cell, {})[context] = t
+            if t.row["what"] == "decode" and t.row["backend"] == backend:
+                samples.setdefault(t.cell, {})[t.row["context"]] = t
         # 2. What a static cache attends over does not depend on how full it is: one sample stands for all of its steps.
-        ends = {prompt, prompt + new_tokens} if backend == "eager" else {prompt}
+        end = prompt + new_tokens if backend == "eager" else prompt
         for cell, decode in samples.items():
-            if cell not in prefills or not ends <= set(decode):
+            if cell not in prefills:
+                continue
+            what = f"{cell[0]}, {GENERATION}, {backend}"
+            decode = _from_to(decode, prompt, end)
+            if not decode:
+                missing = f"{prompt} tokens or less and at {end} or more"
+                not_run[what] = f"It takes decode steps at {missing}: see the profile's speed.contexts."
                 continue
             # 3. Times of different batches do not add up.
             if len({t.row["batch_size"] for t in (prefills[cell], *decode.values())}) > 1:
-                not_run[f"{cell[0]}, {GENERATION}, {backend}"] = (
+                not_run[what] = (
                     "Memory ran out at some of its contexts, so they were timed with different batches. "
                     "Set the profile's speed.batch_size to a number that fits."
                 )
                 continue
             composed.append(integrate(prefills[cell], decode, prompt, new_tokens))
     return composed, not_run
+
+
+def _from_to(decode: dict[int, Timed], start: int, end: int) -> dict[int, Timed]:
+    """The samples between these contexts, and the nearest on either side of them; none if there is none on a side."""
+    before, after = [c for c in decode if c <= start], [c for c in decode if c >= end]
+    return {c: t for c, t in decode.items() if max(before) <= c <= min(after)} if before and after else {}
 
 
 def integrate(prefill: Timed, decode: dict[int, Timed], prompt: int, new_tokens: int) -> Timed:

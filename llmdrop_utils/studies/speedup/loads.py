@@ -31,7 +31,7 @@ class Speed(Settings):
     batch_size: Positive | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
     prompt: Positive
     new_tokens: Positive
-    contexts: Counts  # tokens in the cache at which decoding is timed; both ends of the protocol among them
+    contexts: Counts  # tokens in the cache at which decoding is timed; best with both ends of the protocol among them
     steps: Positive  # decode steps that are timed together
     n_drop: CountsByKind
     sweep_batches: Counts  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers dropped
