@@ -14,7 +14,7 @@ from ...base import stats
 from ...dropping.plan import DropPlan, PlanKey
 from ...measure.speed import NOISY, spread_of
 from ..work import DENSE_CELL, Cell
-from .loads import Speed, SpeedWork
+from .loads import Speed, SpeedWork, around
 
 GENERATION = "generation from samples"  # what tables call it
 
@@ -95,7 +95,7 @@ def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed
             if cell not in prefills:
                 continue
             what = f"{cell[0]}, {GENERATION}, {backend}"
-            decode = _from_to(decode, prompt, end)
+            decode = {context: decode[context] for context in around(decode, prompt, end)}
             if not decode:
                 missing = f"{prompt} tokens or less and at {end} or more"
                 not_run[what] = f"It takes decode steps at {missing}: see the profile's speed.contexts."
@@ -109,12 +109,6 @@ def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed
                 continue
             composed.append(integrate(prefills[cell], decode, prompt, new_tokens))
     return composed, not_run
-
-
-def _from_to(decode: dict[int, Timed], start: int, end: int) -> dict[int, Timed]:
-    """The samples between these contexts, and the nearest on either side of them; none if there is none on a side."""
-    before, after = [c for c in decode if c <= start], [c for c in decode if c >= end]
-    return {c: t for c, t in decode.items() if max(before) <= c <= min(after)} if before and after else {}
 
 
 def integrate(prefill: Timed, decode: dict[int, Timed], prompt: int, new_tokens: int) -> Timed:

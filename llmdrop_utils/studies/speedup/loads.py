@@ -1,7 +1,7 @@
 """Notebook 05, what is timed: which models, under which plans, at which loads."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -123,9 +123,8 @@ def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, lis
         for size in s.sweep_batches:
             yield Load("decode", context, s.steps, size), False, swept
     # 3. The protocol's decode steps at its own batch.
-    for context in s.contexts:
-        if s.prompt <= context <= s.prompt + s.new_tokens:
-            yield Load("decode", context, s.steps, batch), fill, listed
+    for context in around(s.contexts, s.prompt, s.prompt + s.new_tokens):
+        yield Load("decode", context, s.steps, batch), fill, listed
     # 4. The same on the compiled back end: a static cache attends over its whole room, so one context stands for all.
     room = s.prompt + s.new_tokens + s.steps
     yield Load("decode", s.prompt, s.steps, batch, "compiled", room), fill, compiled
@@ -135,6 +134,15 @@ def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, lis
             yield Load("prefill", context), False, swept
     # 6. The protocol whole, to check its samples.
     yield Load("generation", s.prompt, s.new_tokens, batch), fill, whole
+
+
+def around(contexts: Collection[int], start: int, end: int) -> list[int]:
+    """Those between start and end, and the nearest on either side of them; none if there is none on a side.
+
+    Of 16, 32, 96, 160 and 256, those around 64 to 128 are 32, 96 and 160.
+    """
+    before, after = [c for c in contexts if c <= start], [c for c in contexts if c >= end]
+    return [c for c in contexts if max(before) <= c <= min(after)] if before and after else []
 
 
 @dataclasses.dataclass(frozen=True)
