@@ -9,6 +9,7 @@ from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
 from .keep_more.work import ORDERS
+from .speedup.loads import around
 
 # Notebooks that this file has an estimate for.
 ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12")
@@ -153,9 +154,10 @@ def _speed(part: dict, model: str, shape: Shape, is_random: bool) -> Piece:
     rounds = part["repeats"]
     prefill = part["prompt"] * batch * listed + sum(c for c in part["contexts"] if c <= part["prompt"]) * swept
     decode = []  # context, batch, plans
+    protocol = around(part["contexts"], part["prompt"], part["prompt"] + part["new_tokens"])
     for context in part["contexts"]:
         decode += [(context, 1, listed)] + [(context, size, swept) for size in part["sweep_batches"] if size > 1]
-        if part["batch_size"] is None and part["prompt"] <= context <= part["prompt"] + part["new_tokens"]:
+        if batch != 1 and context in protocol:
             decode.append((context, batch, listed))
     decode += [(part["prompt"], batch, 1 + compiled)] if compiled else []
     each = part["steps"] + 1  # one untimed step before those that are timed
