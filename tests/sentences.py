@@ -123,6 +123,9 @@ def mended() -> list[str]:
     def measured(measure: str, layers: str, way: str = "repair", n: int = 12) -> float:
         return row("10_keep_more/quality", measure=measure, layers=layers, way=way, n=n)["value"]
 
+    def same_order(way: str) -> str:
+        return f"{row('10_keep_more/rankings', layers='cosine', way=way, n=12, kind='attention')['correlation']:.2f}"
+
     made = table("10_keep_more/made").query("layers == 'cosine'").set_index("way")
     assert not made.loc["repair", "parameters"]
     search, lost = "search with repair", "perplexity over dense (mean)"
@@ -135,6 +138,8 @@ def mended() -> list[str]:
         f"chose {times[2]}, and {copied[1]} of a passage is copied instead of {copied[0]} (dense: {copied[2]}).",
         f"Distillation over {made.loc['healing', 'tokens']:,} tokens regains {regained('healing')}, and "
         f"{regained('repair, healing')} once repaired.",
+        "The order of the attention layers left stays: its rank correlation with the dense model's is "
+        f"{same_order('repair')} repaired, {same_order('healing')} distilled.",
     ]
 
 
@@ -163,7 +168,7 @@ def limits() -> list[str]:
 
 
 def on_gpu() -> list[str]:
-    """The whole generation of the paper's shapes without half of their attention, as timed on a GPU."""
+    """The whole generation of the paper's shapes without half of their attention, as timed on a GPU; of Qwen on a CPU."""
 
     def generation(model: str, n: int) -> pd.Series:
         where = {"model": f"random:{model}", "backend": "compiled", "kind": "attention", "n": n}
@@ -171,13 +176,16 @@ def on_gpu() -> list[str]:
 
     llama_2, llama_3 = generation("llama-2-13b", 20), generation("llama-3-8b", 16)
     device = only(table("05_speedup/models", "gpu-shapes")["device"])
-    assert not llama_2["noisy"]
-    assert not llama_3["noisy"]
+    of_qwen = "ladder-qwen2.5-coder-1.5b"
+    qwen = row("05_speedup/speed", of_qwen, what="generation from samples", kind="attention", n=14)
+    assert "Intel" in only(table("05_speedup/models", of_qwen)["device"])
+    assert not any(found["noisy"] for found in (llama_2, llama_3, qwen))
     return [
         f"Compiled, with random weights on one {device} at batch {only([llama_2['batch_size'], llama_3['batch_size']])} "
         f"([scorecard]), half of the attention layers fewer make Llama-2-13B {llama_2['speedup']:.2f} times as fast "
-        f"(predicted: {llama_2['predicted']:.2f}) and Llama-3-8B {llama_3['speedup']:.2f} times "
-        f"(predicted: {llama_3['predicted']:.2f})."
+        f"(predicted: {llama_2['predicted']:.2f}), Llama-3-8B {llama_3['speedup']:.2f} "
+        f"(predicted: {llama_3['predicted']:.2f}); on a CPU Qwen2.5-Coder-1.5B {qwen['speedup']:.2f} "
+        f"{span(qwen, low='speedup_low', high='speedup_high', form='.2f')}."
     ]
 
 
@@ -255,8 +263,7 @@ def longer_training() -> list[str]:
     same = (here[of_07] == longer[of_07]).sum()
     return [
         f"The {(scorecard()['verdict'] == 'not run').sum()} claims that are not run, and why, are in the [scorecard].",
-        f"Rows of notebook 07 are about a small Llama that is trained here; a [longer training] agrees on {same} of "
-        f"{of_07.sum()} claims.",
+        f"On those of notebook 07 a [longer training] agrees on {same} of {of_07.sum()}.",
     ]
 
 
