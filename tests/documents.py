@@ -127,6 +127,6 @@ def scorecard(run: str = "cpu") -> pd.DataFrame:
     return pd.read_csv(ROOT / "figures" / run / "scorecard.csv")
 
 
-def judged() -> pd.DataFrame:
+def judged(run: str = "cpu") -> pd.DataFrame:
     """The rows of the scorecard with a verdict."""
-    return scorecard()[scorecard()["verdict"] != "not run"]
+    return scorecard(run)[scorecard(run)["verdict"] != "not run"]

@@ -22,13 +22,17 @@ def counts_of_claims() -> list[str]:
     of_training, of_encoders = (
         scorecard()[notebooks == name]["verdict"] for name in ("07_training_stages", "12_other_transformers")
     )
-    verdicts = scorecard()[~notebooks.isin(["07_training_stages", "12_other_transformers"])]["verdict"].value_counts()
+    others = ["07_training_stages", "11_sizes_and_causes", "12_other_transformers"]
+    verdicts = scorecard()[~notebooks.isin(others)]["verdict"].value_counts()
+    of_sizes = judged("ladder")["verdict"].value_counts()
+    assert {*of_sizes.index} == {"deviates", "inconclusive"}
     assert {*of_training} == {"deviates"}
     told = of_encoders.value_counts()
     size = only(table("07_training_stages/runs").query("model == 'small-llama'")["parameters"])
     return [
         f"Of {len(listed)} claims {verdicts['reproduced']} are reproduced on one small model, {verdicts['deviates']} deviate "
-        f"and {verdicts['inconclusive']} are inconclusive; {len(of_training)} about training deviate on a Llama of "
+        f"and {verdicts['inconclusive']} are inconclusive; of {of_sizes.sum()} about sizes and causes {of_sizes['deviates']} "
+        f"deviate on five models; {len(of_training)} about training deviate on a Llama of "
         f"{size / 1e6:.1f}M parameters trained here; of {len(of_encoders)} about encoders {told['reproduced']} is reproduced "
         f"and {told['deviates']} deviate; {verdicts['not run']} are not run."
     ]
@@ -139,7 +143,7 @@ def mended() -> list[str]:
         f"Distillation over {made.loc['healing', 'tokens']:,} tokens regains {regained('healing')}, and "
         f"{regained('repair, healing')} once repaired.",
         "The order of the attention layers left stays: its rank correlation with the dense model's is "
-        f"{same_order('repair')} repaired, {same_order('healing')} distilled.",
+        f"{same_order('plain')}, {same_order('repair')} repaired, {same_order('healing')} distilled.",
     ]
 
 
@@ -182,9 +186,9 @@ def on_gpu() -> list[str]:
     assert not any(found["noisy"] for found in (llama_2, llama_3, qwen))
     return [
         f"Compiled, with random weights on one {device} at batch {only([llama_2['batch_size'], llama_3['batch_size']])} "
-        f"([scorecard]), half of the attention layers fewer make Llama-2-13B {llama_2['speedup']:.2f} times as fast "
+        f"([scorecard]), Llama-2-13B without half of its attention layers is {llama_2['speedup']:.2f} times as fast "
         f"(predicted: {llama_2['predicted']:.2f}), Llama-3-8B {llama_3['speedup']:.2f} "
-        f"(predicted: {llama_3['predicted']:.2f}); on a CPU Qwen2.5-Coder-1.5B {qwen['speedup']:.2f} "
+        f"(predicted: {llama_3['predicted']:.2f}); not compiled, on a CPU, Qwen2.5-Coder-1.5B {qwen['speedup']:.2f} "
         f"{span(qwen, low='speedup_low', high='speedup_high', form='.2f')}."
     ]
 
@@ -199,6 +203,8 @@ def ladder() -> list[str]:
     of_text = table("11_sizes_and_causes/reach", "ladder").query("measure == 'text'")
     reach, by_model = of_text.groupby("kind")["share"], of_text.pivot(index="model", columns="kind", values="n")
     assert (by_model["attention"] > by_model[["mlp", "block"]].max(axis=1)).all()
+    apart = {measure: kinds_apart(measure) for measure in ("text", "tasks")}
+    assert not apart["tasks"].any()
     share = {
         kind: f"{100 * reach.min()[kind]:.0f} to {100 * reach.max()[kind]:.0f} %" for kind in ("attention", "mlp", "block")
     }
@@ -216,10 +222,10 @@ def ladder() -> list[str]:
     assert slope["low"] < 0 < slope["high"]
     overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
     return [
-        f"Before less than 90 % of the dense model's next-token accuracy on held-out web text is left, {share['attention']} of "
-        f"the attention layers can go, {share['mlp']} of the MLPs and {share['block']} of the blocks, and on each model it is "
-        "attention that goes furthest.",
-        f"Half of the attention is too much: without it {100 * half.min():.0f} to {100 * half.max():.0f} % is left.",
+        f"Keeping 90 % of the dense model's next-token accuracy on held-out web text, {share['attention']} of the attention layers "
+        f"can go, {share['mlp']} of the MLPs and {share['block']} of the blocks; on each model it is attention that goes furthest, "
+        f"with intervals apart on {apart['text'].sum()} of {len(apart['text'])}. On tasks none are apart.",
+        f"Half is too much: without it {100 * half.min():.0f} to {100 * half.max():.0f} % is left.",
         f"Its importance (1 − cosine of input and output) is the least of the three on {(least == 'reproduced').sum()} of "
         f"{len(least)} models, on each of 4 corpora; Qwen2.5-Coder-1.5B is open, and Gemma-3-270M deviates.",
         "From Qwen2.5-Coder-0.5B to 1.5B the share of attention layers that can go falls by "
@@ -231,10 +237,18 @@ def ladder() -> list[str]:
     ]
 
 
+def kinds_apart(measure: str) -> pd.Series:
+    """Whether the share of attention that can go is clearly larger than that of both other kinds, by model."""
+    ends = table("11_sizes_and_causes/reach", "ladder").query(f"measure == '{measure}'").pivot(index="model", columns="kind")
+    return ends["share_low"]["attention"] > ends["share_high"][["mlp", "block"]].max(axis=1)
+
+
 def ladder_cells() -> dict[str, str]:
-    """Of how many models of the ladder a claim is reproduced, of those on which it was judged."""
+    """Of how many models of the ladder a claim is reproduced, of those on which it was judged; or the verdict over all."""
     verdicts = table("11_sizes_and_causes/claims", "ladder").groupby("claim")["verdict"]
-    return {claim: f"{(found == 'reproduced').sum()} of {len(found)}" for claim, found in verdicts}
+    together = judged("ladder")
+    cells = {claim: f"{(found == 'reproduced').sum()} of {len(found)}" for claim, found in verdicts}
+    return cells | dict(zip(together["id"], together["verdict"], strict=True))
 
 
 def encoders() -> list[str]:
@@ -246,8 +260,7 @@ def encoders() -> list[str]:
     half = table("12_other_transformers/half").query("measure == 'reciprocal rank'").set_index("model")
     falls = [f"from {half.loc[name, 'dense']:.2f} to {half.loc[name, 'attention']:.2f}" for name in ("minilm-l6", "mpnet-base")]
     return [
-        "Attention changes the stream least in two sentence encoders, MLPs in a vision transformer, not trained for "
-        "embeddings.",
+        "Attention changes the stream least in two sentence encoders; in a vision transformer MLPs do.",
         f"Without half of the attention layers retrieval (reciprocal rank) falls {falls[0]} and {falls[1]}.",
     ]
 
@@ -262,14 +275,14 @@ def longer_training() -> list[str]:
     of_07 = scorecard().set_index("id")["notebook"] == "07_training_stages"
     same = (here[of_07] == longer[of_07]).sum()
     return [
-        f"The {(scorecard()['verdict'] == 'not run').sum()} claims that are not run, and why, are in the [scorecard].",
+        f"The {len(scorecard()) - len(judged_anywhere())} claims that are not run, and why, are in the [scorecard].",
         f"On those of notebook 07 a [longer training] agrees on {same} of {of_07.sum()}.",
     ]
 
 
-def verdict_cells() -> dict[str, str]:
-    """What the table of claims says, by the claim's id."""
-    return dict(zip(judged()["id"], judged()["verdict"], strict=True))
+def judged_anywhere() -> pd.DataFrame:
+    """The rows of the scorecard of the run `cpu` with a verdict there, or in that of the run `ladder`."""
+    return scorecard()[scorecard()["id"].isin([*judged()["id"], *judged("ladder")["id"]])]
 
 
 # ---- training stages --------------------------------------------------------------------------------------------------

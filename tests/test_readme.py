@@ -91,9 +91,9 @@ def claim_rows() -> list[list[str]]:
 
 def test_claims_are_those_of_the_scorecard():
     """Every claim with a verdict, in order, with its notebook and verdicts."""
-    cells, of_ladder, judged = say.verdict_cells(), say.ladder_cells(), documents.judged()
+    of_ladder = say.ladder_cells()
     assert [(row[0], re.search(r"\d\d", row[1])[0], *row[3:]) for row in claim_rows()] == [
-        (v.claim, v.notebook[:2], cells[v.id], of_ladder.get(v.id, "")) for v in judged.itertuples()
+        (v.claim, v.notebook[:2], v.verdict, of_ladder.get(v.id, "")) for v in say.judged_anywhere().itertuples()
     ]
 
 
@@ -106,7 +106,7 @@ def test_a_wrong_verdict_is_seen(monkeypatch):
 
 def test_figures_belong_to_the_notebook_of_the_claim():
     for _, notebook, figures, *_ in claim_rows():
-        for number, name in re.findall(r"\[(\w+)\]\(figures/cpu/(\w+)\.svg\)", figures):
+        for number, name in re.findall(r"\[(\w+)\]\(figures/(?:cpu|ladder)/(\w+)\.svg\)", figures):
             assert FIGURES[name].notebook in STUDIES
             assert FIGURES[name].notebook.startswith(re.search(r"\d\d", notebook)[0]), name
             assert name.split("_")[0].removeprefix("fig").lstrip("0") == number

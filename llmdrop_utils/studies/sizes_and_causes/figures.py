@@ -14,6 +14,8 @@ from ...report.style import COLORS, KIND_NAMES, LINES, MARKERS, WIDTH, Drawing, 
 from ...report.tables import Tables
 from ...report.terminal import count
 from ...report.verdicts import load_claims
+from ...sources.catalogue import exact_name
+from .compare import SERIES
 from .rows import DAMAGE, IMPORTANCE, TARGETS
 
 CAUSES = {  # name -> in a figure
@@ -33,7 +35,8 @@ NEEDS_02 = "Notebook 02 has not been run on any of these models: nothing to comp
 
 @figure("11_sizes_and_causes")
 def figS17_sizes(tables: Tables) -> Drawing:
-    """Share of the layers of a kind that can be dropped before quality falls, against size (open: all that were tried)."""
+    """Share of the layers of a kind that can be dropped before quality falls, against size (open: all that were tried). Lines join
+    models of one series, which were trained alike. Bars: 95 % intervals."""
     data = tables["reach"]
     if data.empty:
         return nothing_to_show(NEEDS_02, data)
@@ -47,7 +50,10 @@ def figS17_sizes(tables: Tables) -> Drawing:
             errors = np.clip([rows["share"] - rows["share_low"], rows["share_high"] - rows["share"]], 0, None)
             x, cut = rows["size"] * 1.03 ** (i - 1), rows["is_cut"].astype(bool)
             ax.errorbar(x, 100 * rows["share"], 100 * errors, color=COLORS[kind], label=name, marker=MARKERS[kind],
-                        markersize=6, linestyle=LINES[kind], elinewidth=1, capsize=2)  # fmt: skip
+                        markersize=6, linestyle="none", elinewidth=1, capsize=2)  # fmt: skip
+            for series in SERIES:
+                alike = rows["model"].isin([exact_name(model) for model in series])
+                ax.plot(x[alike], 100 * rows["share"][alike], color=COLORS[kind], linestyle=LINES[kind], linewidth=1)
             ax.plot(x[cut], 100 * rows["share"][cut], color=COLORS[kind], marker=MARKERS[kind], markersize=6, linestyle="none",
                     markerfacecolor="white", zorder=3)  # fmt: skip
         ax.set(xscale="log", title=title)
