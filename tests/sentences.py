@@ -222,9 +222,9 @@ def ladder() -> list[str]:
     assert slope["low"] < 0 < slope["high"]
     overall = table("11_sizes_and_causes/overall", "ladder").set_index(["cause", "target"]).loc["importance", "damage"]
     return [
-        f"Keeping 90 % of the dense model's next-token accuracy on held-out web text, {share['attention']} of the attention layers "
-        f"can go, {share['mlp']} of the MLPs and {share['block']} of the blocks; on each model it is attention that goes furthest, "
-        f"with intervals apart on {apart['text'].sum()} of {len(apart['text'])}. On tasks none are apart.",
+        f"Keeping 90 % of the dense model's next-token accuracy on held-out web text, {share['attention']} of the attention "
+        f"layers can go, {share['mlp']} of the MLPs and {share['block']} of the blocks; on each model it is attention that "
+        f"goes furthest, with intervals apart on {apart['text'].sum()} of {len(apart['text'])}. On tasks none are apart.",
         f"Half is too much: without it {100 * half.min():.0f} to {100 * half.max():.0f} % is left.",
         f"Its importance (1 − cosine of input and output) is the least of the three on {(least == 'reproduced').sum()} of "
         f"{len(least)} models, on each of 4 corpora; Qwen2.5-Coder-1.5B is open, and Gemma-3-270M deviates.",

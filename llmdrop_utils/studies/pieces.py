@@ -9,7 +9,6 @@ from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
 from .keep_more.work import ORDERS
-from .speedup.loads import around
 
 # Notebooks that this file has an estimate for.
 ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12")
@@ -153,12 +152,14 @@ def _speed(part: dict, model: str, shape: Shape, is_random: bool) -> Piece:
     batch = part["batch_size"] or 8  # a GPU is filled: with about so many
     rounds = part["repeats"]
     prefill = part["prompt"] * batch * listed + sum(c for c in part["contexts"] if c <= part["prompt"]) * swept
-    decode = []  # context, batch, plans
-    protocol = around(part["contexts"], part["prompt"], part["prompt"] + part["new_tokens"])
+    timed: dict[tuple[int, int], int] = {}  # context, batch -> plans; a load that serves several purposes is timed once
     for context in part["contexts"]:
-        decode += [(context, 1, listed)] + [(context, size, swept) for size in part["sweep_batches"] if size > 1]
-        if batch != 1 and context in protocol:
-            decode.append((context, batch, listed))
+        sizes = [(1, listed), *((size, swept) for size in part["sweep_batches"])]
+        if part["prompt"] <= context <= part["prompt"] + part["new_tokens"]:
+            sizes.append((batch, listed))
+        for size, plans in sizes:
+            timed[context, size] = max(plans, timed.get((context, size), 0))
+    decode = [(context, size, plans) for (context, size), plans in timed.items()]
     decode += [(part["prompt"], batch, 1 + compiled)] if compiled else []
     each = part["steps"] + 1  # one untimed step before those that are timed
     steps = rounds * sum(plans for *_, plans in decode) * each + whole * part["new_tokens"]

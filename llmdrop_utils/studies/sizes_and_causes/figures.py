@@ -35,8 +35,8 @@ NEEDS_02 = "Notebook 02 has not been run on any of these models: nothing to comp
 
 @figure("11_sizes_and_causes")
 def figS17_sizes(tables: Tables) -> Drawing:
-    """Share of the layers of a kind that can be dropped before quality falls, against size (open: all that were tried). Lines join
-    models of one series, which were trained alike. Bars: 95 % intervals."""
+    """Share of the layers of a kind that can be dropped before quality falls, against size (open: all that were tried). Lines
+    join models of one series, which were trained alike. Bars: 95 % intervals."""
     data = tables["reach"]
     if data.empty:
         return nothing_to_show(NEEDS_02, data)

@@ -14,7 +14,7 @@ from ...base import stats
 from ...dropping.plan import DropPlan, PlanKey
 from ...measure.speed import NOISY, spread_of
 from ..work import DENSE_CELL, Cell
-from .loads import Speed, SpeedWork, around
+from .loads import Speed, SpeedWork
 
 GENERATION = "generation from samples"  # what tables call it
 
@@ -87,22 +87,17 @@ def compose_generations(timed: list[Timed], settings: Speed) -> tuple[list[Timed
         prefills = {t.cell: t for t in of_batch if t.row["what"] == "prefill" and t.row["context"] == prompt}
         samples: dict[tuple, dict[int, Timed]] = {}
         for t in of_batch:
-            if t.row["what"] == "decode" and t.row["backend"] == backend:
-                samples.setdefault(t.cell, {})[t.row["context"]] = t
+            context = t.row["context"]
+            if t.row["what"] == "decode" and t.row["backend"] == backend and prompt <= context <= prompt + new_tokens:
+                samples.setdefault(t.cell, {})[context] = t
         # 2. What a static cache attends over does not depend on how full it is: one sample stands for all of its steps.
-        end = prompt + new_tokens if backend == "eager" else prompt
+        ends = {prompt, prompt + new_tokens} if backend == "eager" else {prompt}
         for cell, decode in samples.items():
-            if cell not in prefills:
-                continue
-            what = f"{cell[0]}, {GENERATION}, {backend}"
-            decode = {context: decode[context] for context in around(decode, prompt, end)}
-            if not decode:
-                missing = f"{prompt} tokens or less and at {end} or more"
-                not_run[what] = f"It takes decode steps at {missing}: see the profile's speed.contexts."
+            if cell not in prefills or not ends <= set(decode):
                 continue
             # 3. Times of different batches do not add up.
             if len({t.row["batch_size"] for t in (prefills[cell], *decode.values())}) > 1:
-                not_run[what] = (
+                not_run[f"{cell[0]}, {GENERATION}, {backend}"] = (
                     "Memory ran out at some of its contexts, so they were timed with different batches. "
                     "Set the profile's speed.batch_size to a number that fits."
                 )

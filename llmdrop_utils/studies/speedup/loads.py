@@ -1,9 +1,10 @@
 """Notebook 05, what is timed: which models, under which plans, at which loads."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+from pydantic import ValidationInfo, field_validator
 
 from ...base.errors import each_available
 from ...base.provenance import code_provenance
@@ -31,13 +32,25 @@ class Speed(Settings):
     batch_size: Positive | None  # for the paper's protocol; null: as many as fit the GPU beside the dense model
     prompt: Positive
     new_tokens: Positive
-    contexts: Counts  # tokens in the cache at which decoding is timed; best with both ends of the protocol among them
+    contexts: Counts  # tokens in the cache at which decoding is timed; both ends of the protocol among them
     steps: Positive  # decode steps that are timed together
     n_drop: CountsByKind
     sweep_batches: Counts  # decoding at each of these and of the contexts, with `sweep_n` attention or MLP layers dropped
     sweep_n: Positive
     compiled: CountsByKind | None  # what is also timed on the compiled back end, as in the paper (compiling is slow)
     whole: CountsByKind | None  # under what the protocol's generation is also timed whole, once (it takes minutes)
+
+    @field_validator("contexts")
+    @classmethod
+    def _hold_both_ends(cls, contexts: list[int], info: ValidationInfo) -> list[int]:
+        """Steps between two contexts follow a line (see `generation`), so the generation needs those of both of its ends."""
+        prompt, new_tokens = info.data.get("prompt"), info.data.get("new_tokens")
+        if prompt and new_tokens and not {prompt, prompt + new_tokens} <= {*contexts}:
+            raise ValueError(
+                f"The key 'contexts' in {{where}} must hold the ends of the generation, {prompt} (prompt) and "
+                f"{prompt + new_tokens} (prompt and new_tokens), but is {contexts}."
+            )
+        return contexts
 
 
 # ---- models and plans -------------------------------------------------------------------------------------------------
@@ -123,8 +136,9 @@ def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, lis
         for size in s.sweep_batches:
             yield Load("decode", context, s.steps, size), False, swept
     # 3. The protocol's decode steps at its own batch.
-    for context in around(s.contexts, s.prompt, s.prompt + s.new_tokens):
-        yield Load("decode", context, s.steps, batch), fill, listed
+    for context in s.contexts:
+        if s.prompt <= context <= s.prompt + s.new_tokens:
+            yield Load("decode", context, s.steps, batch), fill, listed
     # 4. The same on the compiled back end: a static cache attends over its whole room, so one context stands for all.
     room = s.prompt + s.new_tokens + s.steps
     yield Load("decode", s.prompt, s.steps, batch, "compiled", room), fill, compiled
@@ -134,15 +148,6 @@ def _loads(settings: Speed, cells: list[Cell]) -> Iterator[tuple[Load, bool, lis
             yield Load("prefill", context), False, swept
     # 6. The protocol whole, to check its samples.
     yield Load("generation", s.prompt, s.new_tokens, batch), fill, whole
-
-
-def around(contexts: Collection[int], start: int, end: int) -> list[int]:
-    """Those between start and end, and the nearest on either side of them; none if there is none on a side.
-
-    Of 16, 32, 96, 160 and 256, those around 64 to 128 are 32, 96 and 160.
-    """
-    before, after = [c for c in contexts if c <= start], [c for c in contexts if c >= end]
-    return [c for c in contexts if max(before) <= c <= min(after)] if before and after else []
 
 
 @dataclasses.dataclass(frozen=True)
