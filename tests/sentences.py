@@ -205,6 +205,9 @@ def ladder() -> list[str]:
     assert (by_model["attention"] > by_model[["mlp", "block"]].max(axis=1)).all()
     apart = {measure: kinds_apart(measure) for measure in ("text", "tasks")}
     assert not apart["tasks"].any()
+    of_tasks = table("11_sizes_and_causes/reach", "ladder").query("measure == 'tasks'")
+    by_task = of_tasks.pivot(index="model", columns="kind", values="n")
+    first = by_task["attention"] > by_task[["mlp", "block"]].max(axis=1)
     share = {
         kind: f"{100 * reach.min()[kind]:.0f} to {100 * reach.max()[kind]:.0f} %" for kind in ("attention", "mlp", "block")
     }
@@ -224,8 +227,9 @@ def ladder() -> list[str]:
     return [
         f"Keeping 90 % of the dense model's next-token accuracy on held-out web text, {share['attention']} of the attention "
         f"layers can go, {share['mlp']} of the MLPs and {share['block']} of the blocks; on each model it is attention that "
-        f"goes furthest, with intervals apart on {apart['text'].sum()} of {len(apart['text'])}. On tasks none are apart.",
-        f"Half is too much: without it {100 * half.min():.0f} to {100 * half.max():.0f} % is left.",
+        f"goes furthest, intervals apart on {apart['text'].sum()} of {len(apart['text'])}. On tasks it does so on "
+        f"{first.sum()}, and none are apart.",
+        f"Half is too much: it leaves {100 * half.min():.0f} to {100 * half.max():.0f} %.",
         f"Its importance (1 − cosine of input and output) is the least of the three on {(least == 'reproduced').sum()} of "
         f"{len(least)} models, on each of 4 corpora; Qwen2.5-Coder-1.5B is open, and Gemma-3-270M deviates.",
         "From Qwen2.5-Coder-0.5B to 1.5B the share of attention layers that can go falls by "
@@ -275,7 +279,7 @@ def longer_training() -> list[str]:
     of_07 = scorecard().set_index("id")["notebook"] == "07_training_stages"
     same = (here[of_07] == longer[of_07]).sum()
     return [
-        f"The {len(scorecard()) - len(judged_anywhere())} claims that are not run, and why, are in the [scorecard].",
+        f"Why {len(scorecard()) - len(judged_anywhere())} claims were not run, the [scorecard] says.",
         f"On those of notebook 07 a [longer training] agrees on {same} of {of_07.sum()}.",
     ]
 

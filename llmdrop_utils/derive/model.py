@@ -15,7 +15,7 @@ from ..base.errors import LLMDropError
 from ..base.files import building
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import left
-from ..models.families import find_anatomy
+from ..models.families import find_anatomy, need_decoder
 from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, locate_folder
 from ..models.names import folder_identity, local_label
 from ..sources.texts import fingerprint
@@ -32,7 +32,7 @@ def save_derived(model: torch.nn.Module, tokenizer, folder: Path | str, base: Lo
     base: the model that the weights come from. It may be derived itself; its own bases are recorded too.
     recipe: what was done, as plain JSON. With `base`, it should be enough to do it again.
 
-    Raises LLMDropError if the model lacks sub-layers or comes from another base, and if the folder exists.
+    Raises LLMDropError if the model is no decoder, lacks sub-layers or comes from another base, and if the folder exists.
     """
     folder = Path(folder)
     try:
@@ -78,7 +78,7 @@ def layers_restored(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _check(model: torch.nn.Module, base: LocatedModel) -> None:
-    anatomy = find_anatomy(model)
+    need_decoder(anatomy := find_anatomy(model))  # `locate_folder` and `load_located` take no other
     for kind, name in (("attention", "attention"), ("mlp", "MLP")):
         built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
         if lacks := sorted(set(built) - set(left(anatomy, kind))):

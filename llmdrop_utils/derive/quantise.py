@@ -33,8 +33,8 @@ def quantise(model: nn.Module, bits: int) -> nn.Module:
     It computes with the numbers of `round_weights`, and is dropped and measured like any other model; what reads the weights
     themselves (weight norms, exports) needs the model of `round_weights`. torchao holds 4 bits in a byte of their own, on CPUs
     and GPUs alike; `quantised_bytes` tells what they take when packed. Inside `dropped`, only what is there is quantised.
-    `save_pretrained` stores it for transformers, which loads it in the dtype that it has (but cannot run Falcon then, or load
-    BART and its kin).
+    `save_pretrained` stores it for transformers, which loads it in the dtype that it has (but cannot run Falcon then,
+    nor load BART, mBART, Pegasus and Marian).
 
     Raises, before anything is changed, LLMDropError for other bits than 8 and 4, for a model with a matrix that cannot be
     quantised, and for weights that are not plain tensors in memory; NotAvailable without torchao.
@@ -51,7 +51,8 @@ def quantise(model: nn.Module, bits: int) -> nn.Module:
 def round_weights(model: nn.Module, bits: int) -> nn.Module:
     """Give every weight that `quantise` would quantise its dequantised value, in place; returns the model.
 
-    It remains a plain model in its own dtype, as fast as before: for scores, exports and `save_derived`. Raises what
+    It remains a plain model in its own dtype, as fast as before: for scores, and for exports and
+    `save_derived` of decoders. Raises what
     `quantise` raises.
     """
     bits, linears, torchao = _ready(model, bits)

@@ -167,8 +167,8 @@ def need_decoder(anatomy: Anatomy) -> None:
         raise _no_decoder(anatomy.family)
     if anatomy.family in ENCODERS:
         raise LLMDropError(
-            f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select and dropped "
-            "take it; for all else give a causal language model."
+            f"This {anatomy.family} model is an encoder, which predicts no next token. measure_importance, select, dropped, "
+            "save_dropped and quantise take it; for all else give a causal language model."
         )
 
 
@@ -176,7 +176,7 @@ def _no_decoder(model_type: str) -> LLMDropError:
     """The error to raise for an encoder-decoder where next tokens of a text are predicted."""
     return LLMDropError(
         f"This {model_type} model is an encoder-decoder, which predicts a target from a source. measure_importance, "
-        "score_targets, select and dropped take it; for all else give a causal language model."
+        "score_targets, select, dropped and quantise take it; for all else give a causal language model."
     )
 
 

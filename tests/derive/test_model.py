@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import encoder_decoder_families
+import encoder_families
 import families
 import pytest
 import torch
@@ -135,4 +137,8 @@ def test_what_cannot_be_saved(base, derived, tmp_path):
         save()
     with pytest.raises(LLMDropError, match="The attention of layer 1 is dropped, so its weights could not be stored"):
         save(model=drop(model, DropPlan((1,), (2,))))
+    with pytest.raises(LLMDropError, match="This bert model is an encoder, which predicts no next token"):
+        save(model=encoder_families.tiny("bert"))
+    with pytest.raises(LLMDropError, match="This t5 model is an encoder-decoder"):
+        save(model=encoder_decoder_families.tiny("t5"))
     assert [path.name for path in tmp_path.iterdir() if "new" in path.name and path.suffix != ".lock"] == []

@@ -11,7 +11,7 @@ import torch
 from dropping.reference import some_map
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmdrop_utils import DropPlan, LLMDropError, drop, dropped, measure_importance, select
 from llmdrop_utils.base.errors import NotAvailable
@@ -143,6 +143,16 @@ def test_encoder_decoders(name):
     plain = sum(parameter.nbytes for parameter in model.parameters())
     saved = sum(3 * linear.weight.numel() - 5 * len(linear.weight) for linear in linears(model).values())
     assert quantised_bytes(model, 8) == plain - saved  # of 4 bytes 1; a scale and a zero point for each row
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5", "m2m_100"])
+def test_encoder_decoders_are_stored_and_loaded_by_transformers(name, tmp_path):
+    model = quantise(encoder_decoder_families.tiny(name), 8)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    given = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, 5:]}
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, model(**given).logits)
 
 
 def changed(before: nn.Module, after: nn.Module) -> set[str]:

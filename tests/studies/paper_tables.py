@@ -12,6 +12,7 @@ from llmdrop_utils.sources.task_data import known_tasks
 from llmdrop_utils.studies.curve_rows import KEEP
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
 from llmdrop_utils.studies.sizes_and_causes.compare import compared
+from llmdrop_utils.studies.sizes_and_causes.study import READ
 from llmdrop_utils.studies.speedup.generation import GENERATION
 from llmdrop_utils.studies.speedup.trade import pair_rows
 
@@ -128,7 +129,7 @@ def _size_tables(declared: dict[str, Tables], layers: dict[str, int]) -> dict[st
     pairs = zip(layers.items(), parameters, strict=True)
     models = [{"model": model, "parameters": size, "n_layers": n} for (model, n), size in pairs]
     own = _as_declared("11_sizes_and_causes", {"models": models})
-    return compared(own, {"01_similarity": {}, "02_drop_curves": declared["02_drop_curves"], "03_joint_drop": {}})
+    return compared(own, {name: {} for name in READ} | {"02_drop_curves": declared["02_drop_curves"]})
 
 
 def _as_declared(notebook: str, rows: dict[str, list[dict]]) -> Tables:

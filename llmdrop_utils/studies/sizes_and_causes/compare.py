@@ -62,7 +62,7 @@ TABLES = {
 
 
 def compared(own: Tables, others: Mapping[str, Tables]) -> dict[str, list[dict]]:
-    """Rows of all `TABLES`. `others`: notebook -> its tables, of the same models; empty, or absent, if it was not run."""
+    """Rows of all `TABLES`. `others`: notebook -> its tables, of the same models; empty if it was not run."""
     reach = list(_reach_rows(own, others["02_drop_curves"]))
     half = list(_half_rows(own, others["02_drop_curves"]))
     return {
@@ -72,7 +72,7 @@ def compared(own: Tables, others: Mapping[str, Tables]) -> dict[str, list[dict]]
         "sizes": _size_rows(own, pd.DataFrame(reach), pd.DataFrame(half)),
         "overall": list(_overall_rows(own)),
         "left_out": list(_left_out_rows(own)),
-        "methods": list(_method_rows(others.get("04_ablations", {}))),
+        "methods": list(_method_rows(others["04_ablations"])),
         "claims": list(_claim_rows(own, others)),
         "exceptions": list(exception_rows(own, others)),
     }
