@@ -92,11 +92,17 @@ def methods() -> list[str]:
     better = quality[quality["outcome"] == "better"].groupby("method").size()
     assert (better < quality["measure"].nunique()).all()
     compared = {*quality["method"]} - {"cosine", few}
+    there = table("11_sizes_and_causes/methods", "ladder").query("model == 'qwen2.5-coder-0.5b'").set_index("method")["better"]
+    on_qwen = {*there.index} - {few}
+    assert on_qwen <= compared
+    assert (there.str.split(", ").dropna().map(len) < 3).all()
+    assert pd.isna(there["greedy KL"])
     gain = f"{found['difference']:.3f} nats per token of text"
     ends = span(found, low="difference_low", high="difference_high", form=".3f")
     return [
-        f"Of {len(compared)} other ways to choose 8 layers none is better on text, tasks and continuations at once; greedy "
-        f"search gains {gain} {ends}, for {greedy / once:.0f} times the passes.",
+        f"Of {len(compared)} other ways to choose 8 layers none is better on text, tasks and continuations at once, nor of "
+        f"{len(on_qwen)} on Qwen2.5-Coder-0.5B; greedy search gains {gain} here {ends}, for "
+        f"{greedy / once:.0f} times the passes.",
     ]
 
 
