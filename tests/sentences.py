@@ -109,15 +109,20 @@ def methods() -> list[str]:
 def breaks() -> list[str]:
     """What is left of abilities without 8 layers, and what they and pruned weights cost on held-out text."""
     percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
-    copied = {kind: percent(row("08_what_breaks/long_context", probe="copy", context="mean", kind=kind, n=n)["accuracy"])
-              for kind, n in (("dense", 0), ("attention", 8), ("mlp", 8))}  # fmt: skip
+
+    def copied(run: str, kind: str, n: int = 8) -> str:
+        return percent(row("08_what_breaks/long_context", run, probe="copy", context="mean", kind=kind, n=n)["accuracy"])
+
+    here, qwen = (
+        [copied(run, "attention"), copied(run, "mlp"), copied(run, "dense", 0)] for run in ("cpu", "ladder-qwen2.5-coder-0.5b")
+    )
     same = row("08_what_breaks/abilities", ability="dense continuation", kind="attention", n=8)
     kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
     changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
     dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
     return [
-        f"Without 8 attention layers {copied['attention']} of a passage is still copied from the context, and "
-        f"without 8 MLPs {copied['mlp']}; the dense model copies {copied['dense']}.",
+        f"Without 8 attention layers {here[0]} of a passage is still copied, without 8 MLPs {here[1]} "
+        f"(dense: {here[2]}); on Qwen2.5-Coder-0.5B {qwen[0]} and {qwen[1]} ({qwen[2]}).",
         f"Of the dense model's own continuations {kept} of the tokens stay the most probable.",
         f"These 8 layers cost {dropped:.2f} nats per token; as many single weights, pruned after Wanda, {pruned:.3f}.",
     ]
