@@ -5,6 +5,7 @@ import importlib.util
 
 import families
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from llmdrop_utils.measure.text import score_text
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import model_of_shape
 from llmdrop_utils.models.locate import locate_model
+from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.studies.ablations.rows import Arm, of_text
 from llmdrop_utils.studies.run import NOT_RUN, STUDIES
 from llmdrop_utils.studies.what_breaks.abilities import Ability, Pooled, WhatBreaks
@@ -92,6 +94,31 @@ def test_what_breaks_first_comes_first():
     assert [(row["ability"], row["kind"], row["n"]) for row in rows[3:5]] == [("text", "mlp", 0), ("choices", "mlp", 2)]
     assert [row["ability"] for row in rows if np.isnan(row["n"])] == ["guessed"] * 2
     assert [row["tried_up_to"] for row in rows] == [2] * 6
+
+
+def test_what_a_reader_is_told():
+    """Copying holds without four attention layers and text without eight, both without two MLPs; choices are guessed."""
+    breaks = [
+        ("copy", "attention", 4),
+        ("text", "attention", 8),
+        ("copy", "mlp", 2),
+        ("text", "mlp", 2),
+        ("choices", "mlp", None),
+    ]
+    sure = [("dense", 0, 0.1), ("attention", 4, 0.2), ("attention", 8, 0.25)]
+    costs = pd.DataFrame([(0, -0.01), (8, -0.05)], columns=["n", "cost"])
+    tables = {
+        "breaks": pd.DataFrame(breaks, columns=["ability", "kind", "n"]).assign(model="m"),
+        "confidence": pd.DataFrame(sure, columns=["kind", "n", "error"]).assign(model="m"),
+        "changes": costs.assign(model="m", change="4 bits", measure="text"),
+        "rankings": pd.DataFrame({"model": ["m"], "change": "4 bits", "n": 8, "shared": 7}),
+    }
+    assert ADVICE["08_what_breaks"](tables).split("\n\n")[0] == (
+        "**m**: Of attention layers, 4 can go before less than 90 % is left of copy; 8 for text. Without up to 2 MLPs, 90 % of "
+        "each ability is left. The dense model is at chance in choices, so nothing is said of these. The calibration error of "
+        "choices goes from 10.0 % to 25.0 % without 8 attention layers. 4 bits cost, in nats per token, +0.010 of the dense "
+        "model, +0.050 without 8 layers; they choose 7 of the 8 layers alike, so choose the layers before you quantise."
+    )
 
 
 def test_contexts_and_the_gap_between_kinds():

@@ -121,9 +121,9 @@ def what_to_do(tables: Tables) -> str:
             first = ", ".join(known[known["n"] == least]["ability"])
             last = ", ".join(known[known["n"] == most]["ability"])
             if least == most:
-                told.append(f"Of {name}, all abilities keep 90 % up to {least:.0f} dropped.")
+                told.append(f"Without up to {least:.0f} {name}, 90 % of each ability is left.")
             else:
-                told.append(f"Of {name}, {first} keep 90 % up to {least:.0f} dropped, {last} up to {most:.0f}.")
+                told.append(f"Of {name}, {least:.0f} can go before less than 90 % is left of {first}; {most:.0f} for {last}.")
         lost = rows[rows["n"].isna()]["ability"].unique()
         if len(lost):
             told.append(f"The dense model is at chance in {', '.join(lost)}, so nothing is said of these.")
