@@ -113,6 +113,7 @@ TOLD = {
     "times": (section(TEXTS["costs.md"], "## How times of generations are made"), say.of_costs, ()),
     "tasks": (section(TEXTS["deviations.md"], "## Tasks of the profile `cpu`"), say.of_tasks, ()),
     "rules": (TEXTS["deviations.md"], say.of_rules, None),
+    "dtypes": (TEXTS["deviations.md"], say.of_dtypes, None),
 }
 
 
