@@ -219,8 +219,8 @@ def of_dtypes() -> list[str]:
     assert here["inside"].all()
     assert gemma["inside"].all()
     return [
-        f"Measured in the other dtype, all {len(here):,} numbers of notebooks 01 to 03 of SmolLM2-135M and all {len(gemma):,} of "
-        "Gemma-3-270M stay inside their intervals, and no verdict differs"
+        f"Measured in the other dtype, all {len(here):,} numbers of notebooks 01 to 03 of SmolLM2-135M and all {len(gemma):,} "
+        "of Gemma-3-270M stay inside their intervals, and no verdict differs"
     ]
 
 
