@@ -507,3 +507,10 @@ def test_the_command(network, capsys):
     assert capsys.readouterr().out.startswith("Plan of the run smoke: A tiny random model")
     assert cli.main(["plan", "--profile", "smoke", "--model", "smollm"]) == 1
     assert capsys.readouterr().err.startswith("error: Unknown model 'smollm'.")
+
+
+def test_decode_steps_counted_by_hand():
+    """Each of four contexts alone under 5 plans, in pairs under 5 where the generation runs and under 3 elsewhere, once under 2
+    on the compiled back end: 40 x 5 steps in 6 rounds; and 3 generations of 32."""
+    (piece,) = pieces_of("05", load_profile("smoke").to_json(), "m", Shape(1, 6, 8, 16, 8), True)
+    assert "timing: 1,296 decode steps" in piece.basis

@@ -51,9 +51,8 @@ def quantise(model: nn.Module, bits: int) -> nn.Module:
 def round_weights(model: nn.Module, bits: int) -> nn.Module:
     """Give every weight that `quantise` would quantise its dequantised value, in place; returns the model.
 
-    It remains a plain model in its own dtype, as fast as before: for scores, and for exports and
-    `save_derived` of decoders. Raises what
-    `quantise` raises.
+    It remains a plain model in its own dtype, as fast as before: for scores, and for exports and `save_derived` of decoders.
+    Raises what `quantise` raises.
     """
     bits, linears, torchao = _ready(model, bits)
     for linear in linears:
