@@ -423,6 +423,16 @@ def test_plans_are_counted_as_they_are_measured():
     assert pieces[3].tokens == 6 * 300 * 100 * 8
 
 
+def test_tasks_both_ways_to_drop():
+    """At 4 layers iterative and one-shot dropping are scored, at 30 of 30 neither; 6 was not asked of text."""
+
+    def documents(task_n):
+        profile = load_profile("cpu").replacing(iterative={"n_drop": [4, 30], "task_n": task_n}).to_json()
+        return sum(piece.tokens for piece in pieces_of("03", profile, "m", SMOLLM2, is_random=False) if piece.kind == "tasks")
+
+    assert documents([4, 6, 30]) - documents(None) == 6 * 300 * 100 * 2
+
+
 def test_files_are_counted_as_they_are_served():
     """Two kinds, each dense and without 8 and 15 layers, on contexts of 128, 1,024 and 2,048 tokens, six times."""
     profile = load_profile("cpu").to_json()

@@ -90,7 +90,11 @@ class Measured:
     @functools.cached_property
     def tasks(self) -> list[TaskValues]:
         """Values of each task, in `task_cells`."""
-        return task_values(self.run, self.task_work, [self.plans[cell] for cell in self.task_cells])
+        return self.tasks_in(self.task_cells)
+
+    def tasks_in(self, cells: Iterable[Cell]) -> list[TaskValues]:
+        """Values of each task, in these of the cells that tasks were measured in."""
+        return task_values(self.run, self.task_work, [self.plans[cell] for cell in cells])
 
     def rows(self) -> dict[str, list[dict]]:
         """Rows of all tables that 02 and 03 share, without the column `model`."""
@@ -161,15 +165,19 @@ def measure_curves(
     tasks: dict[str, list],
     kinds: tuple[str, ...],
     further: dict[str, dict[Cell, DropPlan]] | None = None,
+    further_n: Iterable[int] = (),
 ) -> list[Measured]:
-    """Measure text and tasks on each model, under all plans together: those of `kinds`, and `further` ones by model name."""
+    """Measure text and tasks on each model, under all plans together: those of `kinds`, and `further` ones by model name.
+
+    further_n: the numbers dropped at which tasks are measured under the further plans too.
+    """
     planned: list[Measured] = []
     for item in run.measured(scoring):
         scores = run.importance(item).first(run.section(Calibration).n_samples)
         plans = plans_of(scores, kinds, run.section(Text), run.section(Tasks)) | (further or {}).get(item.model.name, {})
         with run.one_of(item.model):
             settings = run.section(Tasks)
-            asked = [plans[cell] for cell in cells_for_tasks(plans, settings)]
+            asked = [plans[cell] for cell in (*cells_for_tasks(plans, settings), *cells_beside(plans, further_n))]
             on_text, on_tasks = text_work(run, item, plans.values()), task_work(run, item.model, tasks, asked, settings.limit)
             planned.append(Measured(run, item.model, scores, plans, on_text, on_tasks))
     work = [item for m in planned for item in m.work]
@@ -202,6 +210,11 @@ def plans_for(scores: Importance, counts: Mapping[str, Iterable[int]]) -> dict[C
 def cells_for_tasks(plans: dict[Cell, DropPlan], tasks: Tasks) -> list[Cell]:
     """The cells that tasks are measured in: fewer than those of text, which costs less."""
     return [c for c in plans if c.on_curve and (c == DENSE_CELL or c.n in tasks.n_drop.get(c.kind, []))]
+
+
+def cells_beside(plans: Iterable[Cell], counts: Iterable[int]) -> list[Cell]:
+    """The cells beside the curves that drop so many."""
+    return [cell for cell in plans if not cell.on_curve and cell.n in counts]
 
 
 def _distinct(plans: Iterable[DropPlan]) -> tuple[DropPlan, ...]:

@@ -13,7 +13,8 @@ from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.tables import read_tables
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.studies import run as run_module
-from llmdrop_utils.studies.curve_rows import TextValues, plan_rows
+from llmdrop_utils.studies.curve_rows import TaskValues, TextValues, plan_rows
+from llmdrop_utils.studies.curves import cells_beside
 from llmdrop_utils.studies.joint_drop.study import (
     ITERATIVE,
     SAME_SAMPLES,
@@ -21,6 +22,7 @@ from llmdrop_utils.studies.joint_drop.study import (
     further_rows,
     iterative_plans,
     iterative_rows,
+    iterative_task_rows,
     iterative_work,
     order_rows,
 )
@@ -165,6 +167,24 @@ def test_iterative_minus_one_shot():
     assert two["iterative"] == pytest.approx(4 * np.exp(0.25))
 
 
+def test_iterative_minus_one_shot_in_tasks():
+    """Attn-1 is the same either way. With two, iterative has three of four documents right, one-shot one of these three."""
+    cells = cells_beside(plans(), [1, 2])
+    assert [(cell.n, cell.method) for cell in cells] == [
+        (1, SAME_SAMPLES), (1, ITERATIVE), (2, SAME_SAMPLES), (2, ITERATIVE)
+    ]  # fmt: skip
+    assert cells_beside(plans(), [2]) == cells[2:], "without the dense model, and what is on a curve"
+    assert cells_beside({Cell("mlp", 2): DENSE}, [2]) == []
+    scores = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=float)
+    one, two = iterative_task_rows(cells, [TaskValues("piqa", "acc", 5, scores, 0.5, 0)])
+    assert (one["task"], one["metric"], one["num_fewshot"], one["documents"]) == ("piqa", "acc", 5, 4)
+    assert (one["kind"], one["n"], one["value"], one["difference"]) == ("attention", 1, 0.5, 0)
+    assert (one["difference_low"], one["difference_high"]) == (0, 0)
+    assert (two["n"], two["value"], two["difference"], two["chance"]) == (2, 0.75, 0.5, 0.5)
+    assert (two["difference_low"], two["difference_high"]) == (0, 1), "of four documents, of which two differ"
+    assert iterative_task_rows(cells, []) == []
+
+
 def test_both_ways_see_the_same_samples():
     item = ImportanceWork("hand", None, "eager", corpus="web", tokens=np.arange(12).reshape(4, 3), batch_size=2)
     work = iterative_work(item, n_samples=2, n_drop=5)
@@ -222,6 +242,10 @@ def test_tables_of_the_study(made_up):
     assert set(tables["tasks"]["kind"]) == {"dense", "attention", "mlp", "block", "joint"}
     (row,) = tables["iterative"].to_dict("records")
     assert (row["n"], row["shared"]) == (2, 1)
+    on_tasks = tables["iterative_tasks"]
+    assert list(on_tasks["task"]) == ["openbookqa", "winogrande"]
+    assert set(on_tasks["value"]) == {0.8}
+    assert set(on_tasks["difference"]) == {0}, "two layers are gone either way"
     assert tables["first_mlp"].iloc[0].to_dict() == {
         "model": "tiny-llama", "attention_before": 3, "low": 3, "high": 3, "n_layers": 6
     }  # fmt: skip
@@ -233,6 +257,7 @@ def test_tables_of_the_study(made_up):
 def test_no_number_to_compare_leaves_the_rest(made_up):
     tables = STUDIES[NOTEBOOK](made_up.replacing(iterative={"n_drop": [6]}))
     assert tables["iterative"].empty
+    assert tables["iterative_tasks"].empty
     assert not tables["text"].empty
     drawing = FIGURES["fig09_iterative"].draw(tables)
     assert drawing.takeaway == ""

@@ -177,10 +177,10 @@ def test_each_rule_reads_its_cell(distinct, identifier):
 
 
 def test_every_rule_is_tested_by_hand():
-    """Of the rules that read tables which notebooks write today; the others are below."""
+    """Here, or with the tables of other notebooks below."""
     of = lambda identifier: next(pattern for pattern, _ in RULES if re.fullmatch(pattern, identifier))  # noqa: E731
     assert {of(c["id"]) for c in paper.numbers()} == {pattern for pattern, _ in RULES}, "a rule that no number uses"
-    reached = {of(identifier) for identifier in [*HAND, *FUTURE]}
+    reached = {of(identifier) for identifier in [*HAND, *OTHERS]}
     rest = {pattern for pattern, rule in RULES if callable(rule)} - reached
     assert rest == {r"(X|TMLR)\..*"}, rest
 
@@ -242,7 +242,7 @@ def test_a_run_of_another_model(of_cpu):
     assert rows.loc["T1.Mistral-7B.Attn-8.MMLU", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
     assert rows.loc["T5.MMLU", "reason"] == "02_drop_curves/tasks has no row for task mmlu: add it to the profile"
     assert rows.loc["T7.Random.8", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
-    assert "no table 'iterative_tasks'" in rows.loc["F9.Iterative.4.MMLU", "reason"]
+    assert rows.loc["F9.Iterative.4.MMLU", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
     assert rows.loc["X.deep", "reason"] == "a statement, judged by the rule deeper-more-redundant"
     assert rows.loc["PT.no_finetune.Baseline", "reason"] == "a figure file whose model or task is not labelled"
 
@@ -348,9 +348,10 @@ def test_statements_about_what_still_holds(tmp_path):
     assert rows.loc["X.99at8", "ours"] == pytest.approx(90 * 3.858 / 3.75, abs=1e-2), "the least of both models"
 
 
-# ---- tables that no notebook writes yet -----------------------------------------------------------------------------------
+# ---- tables of the other notebooks ------------------------------------------------------------------------------------------
 
-FUTURE = {
+NO_DIFFERENCE = dict.fromkeys(("difference", "difference_low", "difference_high"), 0)
+OTHERS = {
     "T6.Attn.8.wores": 14.608 + 1,
     "T6.MLP.8.wores": 14.708 + 1,
     "T7.Random.8": 4.608 + 2,
@@ -370,7 +371,7 @@ FUTURE = {
 }
 
 
-def test_future_tables_are_compared_with_no_further_code(tmp_path, monkeypatch):
+def test_tables_of_other_notebooks(tmp_path, monkeypatch):
     """A study with a table of the declared name and columns is all that it takes."""
 
     def by_method(offsets):
@@ -385,7 +386,6 @@ def test_future_tables_are_compared_with_no_further_code(tmp_path, monkeypatch):
     for name, declared in (
         ("04_ablations", scores),
         ("08_what_breaks", scores | beyond),
-        ("03_joint_drop", joint.tables | {"iterative_tasks": CURVES["tasks"]}),
     ):
         monkeypatch.setitem(STUDIES, name, dataclasses.replace(joint, notebook=name, tables=declared))
     kinds = [("attention", 4), ("attention", 8), ("mlp", 8)]
@@ -399,14 +399,14 @@ def test_future_tables_are_compared_with_no_further_code(tmp_path, monkeypatch):
     ablations = {"without residual": 1, "random": 2, "reverse order": 3, "relative magnitude": 4}
     tables = {
         "02_drop_curves": {"tasks": score_rows()},
-        "03_joint_drop": {"iterative_tasks": [row | {"value": row["value"] + 0.05} for row in score_rows()]},
+        "03_joint_drop": {"iterative_tasks": [row | {"value": row["value"] + 0.05} | NO_DIFFERENCE for row in score_rows()]},
         "04_ablations": {"tasks": by_method(ablations)},
         "08_what_breaks": {"tasks": by_method({"Wanda": 6, "4 bits": 7}), "answers": answers, "long_context": contexts,
                       "speed": [speed]},
     }  # fmt: skip
     models = {name: identity(name) for name in NAMES} | {n: f"hub:{hub}@{1:040d}" for n, hub in paper.OF_ONE_TABLE.items()}
     rows = by_id(write_run(tmp_path, tables, models))
-    for identifier, expected in FUTURE.items():
+    for identifier, expected in OTHERS.items():
         assert rows.loc[identifier, "status"] == "compared", rows.loc[identifier, "reason"]
         assert rows.loc[identifier, "ours"] == pytest.approx(expected, abs=1e-3), identifier
 
@@ -437,12 +437,15 @@ def test_the_profile_gpu_measures_what_reasons_promise(tmp_path):
     tasks = [row for row in score_rows() if (row["kind"], row["n"]) in cells]
     tasks = [row for row in tasks if row["task"] in profile["tasks"]["names"]]
     first = [{"model": name, "attention_before": 20, "low": 19, "high": 21, "n_layers": 40} for name in NAMES]
+    part = profile["iterative"]
+    one_by_one = [row | NO_DIFFERENCE for row in tasks
+                  if row["kind"] == "attention" and row["n"] in {*part["n_drop"]} & {*part["task_n"]}]  # fmt: skip
     part = profile["ablations"]
     asked = [row for row in score_rows() if row["kind"] in ("attention", "mlp") and row["n"] in part["task_n"]]
     asked = [row for row in asked if row["n"] in part["n_drop"] and part["task_limit"] is None]
     tables = {
         "02_drop_curves": {"tasks": tasks},
-        "03_joint_drop": {"tasks": tasks, "first_mlp": first},
+        "03_joint_drop": {"tasks": tasks, "first_mlp": first, "iterative_tasks": one_by_one},
         "04_ablations": {"tasks": [row | {"method": method} for row in asked for method in part["methods"]]},
         "05_speedup": {"speed": [row for row in speed_rows() if (row["kind"], row["n"]) in timed]},
         "06_kv_cache": paper_tables()["06_kv_cache"],

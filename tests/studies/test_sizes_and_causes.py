@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from llmdrop_utils.base.errors import NotAvailable
 from llmdrop_utils.measure.causes import DISTANCE, ENTROPY, OF_LAYER, OF_TEXT, OUTPUT, RANK, SINK, SLIDING, WEIGHTS, Causes
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.report.style import FIGURES, draw
-from llmdrop_utils.report.tables import frame, read_tables, write_tables
+from llmdrop_utils.report.tables import frame, read_tables, with_exact_names, write_tables
 from llmdrop_utils.report.verdicts import ADVICE
 from llmdrop_utils.studies.gather import gathered, of_model, runs_of, state_of
 from llmdrop_utils.studies.run import STUDIES
@@ -413,6 +414,15 @@ def test_figures(drawn, name, tmp_path):
     one = {table: rows[rows["model"] == "a"] if "model" in rows else rows for table, rows in empty.items()}
     one["overall"] = frame("overall", compare._overall_rows(one), TABLES)
     draw(name, one, tmp_path)  # a single model, of which nothing else was run
+
+
+def test_lines_join_models_of_one_series(drawn):
+    """Of three models two were trained alike: for each kind a line joins these two, and none all three."""
+    drawing = FIGURES["figS17_sizes"].draw({name: with_exact_names(rows) for name, rows in drawn.items()})
+    lines = [line for ax in drawing.figure.axes for line in ax.get_lines() if line.get_linestyle() not in ("None", "none")]
+    ends = [np.round(np.log10(line.get_xdata())).tolist() for line in lines if len(line.get_xdata())]
+    assert ends == [[9, 10]] * 4, "attention and MLP, in both panels"
+    plt.close(drawing.figure)
 
 
 def test_takeaways(drawn, tmp_path):

@@ -1,7 +1,7 @@
 """Notebook 03: attention and MLP dropped in one ranking, and one by one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from ...measure.importance import Importance
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import drop_sequence, select
 from .. import curve_rows
-from ..curve_rows import TextValues, reach_of, tried_of
-from ..curves import SINGLE, Measured, Tasks, Text, collect, measure_curves, rank_layers
+from ..curve_rows import TaskValues, TextValues, reach_of, task_rows, tried_of
+from ..curves import SINGLE, Measured, Tasks, Text, cells_beside, collect, measure_curves, rank_layers
 from ..profile import Calibration, section
 from ..run import Run, study
 from ..work import Cell, ImportanceWork, IterativeWork
@@ -38,6 +38,11 @@ TABLES = curve_rows.TABLES | {
         Column("difference", "Iterative minus one-shot, nats per token", "+.3f", "low", "high"), "low high",
         Column("one_shot_layers", "One-shot drops"), Column("layers", "Iterative drops"),
     ),
+    "iterative_tasks": (
+        *curve_rows.TABLES["tasks"],
+        *table(Column("difference", "Iterative minus one-shot", "+.3f", "difference_low", "difference_high"),
+               "difference_low difference_high"),
+    ),
 }  # fmt: skip
 
 
@@ -47,6 +52,7 @@ class Iterative(Settings):
 
     n_samples: Positive  # the first blocks of the first corpus, for both ways
     n_drop: Counts
+    task_n: Counts | None  # of these numbers the ones that the tasks are scored at too
 
 
 @study("03_joint_drop", needs=[Calibration, Text, Tasks, Iterative], tables=TABLES)
@@ -65,17 +71,19 @@ def joint_drop(run: Run) -> Tables:
         for name, item in {item.model.name: item for item in iterative}.items()
         if name not in run.not_run
     }
-    measured = measure_curves(run, scoring, tasks, (*SINGLE, "joint"), further)
+    measured = measure_curves(run, scoring, tasks, (*SINGLE, "joint"), further, settings.task_n or ())
     rows = collect(measured, _more_rows, TABLES)
     return run.write(rows, [*run.measured([*scoring, *iterative]), *(item for m in measured for item in m.work)])
 
 
 def _more_rows(m: Measured) -> dict[str, list[dict]]:
+    both_ways = cells_beside(m.plans, m.run.section(Iterative).task_n or ())
     return {
         "order": order_rows(m.scores),
         "first_mlp": [first_mlp_row(m.scores)],
         "further": further_rows(m.text, m.plans),
         "iterative": iterative_rows(m.text, m.plans),
+        "iterative_tasks": iterative_task_rows(both_ways, m.tasks_in(both_ways) if both_ways else []),
     }
 
 
@@ -113,6 +121,20 @@ def iterative_rows(text: TextValues, plans: dict[Cell, DropPlan]) -> list[dict]:
                      "iterative": np.exp(text.nll[:, i].mean()), "difference": (text.nll[:, i] - text.nll[:, j]).mean(),
                      "low": low, "high": high, "one_shot_layers": " ".join(map(str, theirs)),
                      "layers": " ".join(map(str, ours))})  # fmt: skip
+    return rows
+
+
+def iterative_task_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dict]:
+    """The score of iterative dropping in each task, and its paired difference from one-shot. Columns are these cells."""
+    rows = []
+    for task in tasks:
+        for i, row in enumerate(task_rows(cells, [task])):
+            if cells[i].method != ITERATIVE:
+                continue
+            j = cells.index(cells[i]._replace(method=SAME_SAMPLES))
+            low, high = stats.interval(task.draws[:, i] - task.draws[:, j], len(task.scores))
+            difference = (task.scores[:, i] - task.scores[:, j]).mean()
+            rows.append(row | {"difference": difference, "difference_low": low, "difference_high": high})
     return rows
 
 
