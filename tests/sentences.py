@@ -120,11 +120,21 @@ def breaks() -> list[str]:
     kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
     changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
     dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
+    large = "ladder-qwen2.5-coder-1.5b"
+    (layers,) = table("02_drop_curves/models", large)["n_layers"]
+    of = lambda ability, **cell: row("08_what_breaks/abilities", large, ability=ability, **cell)  # noqa: E731
+    without, dense = {"kind": "attention", "n": 7}, {"kind": "dense", "n": 0}
+    problems = int(of("mathematics", **dense)["samples"])
+    left, solved = (of("mathematics", **cell)["value"] * problems for cell in (without, dense))
+    chosen, before = (percent(of("choices", **cell)["value"]) for cell in (without, dense))
+    assert of("choices", **without)["retained"] > 1
     return [
-        f"Without 8 attention layers {here[0]} of a passage is still copied, without 8 MLPs {here[1]} "
+        f"Without 7 of {layers} attention layers Qwen2.5-Coder-1.5B chooses as well as dense ({chosen} and {before}), but "
+        f"solves {left:.0f} of {problems} word problems instead of {solved:.0f}.",
+        f"Without 8 attention layers {here[0]} of a passage is still copied here, without 8 MLPs {here[1]} "
         f"(dense: {here[2]}); on Qwen2.5-Coder-0.5B {qwen[0]} and {qwen[1]} ({qwen[2]}).",
-        f"Of the dense model's own continuations {kept} of the tokens stay the most probable.",
-        f"These 8 layers cost {dropped:.2f} nats per token; as many single weights, pruned after Wanda, {pruned:.3f}.",
+        f"{kept} of the tokens of dense continuations stay the most probable.",
+        f"These 8 layers cost {dropped:.2f} nats a token; as many weights, by Wanda, {pruned:.3f}.",
     ]
 
 
