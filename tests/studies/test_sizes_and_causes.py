@@ -365,7 +365,7 @@ def test_what_compares_runs_measures_nothing(ladder):
     assert list(tables["not_run"]["what"]) == [
         "notebook 11 of steps-qwen2.5-coder-0.5b",
         "notebook 01 of steps-smollm2-135m, steps-qwen2.5-coder-0.5b",
-    ], "the profile has no sections for 02 to 04 and 08"
+    ], "the profile has no sections for 02 to 04, 08 and 10"
     record = json.loads((files.local("steps").tables / NOTEBOOK / "provenance.json").read_text())
     assert record == [{"model": "a", "dtype": "float32", "git_commit": "c"}]
 
@@ -381,6 +381,29 @@ def test_rows_of_one_model():
     found = of_model(tables, "b")
     assert list(found["text"]["x"]) == [2]
     assert list(found["plain"]["x"]) == [3]
+
+
+def test_what_makes_up_for_dropped_attention():
+    """Each version once, the dense one too, with its measures beside each other: what was not measured stays empty."""
+    about = {"model": "a", "layers": "cosine", "way": "repair", "n": 4}
+    dense = {"model": "a", "layers": "dense", "way": "plain", "n": 0}
+    value = lambda v: {"samples": 8, "value": v, "low": v - 0.1, "high": v + 0.2}  # noqa: E731
+    quality = [
+        dense | {"measure": "perplexity over dense (mean)"} | value(1),
+        about | {"measure": "perplexity over dense (mean)"} | value(1.5),
+        about | {"measure": "perplexity over dense (web)"} | value(1.4),
+        about | {"measure": "copy"} | value(0.7),
+        about | {"measure": "calibration error"} | value(0.3),
+    ]
+    made = [about | {"seconds": 61.0, "parameters": 0, "tokens": 100, "cache": 0.5}]
+    rows = list(compare._kept_rows({"quality": pd.DataFrame(quality), "made": pd.DataFrame(made)}))
+    found = frame("kept", rows, TABLES).set_index("way")
+    assert found.loc["repair", ["perplexity", "perplexity_low", "perplexity_high"]].tolist() == pytest.approx([1.5, 1.4, 1.7])
+    assert found.loc["repair", ["copied", "error", "seconds", "n"]].tolist() == [0.7, 0.3, 61, 4]
+    assert found.loc["plain", "perplexity"] == 1
+    assert found[["choices", "continued"]].isna().all(axis=None)
+    assert found.loc["plain", ["copied", "copied_low", "seconds"]].isna().all()
+    assert list(compare._kept_rows({})) == []
 
 
 # ---- figures and advice -----------------------------------------------------------------------------------------------------
@@ -401,7 +424,7 @@ def drawn():
         "sizes": compare._size_rows(THREE, pd.DataFrame(reach), pd.DataFrame(half)),
         "overall": list(compare._overall_rows(THREE)), "left_out": list(compare._left_out_rows(THREE)),
         "claims": [{"model": name} | verdict for name in ("a", SMALL)],
-        "exceptions": [], "methods": [],
+        "exceptions": [], "methods": [], "kept": [],
     }  # fmt: skip
     return THREE | {name: frame(name, rows[name], TABLES) for name in compare.TABLES}
 

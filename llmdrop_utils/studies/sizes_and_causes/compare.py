@@ -17,6 +17,7 @@ from ...report.verdicts import load_claims, verdict_of
 from ..ablations.rows import BETTER, CONTINUATION, TASKS, TEXT, WORSE
 from ..curve_rows import RETAINED
 from ..gather import of_model
+from ..keep_more.rows import CHOICES, ERROR, MEAN
 from .exceptions import EXCEPTIONS, exception_rows
 from .rows import DAMAGE, IMPORTANCE, TARGETS
 
@@ -30,6 +31,14 @@ TOGETHER = {  # several causes at once: a linear model of their ranks
     "all causes": None,
     "without a forward pass": OF_LAYER,
 }
+KEPT = {  # measures of notebook 10 -> column, title and format
+    MEAN: ("perplexity", "Perplexity over dense", ".2f"),
+    CHOICES: ("choices", "Right choices", ".0%"),
+    ERROR: ("error", "Calibration error", ".0%"),
+    "copy": ("copied", "Copied", ".0%"),
+    "continuation": ("continued", "Of dense continuations", ".0%"),
+}
+VERSION = ["model", "layers", "way", "n"]
 SHARE = Column("share", "Share of the layers", ".0%", "share_low", "share_high")
 CORRELATION = Column("correlation", "Rank correlation", "+.2f", "low", "high")
 TABLES = {
@@ -56,6 +65,12 @@ TABLES = {
         Column("continuation", "Dense continuations", "+.1%", "continuation_low", "continuation_high"),
         "continuation_low continuation_high", Column("better", "Better in"), Column("worse", "Worse in"),
     ),
+    "kept": table(
+        "model", Key("layers", "Layers by"), Key("way", "Made up for by"), Key("n", "Dropped", "d"),
+        *(Column(name, title, form, f"{name}_low", f"{name}_high") for name, title, form in KEPT.values()),
+        " ".join(f"{name}_{end}" for name, *_ in KEPT.values() for end in ("low", "high")),
+        Column("seconds", "Seconds", ".0f"),
+    ),
     "claims": table("model claim", Column("verdict", "Verdict"), Column("evidence", "Evidence")),
     "exceptions": EXCEPTIONS,
 }  # fmt: skip
@@ -73,6 +88,7 @@ def compared(own: Tables, others: Mapping[str, Tables]) -> dict[str, list[dict]]
         "overall": list(_overall_rows(own)),
         "left_out": list(_left_out_rows(own)),
         "methods": list(_method_rows(others["04_ablations"])),
+        "kept": list(_kept_rows(others["10_keep_more"])),
         "claims": list(_claim_rows(own, others)),
         "exceptions": list(exception_rows(own, others)),
     }
@@ -233,6 +249,22 @@ def _method_rows(tables: Tables) -> Iterator[dict]:
                 row |= {one.measure: one.difference} | ends
             told = {word: ", ".join(found[found["outcome"] == word]["measure"]) for word in (BETTER, WORSE)}
             yield row | told
+
+
+# ---- ways to make up for what is dropped ------------------------------------------------------------------------------------
+
+
+def _kept_rows(tables: Tables) -> Iterator[dict]:
+    """Each version of a model that notebook 10 compares, the dense one first; seconds are those that making it took."""
+    if not tables:
+        return
+    seconds = tables["made"].set_index(VERSION)["seconds"]
+    for version, rows in tables["quality"].groupby(VERSION, sort=False):
+        row = dict(zip(VERSION, version, strict=True)) | {"seconds": seconds.get(version, np.nan)}
+        found = rows.set_index("measure")[["value", "low", "high"]].reindex(list(KEPT))
+        for measure, (name, *_) in KEPT.items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found.loc[measure], strict=True))
+        yield row
 
 
 # ---- claims -----------------------------------------------------------------------------------------------------------------

@@ -117,10 +117,10 @@ def figS18_depth(tables: Tables) -> Drawing:
 
 @figure("11_sizes_and_causes")
 def figS19_claims(tables: Tables) -> Drawing:
-    """The verdict on each claim of notebooks 01 to 04 and 08, for each model (empty: not run)."""
+    """The verdict on each claim of notebooks 01 to 04, 08 and 10, for each model (empty: not run)."""
     data = tables["claims"]
     if data.empty:
-        return nothing_to_show("None of the notebooks 01 to 04 and 08 has been run on these models", data)
+        return nothing_to_show("None of the notebooks 01 to 04, 08 and 10 has been run on these models", data)
     outcomes = {REPRODUCED: "#009E73", INCONCLUSIVE: "#F0E442", DEVIATES: "#D55E00"}
     words = {claim["id"]: claim["claim"] for claim in load_claims()}
     order = [claim for claim in words if claim in set(data["claim"])]

@@ -1,8 +1,8 @@
 """Notebook 11: does the finding hold at every size, and what makes an attention layer redundant?
 
 Causes, and what dropping each attention layer alone costs, are measured here; all else is read from the tables of notebooks 01
-to 04 and 08. In a profile that runs its models one by one, each run measures its own model, and the profile's run compares them
-all.
+to 04, 08 and 10. In a profile that runs its models one by one, each run measures its own model, and the profile's run compares
+them all.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ..work import DENSE, DENSE_CELL, Cell, ImportanceWork, TextWork, Work
 from . import compare, rows
 from .work import CausesWork, RankWork
 
-READ = ("01_similarity", "02_drop_curves", "03_joint_drop", "04_ablations", "08_what_breaks")
+READ = ("01_similarity", "02_drop_curves", "03_joint_drop", "04_ablations", "08_what_breaks", "10_keep_more")
 OWN = {  # what is measured here
     "models": table(
         "model", Column("parameters", "Parameters", ",d"), Column("n_layers", "Layers", "d"), Column("corpus", "Read")
