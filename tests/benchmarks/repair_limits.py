@@ -2,14 +2,19 @@
 
     .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--sweeps 1]
 
-The layers are those that notebook 10 of the profile `cpu` found in SmolLM2-135M; a search drops them one after the other, so
-its first eight are its plan of eight. Text for fits, for healing and for the test are disjoint. An arm takes minutes.
+With --served each arm is also written as an F16 file for llama.cpp, through its parity gate, and the files take turns there:
+how much faster than the first arm it reads 512 tokens, and generates after them.
+
+The layers are those that notebook 10 of the profile `cpu` found in SmolLM2-135M; a search drops them one after the other, so its
+first eight are its plan of eight. Text for fits, for healing and for the test are disjoint. An arm takes minutes.
 """
 
 import argparse
+import contextlib
 import copy
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,11 +25,15 @@ from llmdrop_utils.base import files
 from llmdrop_utils.derive.healing import Healing, heal
 from llmdrop_utils.derive.model import layers_restored
 from llmdrop_utils.derive.repair import Repair, repair
+from llmdrop_utils.export.gguf import export_gguf
+from llmdrop_utils.export.llamacpp import LlamaCpp
 from llmdrop_utils.measure.text import score_text
 from llmdrop_utils.models.load import default_dtype
+from llmdrop_utils.studies.take_away.work import in_turns
 
 CORPORA = ("web", "encyclopedia", "code", "mathematics")
 LENGTH, HEALING, TEST = 512, 160, 24  # tokens of a sample, and samples of each corpus
+STEPS, TURNS = 32, 9  # in llama.cpp
 ARMS = ("plain", "repair", "healing", "repair, healing")
 
 
@@ -35,6 +44,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=131_072, help="tokens that a repair is fitted on")
     parser.add_argument("--heal", type=int, default=327_680, help="tokens of healing")
     parser.add_argument("--sweeps", type=int, default=1)
+    parser.add_argument("--served", action="store_true", help="time the arms in llama.cpp, too")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     given = parser.parse_args()
     orders = pd.read_csv(files.REFERENCE / "cpu" / "10_keep_more" / "orders.csv")
@@ -48,17 +58,39 @@ def main() -> None:
     print(f"{model.dtype}, {torch.get_num_threads()} threads; layers by {given.layers}: {order}", flush=True)
     for n in given.n:
         plan = DropPlan(attention=order[:n])
-        for arm in given.arms:
-            with layers_restored(model), tempfile.TemporaryDirectory() as folder:
-                started, teacher = time.perf_counter(), copy.deepcopy(model)
-                if "repair" in arm:
-                    repair(model, for_fit, plan, Repair(sweeps=given.sweeps))
-                if "healing" in arm:
-                    heal(model, for_healing, plan, folder, Healing(5e-4, 4, tokens=given.heal), teacher)
-                seconds = time.perf_counter() - started
-                lost = np.array([score_text(model, tokens, [plan]).nll.mean() for tokens in held_out]) - dense
-            ratios = "  ".join(f"{corpus} {ratio:.3f}" for corpus, ratio in zip(CORPORA, np.exp(lost), strict=True))
-            print(f"{n:3} {arm:16} geometric mean {np.exp(lost.mean()):.3f}  {ratios}  {seconds:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            files_of: dict[str, Path] = {}
+            for arm in given.arms:
+                with layers_restored(model):
+                    started, teacher = time.perf_counter(), copy.deepcopy(model)
+                    if "repair" in arm:
+                        repair(model, for_fit, plan, Repair(sweeps=given.sweeps))
+                    if "healing" in arm:
+                        heal(model, for_healing, plan, f"{folder}/{arm}", Healing(5e-4, 4, tokens=given.heal), teacher)
+                    seconds = time.perf_counter() - started
+                    lost = np.array([score_text(model, tokens, [plan]).nll.mean() for tokens in held_out]) - dense
+                    ratios = "  ".join(f"{corpus} {ratio:.3f}" for corpus, ratio in zip(CORPORA, np.exp(lost), strict=True))
+                    print(f"{n:3} {arm:16} geometric mean {np.exp(lost.mean()):.3f}  {ratios}  {seconds:.0f} s", flush=True)
+                    if given.served:
+                        files_of[arm] = Path(folder) / f"{arm}.gguf"
+                        parity = export_gguf(copy.deepcopy(model).float(), tokenizer, plan, files_of[arm])
+                        print(f"{n:3} {arm:16} diverges in llama.cpp by {parity.divergence:.1g} nats", flush=True)
+            if given.served:
+                in_llama_cpp(files_of, test[0].tolist() + test[1].tolist())
+
+
+def in_llama_cpp(files_of: dict[str, Path], tokens: list[int]) -> None:
+    """Prints, for each file, ratios of times to those of the first, paired by turn: the median, the least and the most."""
+    with contextlib.ExitStack() as opened:
+        served = [opened.enter_context(LlamaCpp(path, n_context=LENGTH + STEPS)) for path in files_of.values()]
+        seconds = in_turns(served, tokens, [LENGTH], STEPS, TURNS)
+    for arm, of_arm in zip(files_of, seconds, strict=True):
+        for what, taken in of_arm.items():
+            ratios = np.array(seconds[0][what]) / taken
+            print(
+                f"    {arm:16} {what}: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f}) times as fast",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
