@@ -5,8 +5,8 @@
 With --served each arm is also written as an F16 file for llama.cpp, through its parity gate, and the files take turns there:
 how much faster than the first arm it reads 512 tokens, and generates after them.
 
-The layers are those that notebook 10 of the profile `cpu` found in SmolLM2-135M; a search drops them one after the other, so its
-first eight are its plan of eight. Text for fits, for healing and for the test are disjoint. An arm takes minutes.
+The layers are those that notebook 10 of the profile `cpu` found in SmolLM2-135M. A search drops them one after the other, so
+its first eight are its plan of eight. Text for fits, for healing and for the test are disjoint. An arm takes minutes.
 """
 
 import argparse
