@@ -107,7 +107,7 @@ def methods() -> list[str]:
 
 
 def breaks() -> list[str]:
-    """What is left of abilities without 8 layers, and what they and pruned weights cost on held-out text."""
+    """What is left of abilities without some layers, and what 8 of them and pruned weights cost on held-out text."""
     percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
 
     def copied(run: str, kind: str, n: int = 8) -> str:
@@ -116,25 +116,21 @@ def breaks() -> list[str]:
     here, qwen = (
         [copied(run, "attention"), copied(run, "mlp"), copied(run, "dense", 0)] for run in ("cpu", "ladder-qwen2.5-coder-0.5b")
     )
-    same = row("08_what_breaks/abilities", ability="dense continuation", kind="attention", n=8)
-    kept = f"{percent(same['value'])} {span(same, scale=100, form='.0f')}"
     changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
     dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
     large = "ladder-qwen2.5-coder-1.5b"
     (layers,) = table("02_drop_curves/models", large)["n_layers"]
-    of = lambda ability, **cell: row("08_what_breaks/abilities", large, ability=ability, **cell)  # noqa: E731
-    without, dense = {"kind": "attention", "n": 7}, {"kind": "dense", "n": 0}
-    problems = int(of("mathematics", **dense)["samples"])
-    left, solved = (of("mathematics", **cell)["value"] * problems for cell in (without, dense))
-    chosen, before = (percent(of("choices", **cell)["value"]) for cell in (without, dense))
-    assert of("choices", **without)["retained"] > 1
+    solved = [row("08_what_breaks/abilities", large, ability="mathematics", n=n) for n in (0, 4, 7)]
+    counts = [f"{of['value'] * of['samples']:.0f}" for of in solved]
+    choices = row("08_what_breaks/abilities", large, ability="choices", kind="attention", n=7)
+    kept = f"{percent(choices['retained'])} {span(choices, 'retained_low', 'retained_high', scale=100, form='.0f')}"
     return [
-        f"Without 7 of {layers} attention layers Qwen2.5-Coder-1.5B chooses as well as dense ({chosen} and {before}), but "
-        f"solves {left:.0f} of {problems} word problems instead of {solved:.0f}.",
+        f"Of {solved[0]['samples']} word problems Qwen2.5-Coder-1.5B solves {counts[0]} dense, {counts[1]} without 4 of {layers} "
+        f"attention layers and {counts[2]} without 7, which leave {kept} of what is above guessing in {choices['samples']} "
+        "multiple-choice questions.",
         f"Without 8 attention layers {here[0]} of a passage is still copied here, without 8 MLPs {here[1]} "
         f"(dense: {here[2]}); on Qwen2.5-Coder-0.5B {qwen[0]} and {qwen[1]} ({qwen[2]}).",
-        f"{kept} of the tokens of dense continuations stay the most probable.",
-        f"These 8 layers cost {dropped:.2f} nats a token; as many weights, by Wanda, {pruned:.3f}.",
+        f"These 8 cost {dropped:.2f} nats per token; as many weights, by Wanda, {pruned:.3f}.",
     ]
 
 

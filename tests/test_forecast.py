@@ -424,13 +424,20 @@ def test_plans_are_counted_as_they_are_measured():
 
 
 def test_tasks_both_ways_to_drop():
-    """At 4 layers iterative and one-shot dropping are scored, at 30 of 30 neither; 6 was not asked of text."""
+    """Iterative dropping of 4 is scored, of 30 of 30 not. One-shot dropping is on the curve already, where that has 4, and
+    both read the same samples."""
 
-    def documents(task_n):
-        profile = load_profile("cpu").replacing(iterative={"n_drop": [4, 30], "task_n": task_n}).to_json()
+    def documents(task_n, n_samples=32):
+        part = {"n_samples": n_samples, "n_drop": [3, 4, 30], "task_n": task_n}
+        profile = load_profile("cpu").replacing(iterative=part).to_json()
         return sum(piece.tokens for piece in pieces_of("03", profile, "m", SMOLLM2, is_random=False) if piece.kind == "tasks")
 
-    assert documents([4, 6, 30]) - documents(None) == 6 * 300 * 100 * 2
+    one = 6 * 300 * 100
+    of_curve = load_profile("cpu").to_json()
+    assert (of_curve["calibration"]["n_samples"], 4 in of_curve["tasks"]["n_drop"]["attention"]) == (32, True)
+    assert documents([4, 30]) - documents(None) == one
+    assert documents([3]) - documents(None) == 2 * one
+    assert documents([4], n_samples=16) - documents(None) == 2 * one
 
 
 def test_files_are_counted_as_they_are_served():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ def measure_curves(
     tasks: dict[str, list],
     kinds: tuple[str, ...],
     further: dict[str, dict[Cell, DropPlan]] | None = None,
-    further_n: Iterable[int] = (),
+    further_n: Collection[int] = (),
 ) -> list[Measured]:
     """Measure text and tasks on each model, under all plans together: those of `kinds`, and `further` ones by model name.
 
@@ -212,7 +212,7 @@ def cells_for_tasks(plans: dict[Cell, DropPlan], tasks: Tasks) -> list[Cell]:
     return [c for c in plans if c.on_curve and (c == DENSE_CELL or c.n in tasks.n_drop.get(c.kind, []))]
 
 
-def cells_beside(plans: Iterable[Cell], counts: Iterable[int]) -> list[Cell]:
+def cells_beside(plans: Iterable[Cell], counts: Collection[int]) -> list[Cell]:
     """The cells beside the curves that drop so many."""
     return [cell for cell in plans if not cell.on_curve and cell.n in counts]
 

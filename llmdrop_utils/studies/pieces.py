@@ -83,8 +83,13 @@ def _joint(profile: dict, model: str, shape: Shape) -> list[Piece]:
     basis = f"one by one: {part['n_samples']:,} x {profile['calibration']['seq_len']:,} tokens x {one_by_one} layers"
     tokens = part["n_samples"] * profile["calibration"]["seq_len"] * one_by_one
     passes = part["n_samples"] / profile["calibration"]["batch_size"] * one_by_one
-    beside = {n for n in part["task_n"] or () if n in part["n_drop"] and n < shape.layers}
-    n_tasks = sum(n in new for n in tasks) + 2 * len(beside)  # iterative and one-shot
+    # One-shot on the same samples is a plan of the curve where all samples are the same.
+    asked, again = (
+        [n for n in part["task_n"] or () if n < shape.layers],
+        part["n_samples"] != profile["calibration"]["n_samples"],
+    )
+    beside = sum(1 + (again or n not in profile["tasks"]["n_drop"].get("attention", [])) for n in asked)
+    n_tasks = sum(n in new for n in tasks) + beside
     return [
         Piece(("iterative", model), "iterative", shape, basis, 0, tokens, passes),
         _text(text, ("joint text", model), shape, len(new) + len(part["n_drop"])),

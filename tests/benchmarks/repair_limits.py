@@ -29,10 +29,12 @@ from llmdrop_utils.export.gguf import export_gguf
 from llmdrop_utils.export.llamacpp import LlamaCpp
 from llmdrop_utils.measure.text import score_text
 from llmdrop_utils.models.load import default_dtype
+from llmdrop_utils.studies.keep_more.rows import more_than_dense
 from llmdrop_utils.studies.take_away.work import in_turns
 
 CORPORA = ("web", "encyclopedia", "code", "mathematics")
-LENGTH, HEALING, TEST = 512, 160, 24  # tokens of a sample, and samples of each corpus
+LENGTH = 512  # tokens of a sample
+CHOSEN_ON, TEST, HEALING = 64, 24, 144  # samples of each corpus; layers were chosen on the first
 STEPS, TURNS = 32, 9  # in llama.cpp
 ARMS = ("plain", "repair", "healing", "repair, healing")
 
@@ -40,7 +42,7 @@ ARMS = ("plain", "repair", "healing", "repair, healing")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("n", type=int, nargs="+", help="attention layers dropped")
-    parser.add_argument("--layers", default="search with repair", help="what chose them: search with repair, cosine")
+    parser.add_argument("--layers", default="search with repair", choices=("search with repair", "cosine"))
     parser.add_argument("--fit", type=int, default=131_072, help="tokens that a repair is fitted on")
     parser.add_argument("--heal", type=int, default=327_680, help="tokens of healing")
     parser.add_argument("--sweeps", type=int, default=1)
@@ -51,26 +53,34 @@ def main() -> None:
     order = orders[orders["layers"] == given.layers].sort_values("position")["layer"].tolist()
     model, tokenizer = load_model("smollm2-135m", dtype=default_dtype())
     fit = given.fit // LENGTH // len(CORPORA)
-    text = torch.stack([load_tokens(corpus, tokenizer, fit + HEALING + TEST, LENGTH) for corpus in CORPORA], 1)
-    for_fit, for_healing, test = (part.flatten(0, 1) for part in text.split([fit, HEALING, TEST]))
+    # The test comes before what is fitted on, so that it is the same however much that is.
+    parts = [CHOSEN_ON, TEST, HEALING, fit]
+    text = torch.stack([load_tokens(corpus, tokenizer, sum(parts), LENGTH) for corpus in CORPORA], 1)
+    test, for_healing, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
     held_out = [test[i :: len(CORPORA)] for i in range(len(CORPORA))]
-    dense = np.array([score_text(model, tokens).nll.mean() for tokens in held_out])
+    dense = [score_text(model, tokens).nll[0] for tokens in held_out]
     print(f"{model.dtype}, {torch.get_num_threads()} threads; layers by {given.layers}: {order}", flush=True)
     for n in given.n:
+        if n > len(order):
+            raise SystemExit(f"Of {n} layers to drop only {len(order)} were chosen by {given.layers}.")
         plan = DropPlan(attention=order[:n])
         with tempfile.TemporaryDirectory() as folder:
             files_of: dict[str, Path] = {}
             for arm in given.arms:
                 with layers_restored(model):
-                    started, teacher = time.perf_counter(), copy.deepcopy(model)
+                    teacher, started = copy.deepcopy(model), time.perf_counter()
                     if "repair" in arm:
                         repair(model, for_fit, plan, Repair(sweeps=given.sweeps))
                     if "healing" in arm:
                         heal(model, for_healing, plan, f"{folder}/{arm}", Healing(5e-4, 4, tokens=given.heal), teacher)
                     seconds = time.perf_counter() - started
-                    lost = np.array([score_text(model, tokens, [plan]).nll.mean() for tokens in held_out]) - dense
-                    ratios = "  ".join(f"{corpus} {ratio:.3f}" for corpus, ratio in zip(CORPORA, np.exp(lost), strict=True))
-                    print(f"{n:3} {arm:16} geometric mean {np.exp(lost.mean()):.3f}  {ratios}  {seconds:.0f} s", flush=True)
+                    nll = [score_text(model, tokens, [plan]).nll[0] for tokens in held_out]
+                    pairs = zip(CORPORA, dense, nll, strict=True)
+                    lost = more_than_dense({corpus: np.stack(both, 1) for corpus, *both in pairs}, 0)
+                    row = {corpus: of.row(1) for corpus, of in lost.items()}
+                    mean, low, high = np.exp([row["mean"][end] for end in ("value", "low", "high")])
+                    each = "  ".join(f"{corpus} {np.exp(row[corpus]['value']):.3f}" for corpus in CORPORA)
+                    print(f"{n:3} {arm:16} mean {mean:.3f} ({low:.3f} to {high:.3f})  {each}  {seconds:.0f} s", flush=True)
                     if given.served:
                         files_of[arm] = Path(folder) / f"{arm}.gguf"
                         parity = export_gguf(copy.deepcopy(model).float(), tokenizer, plan, files_of[arm])

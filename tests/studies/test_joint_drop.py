@@ -20,6 +20,7 @@ from llmdrop_utils.studies.joint_drop.study import (
     SAME_SAMPLES,
     first_mlp_row,
     further_rows,
+    iterative_average_rows,
     iterative_plans,
     iterative_rows,
     iterative_task_rows,
@@ -185,6 +186,23 @@ def test_iterative_minus_one_shot_in_tasks():
     assert iterative_task_rows(cells, []) == []
 
 
+def test_iterative_minus_one_shot_in_the_mean():
+    """Of the test above, a second task where one-shot is right once more: the mean over both is the same either way, Attn-2."""
+    cells = cells_beside(plans(), [1, 2])
+    first = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], dtype=float)
+    second = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=float)
+    generated = TaskValues("gsm8k", "exact_match", 5, np.zeros((4, 4)), 0, 2)
+    tasks = [TaskValues("piqa", "acc", 5, first, 0.5, 0), TaskValues("boolq", "acc", 5, second, 0.5, 1), generated]
+    one, two = iterative_average_rows(cells, tasks, plans())
+    assert (one["n"], one["shared"], one["tasks"]) == (1, 1, 2), "without what is generated"
+    assert (one["one_shot"], one["iterative"], one["difference"], one["low"], one["high"]) == (0.5, 0.5, 0, 0, 0)
+    assert (two["n"], two["shared"], two["one_shot"], two["iterative"], two["difference"]) == (2, 1, 0.375, 0.375, 0)
+    assert two["low"] < 0 < two["high"]
+    (only,) = iterative_average_rows(cells[2:], [TaskValues("piqa", "acc", 5, first[:, 2:], 0.5, 0)], plans())
+    assert (only["one_shot"], only["iterative"], only["difference"]) == (0.25, 0.75, 0.5)
+    assert iterative_average_rows(cells, [], plans()) == []
+
+
 def test_both_ways_see_the_same_samples():
     item = ImportanceWork("hand", None, "eager", corpus="web", tokens=np.arange(12).reshape(4, 3), batch_size=2)
     work = iterative_work(item, n_samples=2, n_drop=5)
@@ -216,7 +234,7 @@ def made_up(tmp_path, monkeypatch):
         if isinstance(item, TextWork):
             base = draws.normal(0, 0.01, len(item.tokens))
             return {"nll": [*(3 + lost / 10 + base)], "hits": [*(0.5 - lost / 25 + base / 10)], "kl": [lost / 10 for _ in base]}
-        correct = [float(i >= lost) for i in range(10)]
+        correct = [float(i >= lost + (2 in plan["attention"])) for i in range(10)]
         return {"metrics": {"acc": correct, "acc_norm": correct}, "chance": 0.25}
 
     def measure_missing(work, store, force, several):
@@ -244,8 +262,10 @@ def test_tables_of_the_study(made_up):
     assert (row["n"], row["shared"]) == (2, 1)
     on_tasks = tables["iterative_tasks"]
     assert list(on_tasks["task"]) == ["openbookqa", "winogrande"]
-    assert set(on_tasks["value"]) == {0.8}
-    assert set(on_tasks["difference"]) == {0}, "two layers are gone either way"
+    assert set(on_tasks["value"]) == {0.7}, "two of ten lost with two layers, and one more with layer 2"
+    assert set(on_tasks["difference"].round(6)) == {-0.1}
+    (mean,) = tables["iterative_average"].to_dict("records")
+    assert (mean["n"], mean["tasks"], mean["one_shot"], mean["iterative"]) == (2, 2, 0.8, 0.7)
     assert tables["first_mlp"].iloc[0].to_dict() == {
         "model": "tiny-llama", "attention_before": 3, "low": 3, "high": 3, "n_layers": 6
     }  # fmt: skip

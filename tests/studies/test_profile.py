@@ -162,6 +162,11 @@ def test_mistakes_in_sizes(tmp_path, monkeypatch, new, message):
             "contexts: [16, 64]",
             r"ends of the generation, .* but is \[16, 64\]",
         ),
+        (
+            "n_drop: [2], task_n: [2]",
+            "n_drop: [2], task_n: [2, 3]",
+            r"'task_n' in demo.yaml, under iterative must hold numbers of 'n_drop', \[2\], but is \[2, 3\]",
+        ),
         ("n_samples: 8", "n_sample: 8", r"Unknown key 'n_sample' in demo.yaml, under calibration. Did you mean 'n_samples'\?"),
         (
             "\n  n_drop: [2]\ntext",

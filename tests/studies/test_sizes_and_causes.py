@@ -1,5 +1,6 @@
 """Notebook 11: each number of its tables from values that are worked out by hand."""
 
+import itertools
 import json
 import shutil
 
@@ -384,25 +385,32 @@ def test_rows_of_one_model():
 
 
 def test_what_makes_up_for_dropped_attention():
-    """Each version once, the dense one too, with its measures beside each other: what was not measured stays empty."""
-    about = {"model": "a", "layers": "cosine", "way": "repair", "n": 4}
-    dense = {"model": "a", "layers": "dense", "way": "plain", "n": 0}
-    value = lambda v: {"samples": 8, "value": v, "low": v - 0.1, "high": v + 0.2}  # noqa: E731
-    quality = [
-        dense | {"measure": "perplexity over dense (mean)"} | value(1),
-        about | {"measure": "perplexity over dense (mean)"} | value(1.5),
-        about | {"measure": "perplexity over dense (web)"} | value(1.4),
-        about | {"measure": "copy"} | value(0.7),
-        about | {"measure": "calibration error"} | value(0.3),
-    ]
-    made = [about | {"seconds": 61.0, "parameters": 0, "tokens": 100, "cache": 0.5}]
-    rows = list(compare._kept_rows({"quality": pd.DataFrame(quality), "made": pd.DataFrame(made)}))
-    found = frame("kept", rows, TABLES).set_index("way")
-    assert found.loc["repair", ["perplexity", "perplexity_low", "perplexity_high"]].tolist() == pytest.approx([1.5, 1.4, 1.7])
-    assert found.loc["repair", ["copied", "error", "seconds", "n"]].tolist() == [0.7, 0.3, 61, 4]
-    assert found.loc["plain", "perplexity"] == 1
-    assert found[["choices", "continued"]].isna().all(axis=None)
-    assert found.loc["plain", ["copied", "copied_low", "seconds"]].isna().all()
+    """Each version of each model once, the dense one too, with its own numbers: what was not measured stays empty."""
+    mean, versions = "perplexity over dense (mean)", list[tuple]()
+    quality, made, regained = [], [], []
+    for i, model in enumerate(("a", "b")):
+        dense = dict(zip(compare.VERSION, (model, "dense", "plain", 0), strict=True))
+        quality.append(dense | {"measure": mean, "value": 1, "low": 1, "high": 1})
+        for j, (layers, way, n) in enumerate(itertools.product(("cosine", "random"), ("plain", "repair"), (4, 8))):
+            version = dict(zip(compare.VERSION, (model, layers, way, n), strict=True))
+            versions.append(tuple(version.values()))
+            for k, measure in enumerate((mean, "perplexity over dense (web)", "calibration error", "copy")):
+                value = 100 * i + 10 * j + k
+                quality.append(version | {"measure": measure, "value": value, "low": value - 0.5, "high": value + 0.25})
+            made.append(version | {"seconds": 1000 * i + j, "parameters": 0, "tokens": 100 + j, "cache": 0.5})
+            for against in ("ReplaceMe", "plain") if way == "repair" else ():
+                ends = {"low": 0.5, "high": 0.75} if against == "plain" else {"low": 0, "high": 0}
+                regained.append(version | {"against": against, "regained": 0.625 if against == "plain" else 0} | ends)
+    tables = {"quality": pd.DataFrame(quality), "made": pd.DataFrame(made), "regained": pd.DataFrame(regained)}
+    found = frame("kept", compare._kept_rows(tables), TABLES).set_index(compare.VERSION)
+    assert list(found.index) == [("a", "dense", "plain", 0), *versions[:8], ("b", "dense", "plain", 0), *versions[8:]]
+    row = found.loc["b", "random", "repair", 4]  # the seventh version of the second model
+    assert row[["perplexity", "perplexity_low", "perplexity_high"]].tolist() == [160, 159.5, 160.25]
+    assert row[["error", "error_low", "copied", "copied_high"]].tolist() == [162, 161.5, 163, 163.25]
+    assert row[["seconds", "tokens", "parameters", "cache"]].tolist() == [1006, 106, 0, 0.5]
+    assert row[["regained", "regained_low", "regained_high"]].tolist() == [0.625, 0.5, 0.75]
+    assert found.loc["b", "random", "plain", 4][["regained", "choices", "continued"]].isna().all()
+    assert found.loc["a", "dense", "plain", 0][["seconds", "copied", "copied_low"]].isna().all()
     assert list(compare._kept_rows({})) == []
 
 

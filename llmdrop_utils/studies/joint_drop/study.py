@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pydantic import ValidationInfo, field_validator
 
 from ...base import stats
 from ...base.settings import Counts, Positive, Settings
@@ -12,7 +13,7 @@ from ...measure.importance import Importance
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import drop_sequence, select
 from .. import curve_rows
-from ..curve_rows import TaskValues, TextValues, reach_of, task_rows, tried_of
+from ..curve_rows import TaskValues, TextValues, in_mean, mean_score, reach_of, task_rows, tried_of
 from ..curves import SINGLE, Measured, Tasks, Text, cells_beside, collect, measure_curves, rank_layers
 from ..profile import Calibration, section
 from ..run import Run, study
@@ -43,6 +44,11 @@ TABLES = curve_rows.TABLES | {
         *table(Column("difference", "Iterative minus one-shot", "+.3f", "difference_low", "difference_high"),
                "difference_low difference_high"),
     ),
+    "iterative_average": table(
+        "model", Key("n", "Dropped", "d"), Column("shared", "Shared layers", "d"), Column("tasks", "Tasks", "d"),
+        Column("one_shot", "Mean score, one-shot", ".3f"), Column("iterative", "Mean score, iterative", ".3f"),
+        Column("difference", "Iterative minus one-shot", "+.3f", "low", "high"), "low high",
+    ),
 }  # fmt: skip
 
 
@@ -53,6 +59,14 @@ class Iterative(Settings):
     n_samples: Positive  # the first blocks of the first corpus, for both ways
     n_drop: Counts
     task_n: Counts | None  # of these numbers the ones that the tasks are scored at too
+
+    @field_validator("task_n")
+    @classmethod
+    def _are_dropped(cls, task_n: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        n_drop = info.data.get("n_drop")
+        if task_n and n_drop and not {*task_n} <= {*n_drop}:
+            raise ValueError(f"The key 'task_n' in {{where}} must hold numbers of 'n_drop', {n_drop}, but is {task_n}.")
+        return task_n
 
 
 @study("03_joint_drop", needs=[Calibration, Text, Tasks, Iterative], tables=TABLES)
@@ -78,12 +92,14 @@ def joint_drop(run: Run) -> Tables:
 
 def _more_rows(m: Measured) -> dict[str, list[dict]]:
     both_ways = cells_beside(m.plans, m.run.section(Iterative).task_n or ())
+    tasks = m.tasks_in(both_ways) if both_ways else []
     return {
         "order": order_rows(m.scores),
         "first_mlp": [first_mlp_row(m.scores)],
         "further": further_rows(m.text, m.plans),
         "iterative": iterative_rows(m.text, m.plans),
-        "iterative_tasks": iterative_task_rows(both_ways, m.tasks_in(both_ways) if both_ways else []),
+        "iterative_tasks": iterative_task_rows(both_ways, tasks),
+        "iterative_average": iterative_average_rows(both_ways, tasks, m.plans),
     }
 
 
@@ -128,14 +144,32 @@ def iterative_task_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> l
     """The score of iterative dropping in each task, and its paired difference from one-shot. Columns are these cells."""
     rows = []
     for task in tasks:
-        for i, row in enumerate(task_rows(cells, [task])):
-            if cells[i].method != ITERATIVE:
-                continue
-            j = cells.index(cells[i]._replace(method=SAME_SAMPLES))
+        of_cells = task_rows(cells, [task])
+        for i, j in _both_ways(cells):
             low, high = stats.interval(task.draws[:, i] - task.draws[:, j], len(task.scores))
-            difference = (task.scores[:, i] - task.scores[:, j]).mean()
-            rows.append(row | {"difference": difference, "difference_low": low, "difference_high": high})
+            difference = of_cells[i]["value"] - of_cells[j]["value"]
+            rows.append(of_cells[i] | {"difference": difference, "difference_low": low, "difference_high": high})
     return rows
+
+
+def iterative_average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues], plans: Mapping[Cell, DropPlan]) -> list[dict]:
+    """The mean over tasks of both ways, and their paired difference (paper, Fig. 9)."""
+    if not tasks:
+        return []
+    asked = in_mean(tasks)
+    (mean, draws), fewest = mean_score(asked), min(len(task.scores) for task in asked)
+    rows = []
+    for i, j in _both_ways(cells):
+        low, high = stats.interval(draws[:, i] - draws[:, j], fewest)
+        shared = len({*plans[cells[i]].attention} & {*plans[cells[j]].attention})
+        rows.append({"n": cells[i].n, "shared": shared, "tasks": len(asked), "one_shot": mean[j], "iterative": mean[i],
+                     "difference": mean[i] - mean[j], "low": low, "high": high})  # fmt: skip
+    return rows
+
+
+def _both_ways(cells: Sequence[Cell]) -> list[tuple[int, int]]:
+    """Positions of iterative cells, and of the one-shot cells that they are compared with."""
+    return [(i, cells.index(cell._replace(method=SAME_SAMPLES))) for i, cell in enumerate(cells) if cell.method == ITERATIVE]
 
 
 # ---- the joint ranking ------------------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ TABLES = {
         "model", Key("layers", "Layers by"), Key("way", "Made up for by"), Key("n", "Dropped", "d"),
         *(Column(name, title, form, f"{name}_low", f"{name}_high") for name, title, form in KEPT.values()),
         " ".join(f"{name}_{end}" for name, *_ in KEPT.values() for end in ("low", "high")),
-        Column("seconds", "Seconds", ".0f"),
+        Column("regained", "Of the nats lost regained", ".0%", "regained_low", "regained_high"), "regained_low regained_high",
+        Column("parameters", "Parameters more", ",d"), Column("cache", "Cache, of the dense", ".0%"),
+        Column("tokens", "Tokens read", ",d"), Column("seconds", "Seconds, layers chosen", ".0f"),
     ),
     "claims": table("model claim", Column("verdict", "Verdict"), Column("evidence", "Evidence")),
     "exceptions": EXCEPTIONS,
@@ -255,15 +257,17 @@ def _method_rows(tables: Tables) -> Iterator[dict]:
 
 
 def _kept_rows(tables: Tables) -> Iterator[dict]:
-    """Each version of a model that notebook 10 compares, the dense one first; seconds are those that making it took."""
+    """Each version of a model that notebook 10 compares, the dense one first: what it keeps, costs, and took to make."""
     if not tables:
         return
-    seconds = tables["made"].set_index(VERSION)["seconds"]
+    made = tables["made"].set_index(VERSION)[["parameters", "cache", "tokens", "seconds"]]
+    regained = tables["regained"].query("against == 'plain'").set_index(VERSION)[["regained", "low", "high"]]
     for version, rows in tables["quality"].groupby(VERSION, sort=False):
-        row = dict(zip(VERSION, version, strict=True)) | {"seconds": seconds.get(version, np.nan)}
         found = rows.set_index("measure")[["value", "low", "high"]].reindex(list(KEPT))
-        for measure, (name, *_) in KEPT.items():
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found.loc[measure], strict=True))
+        row = dict(zip(VERSION, version, strict=True)) | made.reindex([version]).iloc[0].to_dict()
+        of_columns = {name: found.loc[measure] for measure, (name, *_) in KEPT.items()}
+        for name, values in (of_columns | {"regained": regained.reindex([version]).iloc[0]}).items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         yield row
 
 
