@@ -121,11 +121,11 @@ def breaks() -> list[str]:
     large = "ladder-qwen2.5-coder-1.5b"
     (layers,) = table("02_drop_curves/models", large)["n_layers"]
     solved = [row("08_what_breaks/abilities", large, ability="mathematics", n=n) for n in (0, 4, 7)]
-    counts = [f"{of['value'] * of['samples']:.0f}" for of in solved]
+    of, counts = solved[0]["samples"], [f"{each['value'] * each['samples']:.0f}" for each in solved]
     choices = row("08_what_breaks/abilities", large, ability="choices", kind="attention", n=7)
     kept = f"{percent(choices['retained'])} {span(choices, 'retained_low', 'retained_high', scale=100, form='.0f')}"
     return [
-        f"Of {solved[0]['samples']} word problems Qwen2.5-Coder-1.5B solves {counts[0]} dense, {counts[1]} without 4 of {layers} "
+        f"Of {of} word problems Qwen2.5-Coder-1.5B solves {counts[0]} dense, {counts[1]} without 4 of {layers} "
         f"attention layers and {counts[2]} without 7, which leave {kept} of what is above guessing in {choices['samples']} "
         "multiple-choice questions.",
         f"Without 8 attention layers {here[0]} of a passage is still copied here, without 8 MLPs {here[1]} "

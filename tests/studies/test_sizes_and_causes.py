@@ -410,7 +410,10 @@ def test_what_makes_up_for_dropped_attention():
     assert row[["seconds", "tokens", "parameters", "cache"]].tolist() == [1006, 106, 0, 0.5]
     assert row[["regained", "regained_low", "regained_high"]].tolist() == [0.625, 0.5, 0.75]
     assert found.loc["b", "random", "plain", 4][["regained", "choices", "continued"]].isna().all()
-    assert found.loc["a", "dense", "plain", 0][["seconds", "copied", "copied_low"]].isna().all()
+    dense = found.loc["a", "dense", "plain", 0]
+    assert dense[["copied", "copied_low"]].isna().all()
+    assert dense[["seconds", "tokens", "parameters", "cache"]].tolist() == [0, 0, 0, 1]
+    assert found["parameters"].dtype.kind == found["tokens"].dtype.kind == "i"
     assert list(compare._kept_rows({})) == []
 
 

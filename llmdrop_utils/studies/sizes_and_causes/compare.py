@@ -260,11 +260,14 @@ def _kept_rows(tables: Tables) -> Iterator[dict]:
     """Each version of a model that notebook 10 compares, the dense one first: what it keeps, costs, and took to make."""
     if not tables:
         return
-    made = tables["made"].set_index(VERSION)[["parameters", "cache", "tokens", "seconds"]]
+    nothing = {"parameters": 0, "cache": 1.0, "tokens": 0, "seconds": 0.0}
+    made = {
+        tuple(row[key] for key in VERSION): {name: row[name] for name in nothing} for row in tables["made"].to_dict("records")
+    }
     regained = tables["regained"].query("against == 'plain'").set_index(VERSION)[["regained", "low", "high"]]
     for version, rows in tables["quality"].groupby(VERSION, sort=False):
         found = rows.set_index("measure")[["value", "low", "high"]].reindex(list(KEPT))
-        row = dict(zip(VERSION, version, strict=True)) | made.reindex([version]).iloc[0].to_dict()
+        row = dict(zip(VERSION, version, strict=True)) | made.get(version, nothing)
         of_columns = {name: found.loc[measure] for measure, (name, *_) in KEPT.items()}
         for name, values in (of_columns | {"regained": regained.reindex([version]).iloc[0]}).items():
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
