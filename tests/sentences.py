@@ -107,7 +107,7 @@ def methods() -> list[str]:
 
 
 def breaks() -> list[str]:
-    """What is left of abilities without some layers, and what 8 of them and pruned weights cost on held-out text."""
+    """What is left of abilities without some layers."""
     percent = lambda x: f"{100 * x:.0f} %"  # noqa: E731
 
     def copied(run: str, kind: str, n: int = 8) -> str:
@@ -116,8 +116,6 @@ def breaks() -> list[str]:
     here, qwen = (
         [copied(run, "attention"), copied(run, "mlp"), copied(run, "dense", 0)] for run in ("cpu", "ladder-qwen2.5-coder-0.5b")
     )
-    changes = table("08_what_breaks/changes").query("measure == 'text'").set_index(["change", "kind", "n"])
-    dropped, pruned = (-changes.loc[(change, "attention", 8), "from_dense"] for change in ("none", "Wanda"))
     large = "ladder-qwen2.5-coder-1.5b"
     (layers,) = table("02_drop_curves/models", large)["n_layers"]
     solved = [row("08_what_breaks/abilities", large, ability="mathematics", n=n) for n in (0, 4, 7)]
@@ -130,37 +128,39 @@ def breaks() -> list[str]:
         "multiple-choice questions.",
         f"Without 8 attention layers {here[0]} of a passage is still copied here, without 8 MLPs {here[1]} "
         f"(dense: {here[2]}); on Qwen2.5-Coder-0.5B {qwen[0]} and {qwen[1]} ({qwen[2]}).",
-        f"These 8 cost {dropped:.2f} nats per token; as many weights, by Wanda, {pruned:.3f}.",
     ]
 
 
 def mended() -> list[str]:
-    """What repair and healing regain without 12 attention layers, chosen by cosine or by the search."""
+    """What repair and healing regain without 12 attention layers, chosen by cosine or by the search; and on other models."""
 
-    def regained(way: str, layers: str = "cosine") -> str:
-        found = row("10_keep_more/regained", layers=layers, way=way, against="plain", n=12)
-        return f"{100 * found['regained']:.0f} % {span(found, scale=100, form='.0f')}"
+    def regained(way: str, run: str = "cpu") -> tuple[str, str]:
+        (found,) = (
+            table("10_keep_more/regained", run)
+            .query(f"layers == 'cosine' and way == '{way}' and against == 'plain'")
+            .to_dict("records")
+        )
+        return f"{100 * found['regained']:.0f} %", span(found, scale=100, form=".0f")
 
-    def measured(measure: str, layers: str, way: str = "repair", n: int = 12) -> float:
-        return row("10_keep_more/quality", measure=measure, layers=layers, way=way, n=n)["value"]
+    def times(layers: str, way: str) -> str:
+        measure = "perplexity over dense (mean)"
+        return f"{row('10_keep_more/quality', measure=measure, layers=layers, way=way, n=12)['value']:.2f}"
 
-    def same_order(way: str) -> str:
-        return f"{row('10_keep_more/rankings', layers='cosine', way=way, n=12, kind='attention')['correlation']:.2f}"
-
+    of = lambda *args: " ".join(regained(*args))  # noqa: E731
+    gemma, qwen, maps = "ladder-gemma3-270m", "ladder-qwen2.5-coder-0.5b", "linear maps (NBL)"
     made = table("10_keep_more/made").query("layers == 'cosine'").set_index("way")
     assert not made.loc["repair", "parameters"]
-    search, lost = "search with repair", "perplexity over dense (mean)"
-    copied = [f"{100 * measured('copy', *of):.0f} %" for of in (("cosine",), (search,), ("dense", "plain", 0))]
-    times = [f"{measured(lost, *of):.2f}" for of in (("cosine", "plain"), ("cosine",), (search,))]
+    (tokens,) = {*table("10_keep_more/made", gemma)["tokens"], *table("10_keep_more/made", qwen)["tokens"]} - {0}
+    share, ends = regained(maps, qwen)
     return [
-        f"Without 12 attention layers perplexity, here in bfloat16, is {times[0]} times the dense model's, as a mean "
-        f"of 4 corpora. Refitted in closed form on {made.loc['repair', 'tokens']:,} tokens, at no cost in inference, what is "
-        f"kept regains {regained('repair')} of the nats and leaves {times[1]} times; on layers that a search with repair "
-        f"chose {times[2]}, and {copied[1]} of a passage is copied instead of {copied[0]} (dense: {copied[2]}).",
-        f"Distillation over {made.loc['healing', 'tokens']:,} tokens regains {regained('healing')}, and "
-        f"{regained('repair, healing')} once repaired.",
-        "The order of the attention layers left stays: its rank correlation with the dense model's is "
-        f"{same_order('plain')}, {same_order('repair')} repaired, {same_order('healing')} distilled.",
+        f"Without 12 attention layers perplexity, here in bfloat16, is {times('cosine', 'plain')} times the dense model's, as "
+        f"a mean of 4 corpora. Refitted in closed form on {made.loc['repair', 'tokens']:,} tokens, at no cost in inference, what "
+        f"is kept regains {of('repair')} of the nats and leaves {times('cosine', 'repair')} times; on layers that a search with "
+        f"repair chose {times('search with repair', 'repair')}.",
+        f"On {tokens:,} it regains {of('repair', gemma)} on Gemma-3-270M, where linear maps in the dropped places, which cost "
+        f"a product each, regain {of(maps, gemma)}, and {of('repair', qwen)} on Qwen2.5-Coder-0.5B ({share}, {ends[1:-1]}).",
+        f"Distillation over {made.loc['healing', 'tokens']:,} regains {of('healing')} here, {of('repair, healing')} once "
+        "repaired.",
     ]
 
 
