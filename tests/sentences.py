@@ -154,9 +154,9 @@ def mended() -> list[str]:
     share, ends = regained(maps, qwen)
     return [
         f"Without 12 attention layers perplexity, here in bfloat16, is {times('cosine', 'plain')} times the dense model's, as "
-        f"a mean of 4 corpora. Refitted in closed form on {made.loc['repair', 'tokens']:,} tokens, at no cost in inference, what "
-        f"is kept regains {of('repair')} of the nats and leaves {times('cosine', 'repair')} times; on layers that a search with "
-        f"repair chose {times('search with repair', 'repair')}.",
+        f"a mean of 4 corpora. Refitted in closed form on {made.loc['repair', 'tokens']:,} tokens, at no cost in inference, "
+        f"what is kept regains {of('repair')} of the nats and leaves {times('cosine', 'repair')} times; on layers that a "
+        f"search with repair chose {times('search with repair', 'repair')}.",
         f"On {tokens:,} it regains {of('repair', gemma)} on Gemma-3-270M, where linear maps in the dropped places, which cost "
         f"a product each, regain {of(maps, gemma)}, and {of('repair', qwen)} on Qwen2.5-Coder-0.5B ({share}, {ends[1:-1]}).",
         f"Distillation over {made.loc['healing', 'tokens']:,} regains {of('healing')} here, {of('repair, healing')} once "
