@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pandas as pd
 import yaml
-from documents import MEDIUM, judged, only, row, scorecard, span, table
+from documents import MEDIUM, judged, only, row, scorecard, signed, span, table
 
 from llmdrop_utils import load_profile
 from llmdrop_utils.base.files import REFERENCE, ROOT
 from llmdrop_utils.base.stats import median_interval
+from llmdrop_utils.sources.catalogue import exact_name
 from llmdrop_utils.studies.speedup.loads import Speed
 
 # ---- what README says about results -----------------------------------------------------------------------------------
@@ -157,8 +158,8 @@ def mended() -> list[str]:
         f"a mean of 4 corpora. Refitted in closed form on {made.loc['repair', 'tokens']:,} tokens, at no cost in inference, "
         f"what is kept regains {of('repair')} of the nats and leaves {times('cosine', 'repair')} times; on layers that a "
         f"search with repair chose {times('search with repair', 'repair')}.",
-        f"On {tokens:,} it regains {of('repair', gemma)} on Gemma-3-270M, where linear maps in the dropped places, which cost "
-        f"a product each, regain {of(maps, gemma)}, and {of('repair', qwen)} on Qwen2.5-Coder-0.5B ({share}, {ends[1:-1]}).",
+        f"On {tokens:,} it regains {of('repair', gemma)} on Gemma-3-270M, where linear maps in the dropped places regain "
+        f"{of(maps, gemma)}, and {of('repair', qwen)} on Qwen2.5-Coder-0.5B ({share}, {ends[1:-1]}).",
         f"Distillation over {made.loc['healing', 'tokens']:,} regains {of('healing')} here, {of('repair, healing')} once "
         "repaired.",
     ]
@@ -427,3 +428,35 @@ def of_rules() -> list[str]:
         f"Table 4 prints {printed.iloc[0]:.0f} and {printed.iloc[1]:.0f} GB for Llama-2-13B, where the formula that gives its "
         f"other rows yields {counted.iloc[0]:.0f} and {counted.iloc[1]:.0f} GiB.",
     ]
+
+
+def repairs() -> list[str]:
+    """Lines of a table: perplexity over dense with its interval, and seconds, of each way on each model of the ladder."""
+    kept = table("11_sizes_and_causes/kept", "ladder").query("n > 0")
+    models = table("11_sizes_and_causes/models", "ladder").set_index("model")["n_layers"]
+    dropped = kept.groupby("model", sort=False)["n"].first()
+    heads = [f"{exact_name(model).split(' ')[0]}, {n} of {models[model]}" for model, n in dropped.items()]
+    lines = ["| Layers by, way | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for (layers, way), rows in kept.groupby(["layers", "way"], sort=False):
+        cells = []
+        for model in dropped.index:
+            found = rows[rows["model"] == model]
+            cell = "not run"
+            for of in found.itertuples():
+                cell = f"{of.perplexity:.2f} ({of.perplexity_low:.2f} to {of.perplexity_high:.2f})"
+                cell += f", {of.seconds:.0f} s" if of.tokens else ""
+            cells.append(cell)
+        lines.append(f"| {layers}, {way} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def repairs_beside_others() -> list[str]:
+    """How many nats per token more a repair loses than linear maps and ReplaceMe, on the same samples, on each model."""
+    told = []
+    for model in table("11_sizes_and_causes/kept", "ladder")["model"].unique():
+        rows = table("10_keep_more/regained", f"ladder-{model}").query("layers == 'cosine' and way == 'repair'")
+        for against, difference, low, high in rows[["against", "difference", "difference_low", "difference_high"]].to_numpy():
+            if against in ("linear maps (NBL)", "ReplaceMe"):
+                ends = f"({signed(-high, '+.2f')} to {signed(-low, '+.2f')})"
+                told.append(f"{exact_name(model).split(' ')[0]}, {against}: {signed(-difference, '+.2f')} {ends}")
+    return told

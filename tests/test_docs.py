@@ -117,6 +117,13 @@ TOLD = {
 }
 
 
+def test_repairs_are_those_of_the_tables():
+    text = TEXTS["repair.md"]
+    assert "\n".join(say.repairs()) in text
+    for told in say.repairs_beside_others():
+        assert told in plain(text), told
+
+
 @pytest.mark.parametrize("part", TOLD)
 def test_results_are_those_of_the_tables(part):
     text, sentences, others = TOLD[part]
