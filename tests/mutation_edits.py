@@ -403,7 +403,7 @@ ABLATIONS = [
         ("seeds alone", "value - math.hypot(value - low, reach), value +", "value - reach, value +"),
         ("no correction", "row[\"p\"] <= ALPHA / (len(open_ones) - i)", "row[\"p\"] <= ALPHA"),
         ("stepwise against all samples", "SAME_SAMPLES if key[1] in few else COSINE", "COSINE"),
-        ("worse is better", '"better" if row["difference"] > 0 else "worse"', '"better" if row["difference"] < 0 else "worse"'),
+        ("worse is better", 'BETTER if row["difference"] > 0 else WORSE', 'BETTER if row["difference"] < 0 else WORSE'),
         ("positions for ranks", "np.argsort(order), np.argsort(theirs)", "np.array(order), np.array(theirs)"),
     ),
     *edits("studies/ablations/study.py", ABLATION_TESTS,
