@@ -136,11 +136,7 @@ def mended() -> list[str]:
     """What repair and healing regain without 12 attention layers, chosen by cosine or by the search; and on other models."""
 
     def regained(way: str, run: str = "cpu") -> tuple[str, str]:
-        (found,) = (
-            table("10_keep_more/regained", run)
-            .query(f"layers == 'cosine' and way == '{way}' and against == 'plain'")
-            .to_dict("records")
-        )
+        found = row("10_keep_more/regained", run, layers="cosine", way=way, against="plain")
         return f"{100 * found['regained']:.0f} %", span(found, scale=100, form=".0f")
 
     def times(layers: str, way: str) -> str:

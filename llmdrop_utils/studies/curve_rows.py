@@ -177,7 +177,7 @@ def task_reach_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[
     rows = []
     for kind in dict.fromkeys(cell.kind for cell in cells[1:]):
         reach = furthest(retained, cells, kind, KEEP_TASKS)
-        low, high = stats.interval(reach[1:], _fewest(above))
+        low, high = stats.interval(reach[1:], fewest_documents(above))
         rows.append({"kind": kind, "n": int(reach[0]), "low": low, "high": high, "tried_up_to": tried_of(cells, kind)[-1],
                      "tasks": " ".join(task.task for task in above)})  # fmt: skip
     return rows
@@ -224,7 +224,7 @@ def in_mean(tasks: Sequence[TaskValues]) -> list[TaskValues]:
     return [task for task in tasks if task.chance > 0] or list(tasks)
 
 
-def _fewest(tasks: Sequence[TaskValues]) -> int:
+def fewest_documents(tasks: Sequence[TaskValues]) -> int:
     return min(len(task.scores) for task in tasks)
 
 
@@ -239,7 +239,7 @@ def average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dic
     }
     low, high = {}, {}
     for name, (_, drawn) in columns.items():
-        low[name], high[name] = stats.interval(drawn, _fewest(tasks))
+        low[name], high[name] = stats.interval(drawn, fewest_documents(tasks))
     return [
         {
             "kind": cell.kind,
@@ -268,7 +268,7 @@ def gap_rows(
     Of tasks it is the mean score, of text minus nats per token. `cells` are those of the tasks.
     """
     measures = {
-        "tasks": (list(cells), *mean_score(tasks), lambda draws: stats.interval(draws, _fewest(tasks))),
+        "tasks": (list(cells), *mean_score(tasks), lambda draws: stats.interval(draws, fewest_documents(tasks))),
         "text": (text.cells, -text.nll.mean(0), -text.draws("nll"), text.interval),
     }
     rows = []
@@ -290,7 +290,7 @@ def without_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues]) -> list[dic
         others = [task for task in tasks if task is not left_out]
         point, draws = mean_score(others)
         for i, j in _pairs(cells):
-            low, high = stats.interval(draws[:, i] - draws[:, j], _fewest(others))
+            low, high = stats.interval(draws[:, i] - draws[:, j], fewest_documents(others))
             rows.append({"left_out": left_out.task, "n": cells[i].n, "kind": cells[i].kind, "other": cells[j].kind,
                          "difference": point[i] - point[j], "low": low, "high": high})  # fmt: skip
     return rows

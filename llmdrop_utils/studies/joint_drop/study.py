@@ -13,7 +13,7 @@ from ...measure.importance import Importance
 from ...report.tables import Column, Key, Tables, table
 from ...selection.ranking import drop_sequence, select
 from .. import curve_rows
-from ..curve_rows import TaskValues, TextValues, in_mean, mean_score, reach_of, task_rows, tried_of
+from ..curve_rows import TaskValues, TextValues, fewest_documents, in_mean, mean_score, reach_of, task_rows, tried_of
 from ..curves import SINGLE, Measured, Tasks, Text, cells_beside, collect, measure_curves, rank_layers
 from ..profile import Calibration, section
 from ..run import Run, study
@@ -157,10 +157,10 @@ def iterative_average_rows(cells: Sequence[Cell], tasks: Sequence[TaskValues], p
     if not tasks:
         return []
     asked = in_mean(tasks)
-    (mean, draws), fewest = mean_score(asked), min(len(task.scores) for task in asked)
+    mean, draws = mean_score(asked)
     rows = []
     for i, j in _both_ways(cells):
-        low, high = stats.interval(draws[:, i] - draws[:, j], fewest)
+        low, high = stats.interval(draws[:, i] - draws[:, j], fewest_documents(asked))
         shared = len({*plans[cells[i]].attention} & {*plans[cells[j]].attention})
         rows.append({"n": cells[i].n, "shared": shared, "tasks": len(asked), "one_shot": mean[j], "iterative": mean[i],
                      "difference": mean[i] - mean[j], "low": low, "high": high})  # fmt: skip
