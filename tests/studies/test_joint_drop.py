@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmdrop_utils import DropPlan, load_profile
-from llmdrop_utils.base import files
+from llmdrop_utils.base import files, stats
 from llmdrop_utils.measure.importance import Importance
 from llmdrop_utils.report.style import FIGURES
 from llmdrop_utils.report.tables import read_tables
@@ -198,6 +198,12 @@ def test_iterative_minus_one_shot_in_the_mean():
     assert (one["one_shot"], one["iterative"], one["difference"], one["low"], one["high"]) == (0.5, 0.5, 0, 0, 0)
     assert (two["n"], two["shared"], two["one_shot"], two["iterative"], two["difference"]) == (2, 1, 0.375, 0.375, 0)
     assert two["low"] < 0 < two["high"]
+    many = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(float)
+    other = TaskValues("boolq", "acc", 5, many, 0.5, 1)
+    mixed = iterative_average_rows(cells, [tasks[0], other], plans())[1]
+    draws = (tasks[0].draws + other.draws) / 2
+    ends = [stats.interval(draws[:, 3] - draws[:, 2], n) for n in (4, 400)]
+    assert (mixed["low"], mixed["high"]) == ends[0] != ends[1], "as wide as that of the fewest documents"
     (only,) = iterative_average_rows(cells[2:], [TaskValues("piqa", "acc", 5, first[:, 2:], 0.5, 0)], plans())
     assert (only["one_shot"], only["iterative"], only["difference"]) == (0.25, 0.75, 0.5)
     assert iterative_average_rows(cells, [], plans()) == []
