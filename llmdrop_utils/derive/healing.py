@@ -6,7 +6,7 @@ teacher (Hinton et al. 2015, arXiv:1503.02531):
     mean over positions of KL(p || q) = sum over the vocabulary of p (log p - log q)
 
 LoRA (tuning.py) learns from text, through a few adapters. Healing learns from whole distributions, and changes every weight
-of the kept linear maps and norms. training_loop.py has the loop, and how a killed run resumes.
+of the kept linear maps and norms, by steps of Muon (muon.py). training_loop.py has the loop, and how a killed run resumes.
 """
 
 import copy
@@ -34,6 +34,7 @@ from ..measure.passes import SOFTMAX_ROWS
 from ..models.families import Anatomy, find_anatomy, input_device
 from .adapters import DTYPES, ROUTERS
 from .model import recipe_of
+from .muon import Muon
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -47,8 +48,8 @@ from .training_loop import (
     write_note,
 )
 
-VERSION = 1  # raise when a change alters the weights that come out: it is a part of the recipe
-RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 12 bytes for each trained weight
+VERSION = 2  # raise when a change alters the weights that come out: it is a part of the recipe
+RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 8 bytes for each trained weight
 TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
 POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions are compared: a step is a fifth cheaper
 
@@ -57,8 +58,8 @@ POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions
 class Healing:
     """How a dropped model is healed. Raises LLMDropError for what is no such setting.
 
-    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. AdamW without weight
-        decay, gradients clipped to a norm of 1, no dropout.
+    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. Muon (muon.py)
+        without weight decay, gradients clipped to a norm of 1, no dropout.
     batch_size: samples in a step. The last batch of all may be short.
     tokens: how many are read, rounded up to whole samples: if more than are given, these are read again in another order.
     minutes: how long the steps take. A few are timed first, and their number is then fixed; checkpoints come on top. Give
@@ -114,11 +115,11 @@ def heal(
     ----------
     model: the whole model, on one device, not quantised. Trained weights are held in float32, or in float64 if they are, and
         are rounded to their own dtype for each forward pass and at the end, so what is trained is what is measured later. A
-        model in float16 computes in float32 meanwhile. Each trained weight takes 16 bytes beside the model.
+        model in float16 computes in float32 meanwhile. Each trained weight takes 12 bytes beside the model.
     tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, the last position of a sample does not count.
         Of the others, each step compares distributions at a share that is drawn for it, the same in all its samples.
     plan: what is dropped. Its maps stay as they are.
-    folder: for checkpoints, of its own; two fit in at a time, of 12 bytes for each trained weight. If it holds a checkpoint of
+    folder: for checkpoints, of its own; two fit in at a time, of 8 bytes for each trained weight. If it holds a checkpoint of
         the same healing of the same weights, that is resumed, to the same result as without an interruption, in as many steps;
         otherwise checkpoints in it are deleted. Delete it once the model is stored.
     teacher: a model of the same vocabulary, whose distributions are learned. None: the model itself outside of the plan, as it
@@ -158,7 +159,9 @@ def heal(
                     write_note(folder, "healing", note)
                 rows = range(note["steps"] * settings.batch_size)
             # 3. The loop.
-            losses = train(loss, rows, reader, 1, settings, folder, checkpoint, RESUME_POINTS, on_step, in_order=True)
+            losses = train(
+                loss, rows, reader, 1, settings, folder, checkpoint, RESUME_POINTS, on_step, True, Muon, dtype=loss.dtype
+            )
             # 4. All healed weights are made before the first takes its place: an error changes none.
             healed = [wide.detach().to(weight.dtype) for wide, weight in zip(loss.weights, weights.values(), strict=True)]
             for (name, weight), values in zip(weights.items(), healed, strict=True):
@@ -219,10 +222,10 @@ class _Reader:
         return torch.from_numpy(np.random.default_rng((self.seed, *of)).permutation(n))
 
 
-def _steps_in(minutes: float, loss: nn.Module, reader: _Reader) -> int:
+def _steps_in(minutes: float, loss: "_Distillation", reader: _Reader) -> int:
     """How many steps take so long, at least one. Those that are timed have a rate of zero, so they change no weight."""
     device, size, seconds = next(loss.parameters()).device, reader.batch_size, []
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = Muon(loss.parameters(), lr=0.0, dtype=loss.dtype)
     for step in range(TIMED_STEPS):
         batch = {name: part.to(device) for name, part in reader([*range(step * size, (step + 1) * size)]).items()}
         begun = time.perf_counter()
@@ -253,6 +256,8 @@ class _Distillation(nn.Module):
         # Small gradients would be zero in float16: all weights are float32 meanwhile.
         dtypes = {names[id(w)]: torch.float32 if w.dtype == torch.float16 else w.dtype for w in weights.values()}
         others = {n: w.float() for n, w in model.named_parameters() if w.dtype == torch.float16 and n not in dtypes}
+        # Products of the optimizer are as exact as those of a forward pass.
+        self.dtype = torch.bfloat16 if torch.bfloat16 in dtypes.values() else self.weights[0].dtype
         self.unregistered = model, teacher, dtypes, others  # in a tuple, where torch does not look for parameters
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,7 +13,11 @@ import torch
 
 from ..base.errors import LLMDropError
 
-ROWS = 4096  # tokens whose products are summed in float32, before they are added in float64
+ROWS = 8192  # so many tokens' products are summed in float32, before they are added in float64: that takes time, too
+
+
+class NotFiniteError(LLMDropError):
+    """The statistics are not finite."""
 
 
 class Fit(NamedTuple):
@@ -33,6 +37,7 @@ class Moments:
     def add(self, x: torch.Tensor, e: torch.Tensor, held_out: bool = False) -> None:
         """x (..., n_in) and e (..., n_out) of the same tokens, in any dtype."""
         sums = self.held_out if held_out else self.fitted
+        sums = self.held_out if held_out else self.fitted
         for part, explained in zip(x.flatten(0, -2).split(ROWS), e.flatten(0, -2).split(ROWS), strict=True):
             sums.add(part, explained)
 
@@ -49,7 +54,7 @@ class Moments:
                 "Give more samples, or longer ones."
             )
         if not all(bool(part.isfinite().all()) for sums in (fitted, held_out) for part in (sums.xx, sums.xe)):
-            raise LLMDropError("The statistics are not finite. Load the model in bfloat16 or float32.")
+            raise NotFiniteError("The statistics are not finite. Load the model in bfloat16 or float32.")
         best, least = None, held_out.ee
         for ridge in ridges:
             solution = solve(fitted.xx, fitted.xe, ridge)
@@ -64,19 +69,43 @@ class Moments:
 
 class _Sums:
     def __init__(self):
-        self.xx = self.xe = torch.zeros(0)
         self.ee, self.n = 0.0, 0
+        self._sums: list[torch.Tensor] = [torch.zeros(0)] * 2  # X'X and X'E
+        self._pending: list[torch.Tensor] = []  # the same in float32, of the last rows
+        self._rows = 0  # how many these are
+
+    @property
+    def xx(self) -> torch.Tensor:
+        return self._closed()[0]
+
+    @property
+    def xe(self) -> torch.Tensor:
+        return self._closed()[1]
 
     def add(self, x: torch.Tensor, e: torch.Tensor) -> None:
-        self.ee += float(e.square().sum(dtype=torch.float64))
         is_short = x.dtype == torch.bfloat16
         x, e = wide(x), wide(e)
+        self.ee += float(e.square().sum())
         if not self.n:
-            self.xx, self.xe = (x.new_zeros(x.shape[1], n_out, dtype=torch.float64) for n_out in (x.shape[1], e.shape[1]))
+            self._pending = [x.new_zeros(x.shape[1], n_out) for n_out in (x.shape[1], e.shape[1])]
+            self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in self._pending]
+        if self._rows + len(x) > ROWS:
+            self._closed()
         with _bfloat16_factors() if is_short else contextlib.nullcontext():
-            self.xx += x.T @ x
-            self.xe += x.T @ e
+            for total, factor in zip(self._pending, (x, e), strict=True):
+                total.addmm_(x.T, factor)
         self.n += len(x)
+        self._rows += len(x)
+
+    @torch.inference_mode()  # of which the sums may stem
+    def _closed(self) -> list[torch.Tensor]:
+        """The sums of all rows."""
+        if self._rows:
+            for total, pending in zip(self._sums, self._pending, strict=True):
+                total += pending
+                pending.zero_()
+            self._rows = 0
+        return self._sums
 
 
 @contextlib.contextmanager
@@ -104,7 +133,8 @@ def solve(xx: torch.Tensor, xe: torch.Tensor, ridge: float) -> torch.Tensor:
     scale = float(xx.diagonal().mean())
     if scale == 0:  # inputs that are always zero explain nothing
         return torch.zeros_like(xe)
-    system = xx + ridge * scale * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    system = xx.clone()
+    system.diagonal().add_(ridge * scale)
     factor, failed = torch.linalg.cholesky_ex(system)
     if int(failed):
         raise LLMDropError(f"The statistics are singular at a ridge of {ridge:g}. Use a larger ridge, or more text.")

@@ -1,9 +1,11 @@
 """Layers refitted one after the other, with dense and dropped stream side by side. repair.py says what is fitted and why."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from ..measure.passes import replaced
 from ..models.families import family_of, find_anatomy
 from .moments import Moments, wide
 from .sites import Sites, change, read_together, rows_of, sites_of
-from .streams import Call, advance, tap
+from .streams import Call, advance, read_streams, tap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +29,22 @@ class Refitted:
     explained: float  # share of the squares of what lacked, in held-out samples, that the fit explains
 
 
-def held_out_of(streams: list[torch.Tensor], one_of: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """Which samples are not fitted on, one of so many, drawn from all: bool (B,) for each batch."""
-    sizes = [len(stream) for stream in streams]
-    drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    apart = torch.zeros(sum(sizes), dtype=torch.bool)
-    apart[drawn[: max(1, sum(sizes) // one_of)]] = True
-    return apart.split(sizes)
+def held_out_of(n_samples: int, one_of: int, seed: int) -> torch.Tensor:
+    """Which samples are not fitted on, one of so many, drawn from all: bool (n_samples,)."""
+    drawn = torch.randperm(n_samples, generator=torch.Generator().manual_seed(seed))
+    apart = torch.zeros(n_samples, dtype=torch.bool)
+    apart[drawn[: max(1, n_samples // one_of)]] = True
+    return apart
+
+
+def read_apart(
+    model: nn.Module, tokens: torch.Tensor, batch_size: int, one_of: int, seed: int
+) -> tuple[list[torch.Tensor], dict[int, list[Call]], list[bool]]:
+    """As `read_streams`, with samples that are not fitted on in batches of their own; and which batches these are."""
+    apart = held_out_of(len(tokens), one_of, seed)
+    fitted, calls, _ = read_streams(model, tokens[~apart], batch_size, to_the_end=False)
+    held_out, more, _ = read_streams(model, tokens[apart], batch_size, to_the_end=False)
+    return [*fitted, *held_out], calls | more, [False] * len(fitted) + [True] * len(held_out)
 
 
 class Repairing:
@@ -45,11 +56,13 @@ class Repairing:
         plan: DropPlan,
         ridges: Sequence[float],
         reference: list[nn.Module],  # the last layers of the model that is to be matched; those before are the model's own
-        held_out: tuple[torch.Tensor, ...],  # of each batch: bool (B,), which samples are not fitted on
+        held_out: Sequence[bool],  # of each batch: is it not fitted on?
         calls: dict[int, list[Call]],
     ):
         self.model, self.plan, self.ridges, self.held_out, self.calls = model, plan, ridges, held_out, calls
-        self.given: dict[nn.Module, list] = {}  # modules of the layer at hand -> what they return in each batch
+        # What modules return in each batch, where it is known: those of the layer at hand that are refitted, and attentions of
+        # the dense model that a layer before had to compute.
+        self.given: dict[nn.Module, dict[int, object]] = {}
         anatomy = find_anatomy(model)
         self.family = family_of(anatomy.decoder.config)
         self.blocks = [layer.block for layer in anatomy.layers]
@@ -59,95 +72,69 @@ class Repairing:
     def go_on(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> None:
         """Both lists of streams go from what a layer reads to what it gives."""
         same = self.reference[index] is self.blocks[index]
-        for batch, stream in enumerate(dense):
-            dense[batch] = self._advance(self.reference, index, stream)
-            if same and dropped[batch] is stream:  # nothing is dropped yet
-                dropped[batch] = dense[batch]
-            else:
-                dropped[batch : batch + 1] = self._dropped(index, [dropped[batch]])
+        with skipping(self.model, self.plan):
+            for batch, stream in enumerate(dense):
+                dense[batch] = self._advance(self.reference, index, stream)
+                if same and dropped[batch] is stream:  # nothing is dropped yet
+                    dropped[batch] = dense[batch]
+                else:
+                    dropped[batch] = self._advance(self.blocks, index, dropped[batch])
 
     def go_on_dropped(self, index: int, streams: list[torch.Tensor]) -> None:
         """Streams of the dropped model alone go from what a layer reads to what it gives."""
-        streams[:] = self._dropped(index, streams)
-
-    def _dropped(self, index: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         with skipping(self.model, self.plan):
-            return [self._advance(self.blocks, index, stream) for stream in streams]
+            streams[:] = [self._advance(self.blocks, index, stream) for stream in streams]
 
     def refit(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> list[Refitted]:
         """Refit one layer; both lists of streams go on, as in `go_on`."""
+        found: list[Refitted] = []
+        _return_freed_memory()
         with skipping(self.model, self.plan):
             sites = {kind: sites_of(self.blocks[index], self.family, kind) for kind in ("attention", "mlp")}
-        call = self._call(index, dense[0])
-        sites = {kind: at and read_together(self.reference[index], at, dense[0], call) for kind, at in sites.items()}
-        wanted = [self._wanted(index, sites, stream) for stream in dense]
-        # 1. The attention; what it gives once it is refitted is kept, so that it is computed once for all that follows.
-        found = self._refit_kind(index, "attention", sites, dropped, wanted)
-        if sites["attention"] is not None:
-            attention = self.blocks[index].get_submodule(self.family.attention_unit[0])
-            self.given = {attention: self._outputs(index, attention, dropped)}
-        # 2. The MLP, and the whole layer.
-        found += self._refit_kind(index, "mlp", sites, dropped, wanted)
-        for batch, each in enumerate(wanted):
-            dense[batch] = each["end"]
-            with self._at(batch):
-                dropped[batch] = self._advance(self.blocks, index, dropped[batch])
-        self.given = {}
+            call = self._call(index, dense[0])
+            sites = {kind: at and read_together(self.reference[index], at, dense[0], call) for kind, at in sites.items()}
+            wanted = [self._wanted(index, sites, dense, batch) for batch in range(len(dense))]
+            for kind, at in sites.items():
+                if at is not None:
+                    found += self._refit_readers(index, kind, at, dropped, [each.pop((kind, "input"), None) for each in wanted])
+                    if at.output is not None:
+                        targets = [each.pop((kind, "output")) for each in wanted]
+                        found += self._refit_output(index, kind, at, dropped, targets)
+            for batch, stream in enumerate(dropped):
+                with self._at(batch):
+                    dropped[batch] = self._advance(self.blocks, index, stream)
+        for module in (*self.blocks[index].modules(), *self.reference[index].modules()):
+            self.given.pop(module, None)
         return found
-
-    def _refit_kind(
-        self, index: int, kind: str, sites: dict, dropped: list[torch.Tensor], wanted: list[dict]
-    ) -> list[Refitted]:
-        if (at := sites[kind]) is None:
-            return []
-        found = self._refit_readers(index, kind, at, dropped, [each.pop((kind, "input"), None) for each in wanted])
-        if at.output is not None:
-            found += self._refit_output(index, kind, at, dropped, [each.pop((kind, "output")) for each in wanted])
-        return found
-
-    def _outputs(self, index: int, module: nn.Module, dropped: list[torch.Tensor]) -> list:
-        """What a module returns in each batch, as it returns it."""
-        returned = []
-        handle = module.register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
-            with skipping(self.model, self.plan):
-                for stream in dropped:
-                    tap(self.blocks[index], stream, self._call(index, stream), {"y": (module, "output")})
-        finally:
-            handle.remove()
-        return returned
 
     @contextlib.contextmanager
     def _at(self, batch: int) -> Iterator[None]:
-        """Inside, the dropped model reads this batch; modules whose outputs are known return them."""
+        """Inside, modules whose outputs are known for this batch return them."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(skipping(self.model, self.plan))
             for module, outputs in self.given.items():
-                if outputs[batch] is not None:
+                if batch in outputs:
                     stack.enter_context(replaced(module, functools.partial(_return, outputs[batch])))
             yield
 
-    def _wanted(self, index: int, sites: dict[str, Sites | None], stream: torch.Tensor) -> dict:
-        """What the dense model has in a layer, of one batch: what each sub-layer reads, where each kept one is to bring the
-        stream, and where the layer ends."""
-        block, family = self.reference[index], self.family
-        taps = {
-            (kind, "input"): (block.get_submodule(at.readers[0]), "input") for kind, at in sites.items() if at and at.readers
-        }
+    def _wanted(self, index: int, sites: dict[str, Sites | None], dense: list[torch.Tensor], batch: int) -> dict:
+        """What the dense model has in a layer, of one batch, whose stream goes on: what each sub-layer reads, and where each
+        kept one is to bring the stream."""
+        block, family, stream = self.reference[index], self.family, dense[batch]
+        readers = {kind: block.get_submodule(at.readers[0]) for kind, at in sites.items() if at and at.readers}
+        taps = {(kind, "input"): (module, "input") for kind, module in readers.items()} | {("layer", "end"): (block, "output")}
         if family.mlp_input is not None:
             taps["mlp", "stream"] = (block.get_submodule(family.mlp_input), "input")
-        call = self._call(index, stream)
-        seen = tap(block, stream, call, taps | {"end": (block, "output")})
+        with self._at(batch):
+            seen = tap(block, stream, self._call(index, stream), taps)
+        dense[batch], before_mlp = seen.pop(("layer", "end")), seen.pop(("mlp", "stream"), None)
         for kind, at in sites.items():
             if at is not None and at.output is not None:
-                seen[kind, "output"] = self._before_next(index, kind, seen)
+                is_next = kind == "attention" and before_mlp is not None and not self._is_dropped(index, "mlp")
+                seen[kind, "output"] = before_mlp if is_next else self._before_next(index, dense[batch], batch)
         return seen
 
-    def _before_next(self, index: int, kind: str, seen: dict) -> torch.Tensor:
-        """The dense stream where the sub-layer reads it that is the next kept one: past all that is dropped in between."""
-        if kind == "attention" and self.family.mlp_input is not None and not self._is_dropped(index, "mlp"):
-            return seen["mlp", "stream"]
-        stream = seen["end"]
+    def _before_next(self, index: int, stream: torch.Tensor, batch: int) -> torch.Tensor:
+        """The dense stream, from the end of a layer on, where the next kept sub-layer reads it: past all that is dropped."""
         for after in range(index + 1, len(self.blocks)):
             if not self._is_dropped(after, "attention"):
                 return stream
@@ -155,7 +142,14 @@ class Repairing:
             if not self._is_dropped(after, "mlp"):
                 if self.family.mlp_input is None:
                     return stream
-                return tap(block, stream, call, {"stream": (block.get_submodule(self.family.mlp_input), "input")})["stream"]
+                attention = block.get_submodule(self.family.attention_unit[0])
+                taps = {
+                    "attention": (attention, "returned"),
+                    "stream": (block.get_submodule(self.family.mlp_input), "input"),
+                }
+                seen = tap(block, stream, call, taps)
+                self.given.setdefault(attention, {})[batch] = seen["attention"]  # that layer has it computed, too
+                return seen["stream"]
             stream = advance(block, stream, call)
         return stream
 
@@ -171,10 +165,11 @@ class Repairing:
         if not at.readers:
             return []
         moments, maps = Moments(), [self.blocks[index].get_submodule(name) for name in at.readers]
-        for batch, (stream, z) in enumerate(zip(dropped, wanted, strict=True)):
+        for batch, stream in enumerate(dropped):
+            z = wanted.pop(0)  # what is read no more takes no memory
             with self._at(batch):
                 x = tap(self.blocks[index], stream, self._call(index, stream), {"x": (maps[0], "input")})["x"]
-            self._add(moments, x, wide(z.to(x.device)) - wide(x), self.held_out[batch])
+            moments.add(x, wide(z.to(x.device)) - wide(x), self.held_out[batch])
         fit = moments.fit(self.ridges)
         if fit.matrix is not None:
             for module in maps:
@@ -191,21 +186,28 @@ class Repairing:
         for the share of it that points along y: a norm takes that away.
         """
         block, moments = self.blocks[index], Moments()
-        module = block.get_submodule(at.output)
+        module, unit = block.get_submodule(at.output), block.get_submodule(at.unit)
         norm = None if at.norm is None else block.get_submodule(at.norm)
-        for batch, (stream, target) in enumerate(zip(dropped, wanted, strict=True)):
+        is_before_mlp = kind == "attention" and self.family.mlp_input is not None
+        taps = {
+            "x": (module, "input"),
+            "y": (module, "returned"),
+            "unit": (unit, "returned"),
+            "stream": (block.get_submodule(self.family.mlp_input), "input") if is_before_mlp else (block, "output"),
+        }
+        read: list[torch.Tensor] = []  # by batch: what the map reads, and what its unit returns
+        returned: list = []
+        for batch, stream in enumerate(dropped):
             with self._at(batch):
-                taps = {"x": (module, "input"), "stream": (block, "output")}
-                if kind == "attention" and self.family.mlp_input is not None:
-                    taps["stream"] = (block.get_submodule(self.family.mlp_input), "input")
-                if norm is not None:
-                    taps["y"] = (module, "output")
                 seen = tap(block, stream, self._call(index, stream), taps)
-            lacks = (wide(target.to(seen["stream"].device)) - wide(seen["stream"])) / self.scales[index]
+            lacks = (wide(wanted.pop(0).to(seen["stream"].device)) - wide(seen["stream"])) / self.scales[index]
             x = seen["x"]
             if norm is not None:
-                x = wide(x) / wide(seen["y"]).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-            self._add(moments, x, lacks, self.held_out[batch])
+                rms = wide(seen["y"]).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+                x = wide(x) / rms.reshape(*x.shape[:-1], 1)
+            moments.add(x, lacks, self.held_out[batch])
+            read.append(seen["x"])
+            returned.append(_Returned.of(seen["unit"], seen["y"]))
         fit = moments.fit(self.ridges)
         if fit.matrix is not None:
             update = fit.matrix.T
@@ -213,13 +215,9 @@ class Repairing:
                 gain = norm(torch.ones_like(module.weight[:1, :1]).expand(1, len(update))).flatten().to(update.dtype)
                 update = torch.where(gain.abs() > 1e-3 * gain.abs().max(), 1 / gain, 0.0)[:, None] * update
             change(module, update)
+        if None not in returned:  # what follows in this layer reads it
+            self.given[unit] = {batch: each.anew(module(read.pop(0))) for batch, each in enumerate(returned)}
         return [Refitted(index, f"{kind} output", fit.ridge, fit.explained)]
-
-    @staticmethod
-    def _add(moments: Moments, x: torch.Tensor, e: torch.Tensor, held_out: torch.Tensor) -> None:
-        for chosen, apart in ((~held_out, False), (held_out, True)):
-            if bool(chosen.any()):
-                moments.add(x[chosen], e[chosen], apart)
 
     def _call(self, index: int, stream: torch.Tensor) -> Call:
         return self.calls[len(stream)][index]
@@ -228,5 +226,29 @@ class Repairing:
         return advance(blocks[index], stream, self._call(index, stream))
 
 
+class _Returned(NamedTuple):
+    """What a module returns whose first value is the very output of a linear map."""
+
+    shape: torch.Size
+    others: tuple | None  # None: it returns that value alone
+
+    @classmethod
+    def of(cls, returned: object, output: torch.Tensor) -> Self | None:
+        """None if something else is done with the map's output before it is returned."""
+        first, *others = returned if isinstance(returned, tuple) else (returned,)
+        return cls(output.shape, tuple(others) if isinstance(returned, tuple) else None) if first is output else None
+
+    def anew(self, output: torch.Tensor) -> object:
+        """The same after the map was changed."""
+        output = output.reshape(self.shape)
+        return output if self.others is None else (output, *self.others)
+
+
 def _return(output, *args, **kwargs):
     return output
+
+
+def _return_freed_memory() -> None:
+    """To the system, where glibc keeps it: what is held of a layer lies between what is not, and leaves gaps of many pages."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

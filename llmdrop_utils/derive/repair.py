@@ -29,7 +29,8 @@ from ..dropping.plan import DropPlan, check_plan
 from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
 from .model import recipe_of
-from .refitting import Refitted, Repairing, held_out_of
+from .moments import NotFiniteError
+from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
 from .streams import read_streams
 
@@ -119,11 +120,11 @@ def repair(
     try:
         with evaluating(model):
             wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
-            streams, calls, _ = read_streams(model, tokens, batch_size)
-            apart = held_out_of(streams, settings.held_out, settings.seed)
+            streams, calls, apart = read_apart(model, tokens, batch_size, settings.held_out, settings.seed)
             work, found = Repairing(model, plan, settings.ridges, list(wanted), apart, calls), list[Refitted]()
-            for _ in range(settings.sweeps):
-                dense, dropped = list(streams), list(streams)
+            for sweep in range(settings.sweeps):
+                dense = list(streams) if sweep + 1 < settings.sweeps else streams  # what is read no more takes no memory
+                dropped = list(dense)
                 for index in range(max(chosen, default=-1) + 1):
                     if index in chosen:
                         found += work.refit(index, dense, dropped)
@@ -134,6 +135,8 @@ def repair(
     except BaseException as error:
         for block, original in zip(blocks[first:], originals, strict=True):
             block.load_state_dict(original.state_dict())
+        if isinstance(error, NotFiniteError):
+            read_streams(model, tokens, batch_size)  # if it is the model itself that gives such numbers, this says where
         if isinstance(error, torch.OutOfMemoryError):
             what = f"{len(tokens)} samples of {tokens.shape[1]} tokens in batches of {batch_size}"
             raise LLMDropError(f"Out of GPU memory with {what}. Give fewer samples, or a smaller batch.") from error

@@ -26,7 +26,7 @@ from ..models.families import find_anatomy, input_device, tensor_of
 from ..selection.methods import as_plan
 from ..selection.ranking import check_count, check_kind
 from .moments import wide
-from .refitting import Repairing, held_out_of
+from .refitting import Repairing, held_out_of, read_apart
 from .sites import check_changeable
 from .streams import read_streams
 
@@ -87,11 +87,10 @@ class _Search:
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, kind: str, batch_size: int):
         self.dense, self.model, self.kind = model, copy.deepcopy(model), kind
-        (judged,) = held_out_of([tokens], ONE_JUDGES, seed=0)
-        self.fitted, self.calls, _ = read_streams(model, tokens[~judged], batch_size)
+        judged = held_out_of(len(tokens), ONE_JUDGES, seed=0)
+        self.fitted, self.calls, self.apart = read_apart(model, tokens[~judged], batch_size, HELD_OUT, seed=0)
         self.judged, calls, _ = read_streams(model, tokens[judged], 1)  # one by one: logits of a sample are large
         self.calls |= calls
-        self.apart = held_out_of(self.fitted, HELD_OUT, seed=0)
         self.texts = tokens[judged].to(input_device(model)).split(1)
         self.blocks = [layer.block for layer in find_anatomy(self.model).layers]
         self.reference = [layer.block for layer in find_anatomy(model).layers]

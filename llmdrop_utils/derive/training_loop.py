@@ -12,7 +12,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -132,16 +132,17 @@ def train(
     resume_points: int,
     on_step: Callable[[int, float], None],
     in_order: bool = False,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    **options: Any,
 ) -> list[float]:
     """Train the loss module's parameters in place; returns the loss of each step, those before the checkpoint included.
 
-    AdamW without weight decay, gradients clipped to a norm of 1. The rate rises in a line for a twentieth of the steps, then
-    falls to zero as a cosine.
+    Gradients are clipped to a norm of 1. The rate rises in a line for a twentieth of the steps, then falls to zero as a cosine.
 
     loss: called with what `collate` makes of some rows, it returns {"loss": scalar}. rows: read `epochs` times, each time in
     another order drawn from the seed, or in their own if `in_order`. resume_points: how many checkpoints are written.
-    on_step: called after each step with the number of steps done and the step's loss. Raises LLMDropError for a loss that is
-    not finite.
+    on_step: called after each step with the number of steps done and the step's loss. optimizer: a class, made with the
+    parameters, the rate `lr` and these options. Raises LLMDropError for a loss that is not finite.
     """
     # Imported only when something is trained: the Trainer takes seconds.
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -166,9 +167,7 @@ def train(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=n_steps // 20,
-        weight_decay=0.0,
         max_grad_norm=1.0,
-        optim="adamw_torch",
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         logging_steps=1,
@@ -180,7 +179,10 @@ def train(
         disable_tqdm=True,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
-    trainer = Trainer(loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()])
+    made = optimizer, {"lr": settings.learning_rate} | options
+    trainer = Trainer(
+        loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()], optimizer_cls_and_kwargs=made
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -18,6 +18,7 @@ from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anato
 from llmdrop_utils.derive import healing
 from llmdrop_utils.derive.healing import Healing, describe_healing, heal, trained_parameters
 from llmdrop_utils.derive.model import save_derived
+from llmdrop_utils.derive.muon import Muon
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located
 
@@ -66,7 +67,7 @@ def test_the_dense_model_is_approached(plan, tmp_path):
     base, model = fresh(), fresh()
     before = score_text(base, TOKENS, [DropPlan(), plan]).kl[1].mean()
     watch = Watch()
-    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.003, 16, tokens=30 * TOKENS.numel()), on_step=watch)
+    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.02, 16, tokens=30 * TOKENS.numel()), on_step=watch)
     assert losses[0] == pytest.approx(before, abs=1e-4), "the first batch is all samples"
     assert (watch.steps, watch.losses) == ([*range(1, 31)], losses)
     after = divergence(base, model, plan)
@@ -80,7 +81,7 @@ def test_without_a_plan_there_is_nothing_to_learn(tmp_path):
 
 
 def test_the_training_by_hand(tmp_path):
-    """Every step in float64: the samples of each pass, loss, clipped gradient, AdamW, warm-up and cosine."""
+    """Every step in float64: the samples of each pass, loss, clipped gradient, Muon, warm-up and cosine."""
     base, model, steps = fresh().double(), fresh().double(), 40
     settings = Healing(0.01, batch_size=6, tokens=(6 * steps - 2) * 13, seed=3)  # the last batch is short
     found = heal(model, TOKENS, PLAN, tmp_path / "work", settings)
@@ -89,7 +90,7 @@ def test_the_training_by_hand(tmp_path):
     batches = TOKENS[np.concatenate(passes)[: 6 * steps - 2]].split(6)
     healed = copy.deepcopy(base)
     weights = [p for name, p in healed.named_parameters() if name in KEPT]
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    means = [torch.zeros_like(w) for w in weights]
     for step, batch in enumerate(batches):
         with torch.no_grad():
             p = base(batch).logits[:, :-1].softmax(-1)
@@ -100,13 +101,44 @@ def test_the_training_by_hand(tmp_path):
             gradients = torch.autograd.grad(loss, weights)
         clip = min(1.0, 1 / float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
         rate = 0.01 * (step / 2 if step < 2 else (1 + np.cos(np.pi * (step - 2) / (steps - 2))) / 2)
-        for weight, gradient, m, v in zip(weights, gradients, first, second, strict=True):
-            m += 0.1 * (clip * gradient - m)
-            v += 0.001 * ((clip * gradient) ** 2 - v)
-            size = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            weight.data -= rate * m / (1 - 0.9 ** (step + 1)) / size
+        for weight, gradient, mean in zip(weights, gradients, means, strict=True):
+            mean += 0.05 * (clip * gradient - mean)
+            wanted = (0.95 * mean + 0.05 * clip * gradient).reshape(-1, weight.shape[-1])
+            weight.data -= rate * 0.2 * max(wanted.shape) ** 0.5 * turned(wanted).view_as(weight)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight, healed.get_parameter(name), rtol=1e-6, atol=1e-7)
+
+
+def turned(matrix):
+    """The quintic of Muon on each singular value; a vector has one, which is 1."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5 if len(matrix) > 1 else 0):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+def test_steps_are_those_of_the_muon_of_torch():
+    """To the bit, for matrices in bfloat16: wide, tall, and with gradients of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 24), (24, 8), (16, 16))]
+    theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
+    pair = Muon(ours, lr=0.01, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.01, 0.0, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.grad = 10.0**-step * torch.randn(weight.shape, generator=generator)
+            other.grad = weight.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+        assert all(torch.equal(weight, other) for weight, other in zip(ours, theirs, strict=True))
+
+
+def test_a_step_of_muon_moves_all_directions_alike():
+    weight = nn.Parameter(torch.zeros(6, 40))
+    weight.grad = torch.diag(torch.logspace(-1, 0, 6)) @ torch.linalg.qr(torch.randn(40, 6))[0].T
+    Muon([weight], lr=0.1).step()
+    moved = torch.linalg.svdvals(weight.detach()) / (0.1 * 0.2 * 40**0.5)
+    assert 0.5 < moved.min() < moved.max() < 1.5
 
 
 def test_gradients_of_the_divergence():
@@ -180,7 +212,7 @@ def test_narrow_dtypes_are_rounded_once(name, dtype, tmp_path, monkeypatch):
     forward = healing._Distillation.forward
     monkeypatch.setattr(healing._Distillation, "forward", lambda self, **kw: seen.append(self) or forward(self, **kw))
     before = divergence(base, base, plan)
-    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.003, 16, tokens=8 * TOKENS.numel()))
+    losses = heal(model, TOKENS, plan, tmp_path / "work", Healing(0.01, 16, tokens=8 * TOKENS.numel()))
     assert losses[0] == pytest.approx(before, abs=1e-5 if dtype == "bfloat16" else 1e-3)
     assert divergence(base, model, plan) < losses[-1] < before
     with dropped(model, plan):
@@ -227,7 +259,7 @@ def test_it_is_stored_and_measured_like_any_other(tmp_path, cache):
     losses = heal(model, TOKENS, plan, tmp_path / "work", SETTINGS)
     recipe = describe_healing(model, TOKENS, plan, SETTINGS)
     assert recipe | {"tokens": None} == {
-        "method": "healing", "version": 1, "plan": {"attention": [1], "mlp": [2]}, "tokens": None, "dtype": "float32",
+        "method": "healing", "version": 2, "plan": {"attention": [1], "mlp": [2]}, "tokens": None, "dtype": "float32",
         "learning_rate": 0.003, "batch_size": 4, "budget": {"tokens": 624}, "positions": 1.0, "seed": 1,
     }  # fmt: skip
     assert describe_healing(model, TOKENS, plan, SHORT)["budget"] == {"tokens": 208}
@@ -347,7 +379,7 @@ def test_a_teacher(tmp_path):
         if "mlp" in name:
             weight.data *= 1.2
     before, start = state(teacher), divergence(fresh(), model, PLAN)
-    losses = heal(model, TOKENS, PLAN, tmp_path / "work", Healing(0.003, 16, tokens=20 * TOKENS.numel()), teacher)
+    losses = heal(model, TOKENS, PLAN, tmp_path / "work", Healing(0.01, 16, tokens=20 * TOKENS.numel()), teacher)
     assert_as_it_was(teacher, before)
     assert losses[0] == pytest.approx(start, abs=1e-4)
     assert divergence(teacher.eval(), model, PLAN) < losses[-1] < start / 2
@@ -441,10 +473,11 @@ def adapted(model):
 
 
 def at_the_limit(model):
-    """Only a weight in the middle of the model has no room for a change."""
+    """Only a weight in the middle of the model has no room for a change, whatever its sign."""
     mlp = model.half().model.layers[1].mlp
-    mlp.gate_proj.weight.data[5] *= 1e-2
-    mlp.down_proj.weight.data[:, 5] = torch.finfo(torch.float16).max
+    mlp.gate_proj.weight.data[5] *= 0.1
+    mlp.down_proj.weight.data[::2, 5] = torch.finfo(torch.float16).max
+    mlp.down_proj.weight.data[1::2, 5] = torch.finfo(torch.float16).min
 
 
 @pytest.mark.parametrize(
@@ -470,7 +503,7 @@ def at_the_limit(model):
         ({"change": lambda model: model.lm_head.weight.data.fill_(torch.inf)}, "The loss of step 1 is not finite"),
         ({"settings": Healing(1e30)}, "The loss of step 2 is not finite"),
         (
-            {"change": at_the_limit, "settings": Healing(1000, 16)},
+            {"change": at_the_limit, "settings": Healing(20_000, 16)},
             "healed 1.mlp.down_proj.weight is not finite in torch.float16",
         ),
     ],

@@ -289,7 +289,7 @@ def test_the_recipe_says_what_determines_the_result():
 def left_after(name, layer):
     """The search's first step by other means: drop a layer, repair around it with `repair`, and compare whole models."""
     model, dense, plan = fresh(name), pristine(name), DropPlan((layer,))
-    (judged,) = held_out_of([TOKENS], ONE_JUDGES, seed=0)
+    judged = held_out_of(len(TOKENS), ONE_JUDGES, seed=0)
     window = [index for index in range(layer - BEFORE, layer + AFTER + 1) if 0 <= index < 3]
     repair(model, TOKENS[~judged], plan, Repair(ridges=RIDGES, held_out=HELD_OUT), reference=dense, layers=window)
     return divergence(dense, model, plan, TOKENS[judged])
