@@ -146,9 +146,9 @@ def working_memory(notebooks: Collection[str], profile: dict, shape: Shape, devi
         files = (4 - device.bytes_per_number + 2 * (1 + len(profile["take_away"]["n_drop"]))) * shape.parameters
     if "08" in notebooks and "changes" in profile:  # a changed copy is timed beside the model
         files = max(files, device.bytes_per_number * shape.parameters)
-    if "10" in notebooks and "keep_more" in profile:  # a copy of the model; trained weights take 16 bytes each beside it
+    if "10" in notebooks and "keep_more" in profile:  # a copy of the model; trained weights take 12 bytes each beside it
         ways = [way for some in (profile["keep_more"]["chosen"] or {}).values() for way in some] + profile["keep_more"]["ways"]
-        trained = 16 * any("healing" in way for way in ways)
+        trained = 12 * any("healing" in way for way in ways)
         files = max(files, (device.bytes_per_number + trained) * shape.parameters)
     if "12" in notebooks and "others" in profile:  # images of 257 tokens
         tokens = max(tokens, 257 * profile["others"]["batch_size"])

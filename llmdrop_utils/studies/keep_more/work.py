@@ -112,10 +112,27 @@ def _repair_healing(given: Making) -> DropPlan:
     return given.plan
 
 
-WAYS: dict[str, Make] = {
-    PLAIN: _plain, WINDOW: _window, MAPS: _maps, FOLD: _fold, SCALED: _scaled, RESCALED: _rescaled, REPAIR: _repair,
-    REPAIR_MAPS: _repair_maps, HEALING: _healing, REPAIR_HEALING: _repair_healing,
-}  # fmt: skip
+class Way(NamedTuple):
+    """A way to make a model: what makes it, versions that are part of a result's key, and how often it passes the tokens."""
+
+    make: Make
+    versions: dict[str, int]
+    passes: int
+
+
+_RIVALS, _REPAIRED, _HEALED = {"rivals": RIVALS_VERSION}, {"repair": REPAIR_VERSION}, {"healing": HEALING_VERSION}
+WAYS = {
+    PLAIN: Way(_plain, {}, 0),
+    WINDOW: Way(_window, {}, 0),
+    MAPS: Way(_maps, _RIVALS, 1),
+    FOLD: Way(_fold, _RIVALS, 1),
+    SCALED: Way(_scaled, _RIVALS, 1),
+    RESCALED: Way(_rescaled, _RIVALS, 1),
+    REPAIR: Way(_repair, _REPAIRED, 4),
+    REPAIR_MAPS: Way(_repair_maps, _RIVALS | _REPAIRED, 5),
+    HEALING: Way(_healing, _HEALED, 0),
+    REPAIR_HEALING: Way(_repair_healing, _REPAIRED | _HEALED, 4),
+}
 
 
 def obstacles(shape: nn.Module) -> dict[str, str]:
@@ -144,9 +161,6 @@ def obstacles(shape: nn.Module) -> dict[str, str]:
     return found
 
 
-VERSIONS = {"repair": REPAIR_VERSION, "healing": HEALING_VERSION, "rivals": RIVALS_VERSION}
-
-
 @dataclasses.dataclass(frozen=True)
 class MadeWork(Work):
     """What other items measure once a model is made; each value says what making it took, too."""
@@ -164,7 +178,7 @@ class MadeWork(Work):
         machine = {name: code[name] for name in ("processor", "gpus", "cpu_threads")}  # seconds are among what is stored
         how: dict = {"way": self.way, "plan": self.plan.key.to_json(), "machine": machine}
         if self.way not in (PLAIN, WINDOW):
-            how |= {"tokens": fingerprint(self.tokens), "versions": VERSIONS}
+            how |= {"tokens": fingerprint(self.tokens), "versions": WAYS[self.way].versions}
         if self.way in (HEALING, REPAIR_HEALING):
             how |= {"text": fingerprint(self.text), "healing": dataclasses.asdict(self.healing)}
         return [self._key("made model", VERSION, **how, of=key) for item in self.items for key in item.keys]
@@ -180,9 +194,8 @@ class MadeWork(Work):
     @property
     def _read(self) -> int:
         """Tokens that making the model takes, as forward passes: a step of healing is one, a teacher's, and a backward pass."""
-        passes = {PLAIN: 0, WINDOW: 0, MAPS: 1, FOLD: 1, SCALED: 1, RESCALED: 1, REPAIR: 6, REPAIR_MAPS: 7}
         healed = 4 * (self.healing.tokens or 0) if self.way in (HEALING, REPAIR_HEALING) else 0
-        return passes.get(self.way, 6 if self.way == REPAIR_HEALING else 0) * self.tokens.numel() + healed
+        return WAYS[self.way].passes * self.tokens.numel() + healed
 
     @property
     def tokens_read(self) -> int:
@@ -198,7 +211,9 @@ class MadeWork(Work):
         checkpoints = files.CACHE / "healing" / hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()[:16]
         with layers_restored(model), contextlib.ExitStack() as measuring:
             started = time.perf_counter()
-            plan = WAYS[self.way](Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing, measuring))
+            plan = WAYS[self.way].make(
+                Making(model, self.plan, self.tokens, self.text, str(checkpoints), self.healing, measuring)
+            )
             seconds = time.perf_counter() - started
             update(self._read)
             more = len(plan.maps) * stream_width(model.config) * (stream_width(model.config) + 1)
