@@ -59,6 +59,7 @@ _HOME = {
     "select_with_repair": "derive.search",
     "heal": "derive.healing",
     "Healing": "derive.healing",
+    "write_samples": "derive.own_text",
     "fit_maps": "derive.nbl",
     "tune": "derive.tuning",
     "Tuning": "derive.tuning",
