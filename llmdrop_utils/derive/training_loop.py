@@ -167,6 +167,7 @@ def train(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=n_steps // 20,
+        weight_decay=0.0,
         max_grad_norm=1.0,
         use_cpu=device.type == "cpu",
         seed=settings.seed,

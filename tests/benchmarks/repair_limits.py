@@ -1,6 +1,6 @@
 """How far repair and healing go with more text: perplexity over dense on held-out text of four corpora, one row for each arm.
 
-    .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--sweeps 1]
+    .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--rate 0.0003]
 
 With --served each arm is also written as an F16 file for llama.cpp, through its parity gate, and the files take turns there:
 how much faster than the first arm it reads 512 tokens, and generates after them.
@@ -24,6 +24,7 @@ from llmdrop_utils import DropPlan, load_model, load_tokens
 from llmdrop_utils.base import files
 from llmdrop_utils.derive.healing import Healing, heal
 from llmdrop_utils.derive.model import layers_restored
+from llmdrop_utils.derive.own_text import write_samples
 from llmdrop_utils.derive.repair import Repair, repair
 from llmdrop_utils.export.gguf import export_gguf
 from llmdrop_utils.export.llamacpp import LlamaCpp
@@ -33,7 +34,7 @@ from llmdrop_utils.studies.keep_more.rows import more_than_dense
 from llmdrop_utils.studies.take_away.work import in_turns
 
 CORPORA = ("web", "encyclopedia", "code", "mathematics")
-LENGTH = 512  # tokens of a sample
+LENGTH, BEGIN = 512, 16  # tokens of a sample; those that one begins with which the model writes
 CHOSEN_ON, TEST, HEALING = 64, 24, 144  # samples of each corpus; layers were chosen on the first
 STEPS, TURNS = 32, 9  # in llama.cpp
 ARMS = ("plain", "repair", "healing", "repair, healing")
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--layers", default="search with repair", choices=("search with repair", "cosine"))
     parser.add_argument("--fit", type=int, default=131_072, help="tokens that a repair is fitted on")
     parser.add_argument("--heal", type=int, default=327_680, help="tokens of healing")
+    parser.add_argument("--rate", type=float, default=Healing.learning_rate)
+    parser.add_argument("--own", type=float, default=0.0, help="share of the healing text that the dense model writes")
     parser.add_argument("--sweeps", type=int, default=1)
     parser.add_argument("--served", action="store_true", help="time the arms in llama.cpp, too")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
@@ -57,6 +60,10 @@ def main() -> None:
     parts = [CHOSEN_ON, TEST, HEALING, fit]
     text = torch.stack([load_tokens(corpus, tokenizer, sum(parts), LENGTH) for corpus in CORPORA], 1)
     test, for_healing, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
+    if n_own := round(given.own * len(for_healing)):
+        started = time.perf_counter()
+        for_healing = torch.cat([write_samples(model, for_healing[:n_own, :BEGIN], LENGTH), for_healing[n_own:]])
+        print(f"{n_own} samples of {len(for_healing)} written in {time.perf_counter() - started:.0f} s", flush=True)
     held_out = [test[i :: len(CORPORA)] for i in range(len(CORPORA))]
     dense = [score_text(model, tokens).nll[0] for tokens in held_out]
     print(f"{model.dtype}, {torch.get_num_threads()} threads; layers by {given.layers}: {order}", flush=True)
@@ -72,7 +79,7 @@ def main() -> None:
                     if "repair" in arm:
                         repair(model, for_fit, plan, Repair(sweeps=given.sweeps))
                     if "healing" in arm:
-                        heal(model, for_healing, plan, f"{folder}/{arm}", Healing(5e-4, 4, tokens=given.heal), teacher)
+                        heal(model, for_healing, plan, f"{folder}/{arm}", Healing(given.rate, 4, tokens=given.heal), teacher)
                     seconds = time.perf_counter() - started
                     nll = [score_text(model, tokens, [plan]).nll[0] for tokens in held_out]
                     pairs = zip(CORPORA, dense, nll, strict=True)

@@ -265,6 +265,17 @@ def test_what_cannot_be_repaired(model, tokens, plan, message):
     assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
 
 
+def test_a_sample_that_a_model_cannot_read():
+    """Only the last batch holds the token; the error says where the numbers begin, as that of a measurement does."""
+    model, dense = fresh(), pristine("llama")
+    model.model.embed_tokens.weight.data[96] = torch.inf
+    tokens = TOKENS.clamp(max=95)
+    tokens[-1, 3] = 96
+    with pytest.raises(LLMDropError, match="The embedding gives values that are not finite in torch.float32"):
+        repair(model, tokens, PLAN)
+    assert changed(model, dense) == {"model.embed_tokens.weight"}
+
+
 def test_a_reference_of_another_size():
     with pytest.raises(LLMDropError, match="not of the same family and sizes"):
         repair(fresh(), TOKENS, PLAN, reference=families.tiny("llama", num_hidden_layers=2))
