@@ -60,6 +60,7 @@ def main() -> None:
     parts = [CHOSEN_ON, TEST, HEALING, fit]
     text = torch.stack([load_tokens(corpus, tokenizer, sum(parts), LENGTH) for corpus in CORPORA], 1)
     test, for_healing, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
+    for_healing = for_healing[: -(-given.heal // LENGTH)]
     if n_own := round(given.own * len(for_healing)):
         started = time.perf_counter()
         for_healing = torch.cat([write_samples(model, for_healing[:n_own, :BEGIN], LENGTH), for_healing[n_own:]])
