@@ -37,7 +37,6 @@ class Moments:
     def add(self, x: torch.Tensor, e: torch.Tensor, held_out: bool = False) -> None:
         """x (..., n_in) and e (..., n_out) of the same tokens, in any dtype."""
         sums = self.held_out if held_out else self.fitted
-        sums = self.held_out if held_out else self.fitted
         for part, explained in zip(x.flatten(0, -2).split(ROWS), e.flatten(0, -2).split(ROWS), strict=True):
             sums.add(part, explained)
 

@@ -37,6 +37,8 @@ class Muon(torch.optim.Optimizer):
         """One step. closure: none is called; the argument is that of all optimizers."""
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:  # a forward pass reads it without recording gradients
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["mean"] = torch.zeros_like(weight)

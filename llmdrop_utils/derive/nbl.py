@@ -27,7 +27,7 @@ def fit_maps(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, batch_s
     drop plan keeps norms where it has maps, so that here x is the normed stream in families whose norms come first.
 
     model: whole, of any family and dtype. tokens: LongTensor (n_samples, seq_len), more of them than the stream is wide.
-    batch_size: samples per forward pass. Memory: 32 bytes * width^2 a map. Time: two to three forward passes. Products are
+    batch_size: samples per forward pass. Memory: 48 bytes * width^2 a map. Time: two to three forward passes. Products are
     formed in float32 (float64 if the model is), sums in float64; maps are float32. Raises LLMDropError for wrong input, a model
     that lacks sub-layers, and statistics that are singular or not finite.
     """

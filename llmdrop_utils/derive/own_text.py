@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base.checks import whole
 from ..base.errors import LLMDropError
-from ..measure.guard import evaluating, tokens_for
+from ..measure.guard import evaluating, finite_generation, tokens_for
 from ..models.families import input_device
 from .moments import wide
 from .training_loop import seed_of
@@ -28,17 +28,17 @@ def write_samples(
     batch_size: samples that are written at a time.
     seed: of what is drawn. The same samples come out in batches of the same size on the same kind of device.
 
-    Returns LongTensor (n_samples, seq_len) on the CPU. Raises LLMDropError for wrong input.
+    Returns LongTensor (n_samples, seq_len) on the CPU. Raises LLMDropError for wrong input, and
+    for numbers that are not finite.
     """
     beginnings, batch_size, seed = tokens_for(model, beginnings), whole(batch_size, "The batch size"), seed_of(seed)
     seq_len = whole(seq_len, "The length of a sample")
     if seq_len <= beginnings.shape[1]:
         raise LLMDropError(f"Samples of {seq_len} tokens cannot go on from beginnings of {beginnings.shape[1]}.")
     tokens_for(model, torch.zeros(1, seq_len, dtype=torch.long))  # it may know fewer positions
-    device = input_device(model)
-    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with evaluating(model), finite_generation(model), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        written = [_written(model, batch.to(device), seq_len) for batch in beginnings.split(batch_size)]
+        written = [_written(model, batch.to(input_device(model)), seq_len) for batch in beginnings.split(batch_size)]
     return torch.cat(written).cpu()
 
 
@@ -46,8 +46,11 @@ def _written(model: nn.Module, samples: torch.Tensor, seq_len: int) -> torch.Ten
     """transformers' `generate` would add what the checkpoint recommends for chats, and stop at ends of text."""
     read, cache = samples, None
     while samples.shape[1] < seq_len:
-        output = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits[:, -1]
-        read = torch.multinomial(wide(logits).softmax(-1), 1).to(samples.device)
-        samples = torch.cat([samples, read], 1)
+        output = model(input_ids=read, past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        drawn = torch.multinomial(wide(output.logits[:, -1]).softmax(-1), 1).to(samples.device)
+        samples = torch.cat([samples, drawn], 1)
+        read = (
+            drawn if cache is not None else samples
+        )  # without attention, or with a cache of the model's own, all is read again
     return samples

@@ -38,12 +38,12 @@ def held_out_of(n_samples: int, one_of: int, seed: int) -> torch.Tensor:
 
 
 def read_apart(
-    model: nn.Module, tokens: torch.Tensor, batch_size: int, one_of: int, seed: int
+    model: nn.Module, tokens: torch.Tensor, batch_size: int, one_of: int, seed: int, to_the_end: bool = True
 ) -> tuple[list[torch.Tensor], dict[int, list[Call]], list[bool]]:
     """As `read_streams`, with samples that are not fitted on in batches of their own; and which batches these are."""
     apart = held_out_of(len(tokens), one_of, seed)
-    fitted, calls, _ = read_streams(model, tokens[~apart], batch_size, to_the_end=False)
-    held_out, more, _ = read_streams(model, tokens[apart], batch_size, to_the_end=False)
+    fitted, calls, _ = read_streams(model, tokens[~apart], batch_size, to_the_end=to_the_end)
+    held_out, more, _ = read_streams(model, tokens[apart], batch_size, to_the_end=to_the_end)
     return [*fitted, *held_out], calls | more, [False] * len(fitted) + [True] * len(held_out)
 
 
@@ -148,7 +148,7 @@ class Repairing:
                     "stream": (block.get_submodule(self.family.mlp_input), "input"),
                 }
                 seen = tap(block, stream, call, taps)
-                self.given.setdefault(attention, {})[batch] = seen["attention"]  # that layer has it computed, too
+                self.given.setdefault(attention, {})[batch] = _light(seen["attention"])  # that layer has it computed, too
                 return seen["stream"]
             stream = advance(block, stream, call)
         return stream
@@ -235,13 +235,20 @@ class _Returned(NamedTuple):
     @classmethod
     def of(cls, returned: object, output: torch.Tensor) -> Self | None:
         """None if something else is done with the map's output before it is returned."""
-        first, *others = returned if isinstance(returned, tuple) else (returned,)
+        first, *others = _light(returned) if isinstance(returned, tuple) else (returned,)
         return cls(output.shape, tuple(others) if isinstance(returned, tuple) else None) if first is output else None
 
     def anew(self, output: torch.Tensor) -> object:
         """The same after the map was changed."""
         output = output.reshape(self.shape)
         return output if self.others is None else (output, *self.others)
+
+
+def _light(returned):
+    """What attention returns without its weights (B, heads, T, T), which no layer reads: they would fill the memory."""
+    if not isinstance(returned, tuple):
+        return returned
+    return tuple(None if isinstance(each, torch.Tensor) and each.ndim == 4 else each for each in returned)
 
 
 def _return(output, *args, **kwargs):

@@ -34,7 +34,7 @@ from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
 from .streams import read_streams
 
-VERSION = 1  # raise when a change alters the weights that come out: it is a part of the recipe
+VERSION = 1  # raise when a change alters the weights that come out, but for rounding: it is a part of the recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def repair(
     try:
         with evaluating(model):
             wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
-            streams, calls, apart = read_apart(model, tokens, batch_size, settings.held_out, settings.seed)
+            streams, calls, apart = read_apart(model, tokens, batch_size, settings.held_out, settings.seed, False)
             work, found = Repairing(model, plan, settings.ridges, list(wanted), apart, calls), list[Refitted]()
             for sweep in range(settings.sweeps):
                 dense = list(streams) if sweep + 1 < settings.sweeps else streams  # what is read no more takes no memory
@@ -131,6 +131,8 @@ def repair(
                         on_layer(index)
                     else:
                         work.go_on(index, dense, dropped)
+                if not all(bool(stream.isfinite().all()) for stream in dense):
+                    raise NotFiniteError("The model gives numbers that are not finite. Load it in bfloat16 or float32.")
             return found
     except BaseException as error:
         for block, original in zip(blocks[first:], originals, strict=True):

@@ -8,7 +8,7 @@ from ..models.recipe import Recipe
 from ..sources.catalogue import catalogue
 from ..sources.task_data import known_tasks
 from .effort import BATCH, Piece
-from .keep_more.work import ORDERS
+from .keep_more.work import ORDERS, WAYS
 
 # Notebooks that this file has an estimate for.
 ESTIMATED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12")
@@ -263,7 +263,7 @@ def _kept(profile: dict, model: str, shape: Shape) -> list[Piece]:
     ways = [*part["ways"], *(way for some in chosen.values() for way in some)] * len(counts)
     versions = 1 + len(counts) + len(ways)
     healed = 4 * part["healing_tokens"] * sum("healing" in way for way in ways)
-    fitted = corpora * part["n_samples"] * seq_len * sum(6 if "repair" in way else 1 for way in ways if way != "plain")
+    fitted = corpora * part["n_samples"] * seq_len * sum(WAYS[way].passes for way in ways)
     passes = sum(ORDERS[by].passes(max(counts, default=0), part["candidates"]) for by in chosen)
     ranked = len(counts) * (1 + len(part["ways"]))  # of them importance is measured, and text under two plans more
     ranking = ranked * profile["calibration"]["n_samples"] * seq_len

@@ -178,6 +178,16 @@ def test_every_family(name, tmp_path):
     assert divergence(base, model, plan) < losses[0]
 
 
+def test_weights_that_no_gradient_reaches_stay(tmp_path):
+    """The indexer of sparse attention chooses tokens without recording gradients."""
+    model, base = (fresh("deepseek_v32") for _ in range(2))
+    heal(model, TOKENS, DropPlan((1,), (2,)), tmp_path / "work", SHORT)
+    names = {name for name, _ in base.named_parameters() if "indexer" in name}
+    assert names
+    assert not names & changed(model, base)
+    assert len(changed(model, base)) > 10
+
+
 def test_what_changes(tmp_path):
     """By name; also which parameters are trained is told by `trained_parameters`, so that it can be narrowed there."""
     base, model = fresh(), fresh()

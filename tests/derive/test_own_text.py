@@ -43,14 +43,31 @@ def test_a_seed_makes_the_same_samples_whatever_was_drawn_before():
     assert not torch.equal(found[0], found[2])
 
 
-def test_under_a_plan_the_dropped_model_writes():
-    model = fresh()
-    model.lm_head.weight.data *= 1e6  # one token takes all
-    with dropped(model, DropPlan((0, 1), (1,))):
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("llama", DropPlan((0, 1), (1,))),
+        ("gpt2", DropPlan((0, 1, 2))),  # without attention there is no cache, and positions come from its length
+        ("lfm2", DropPlan((2,))),  # other mixers hold a state
+        ("recurrent_gemma", DropPlan()),  # its cache is its own
+    ],
+)
+def test_under_a_plan_the_dropped_model_writes(name, plan):
+    model = fresh(name)
+    model.get_output_embeddings().weight = torch.nn.Parameter(1e6 * model.get_output_embeddings().weight.data)
+    model.config.tie_word_embeddings = False  # one token takes all
+    with dropped(model, plan):
         samples = write_samples(model, BEGINNINGS, 9)
         with torch.no_grad():
-            assert torch.equal(model(samples[:, :-1]).logits[:, 3:].argmax(-1), samples[:, 4:])
-    assert not torch.equal(samples, write_samples(model, BEGINNINGS, 9))
+            logits = model(samples[:, :-1]).logits[:, 3:]
+        assert torch.equal(logits.gather(-1, samples[:, 4:, None])[..., 0], logits.amax(-1))
+
+
+def test_numbers_that_are_not_finite():
+    model = fresh()
+    model.lm_head.weight.data[5] = torch.inf
+    with pytest.raises(LLMDropError, match="not finite"):
+        write_samples(model, BEGINNINGS, 9)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Kept weights are refitted in closed form: the solution, what changes and what never does, and the search that sees it."""
 
+import contextlib
 import re
 
 import families
@@ -9,8 +10,9 @@ import torch
 from derive.changing import changed, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
+from llmdrop_utils.derive import moments as moments_module
 from llmdrop_utils.derive.moments import Moments, solve
-from llmdrop_utils.derive.refitting import held_out_of
+from llmdrop_utils.derive.refitting import Repairing, held_out_of
 from llmdrop_utils.derive.repair import Repair, describe_repair, repair
 from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, ONE_JUDGES, RIDGES, select_with_repair
 
@@ -78,6 +80,22 @@ def test_sums_of_bfloat16_are_those_of_float64():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+def test_sums_of_many_pieces_are_those_of_float64(monkeypatch):
+    """Of float32, in pieces that end elsewhere than what is summed before it goes over into float64; read meanwhile, too."""
+    monkeypatch.setattr(moments_module, "ROWS", 100)
+    x = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    e = x[:, :2] + 3
+    moments = Moments()
+    for number, rows in enumerate(torch.arange(1000).split(37)):
+        moments.add(x[rows], e[rows])
+        if number % 5 == 0:
+            assert moments.fitted.xx.shape == (6, 6)
+    torch.testing.assert_close(moments.fitted.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(moments.fitted.xe, x.double().T @ e.double(), rtol=1e-5, atol=1e-3)
+    assert moments.fitted.ee == pytest.approx(float(e.double().square().sum()), rel=1e-6)
+    assert moments.fitted.n == 1000
+
+
 def test_held_out_text_tells_the_ridge_and_what_is_explained():
     # Few more tokens than inputs are fitted on: without a ridge noise is fitted.
     all_x, all_e = draw(4030, 20, 4)
@@ -132,6 +150,38 @@ def test_every_family_comes_closer_to_the_dense_model(name, plan):
         of_mlp = unit in ("mlp", "fc1", "fc2")
         assert int(layer) not in (plan.mlp if of_mlp else plan.attention), "what is dropped keeps its weights"
         assert parameter.endswith("weight")
+
+
+@pytest.mark.parametrize("plan", [DropPlan((1, 2)), DropPlan((2,)), DropPlan((1,), (1,)), DropPlan((2,), (0, 1))])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "falcon-7b", "phi", "opt"])
+def test_what_is_kept_in_mind_is_what_would_be_computed(name, plan, monkeypatch):
+    """Outputs of a layer that are computed once, of each of several batches: in float64 the weights are those without that."""
+    models = [fresh(name, torch.float64) for _ in range(2)]
+    repair(models[0], TOKENS, plan, Repair(sweeps=2), batch_size=3)
+    at = Repairing._at
+
+    @contextlib.contextmanager
+    def forget(self, batch):
+        self.given.clear()
+        with at(self, batch):
+            yield
+
+    monkeypatch.setattr(Repairing, "_at", forget)
+    repair(models[1], TOKENS, plan, Repair(sweeps=2), batch_size=3)
+    for parameter, weight in models[0].named_parameters():
+        torch.testing.assert_close(weight, models[1].get_parameter(parameter), rtol=1e-9, atol=1e-10)
+
+
+def test_attention_weights_are_not_kept(monkeypatch):
+    """They grow with the square of the length: under eager attention they would fill the memory."""
+    model, kept = fresh(), []
+    model.set_attn_implementation("eager")
+    at = Repairing._at
+    monkeypatch.setattr(Repairing, "_at", lambda self, batch: kept.extend(self.given.values()) or at(self, batch))
+    repair(model, TOKENS, DropPlan((2,)), batch_size=8)
+    returned = [each for outputs in kept for each in outputs.values()]
+    assert any(isinstance(each, tuple) for each in returned)
+    assert all(part is None or part.ndim == 3 for each in returned for part in (each if isinstance(each, tuple) else (each,)))
 
 
 def test_an_update_equals_one_made_by_hand():

@@ -228,7 +228,7 @@ def test_nothing_is_ranked_if_one_layer_is_left():
 # ---- keys ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_stored_before_is_still_found(monkeypatch):
+def test_the_address_of_what_is_stored(monkeypatch):
     """An address that stays; a ranking beside it is another value, and the only one to be measured."""
     code = {"processor": "P", "gpus": ["G"], "cpu_threads": 2}
     monkeypatch.setattr(kept_module, "code_provenance", lambda: code)
