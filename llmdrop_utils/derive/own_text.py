@@ -50,7 +50,6 @@ def _written(model: nn.Module, samples: torch.Tensor, seq_len: int) -> torch.Ten
         cache = getattr(output, "past_key_values", None)
         drawn = torch.multinomial(wide(output.logits[:, -1]).softmax(-1), 1).to(samples.device)
         samples = torch.cat([samples, drawn], 1)
-        read = (
-            drawn if cache is not None else samples
-        )  # without attention, or with a cache of the model's own, all is read again
+        # Without attention nothing is cached, and some models do not hand out their cache: all is read again.
+        read = samples if cache is None else drawn
     return samples

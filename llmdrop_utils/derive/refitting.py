@@ -235,8 +235,10 @@ class _Returned(NamedTuple):
     @classmethod
     def of(cls, returned: object, output: torch.Tensor) -> Self | None:
         """None if something else is done with the map's output before it is returned."""
-        first, *others = _light(returned) if isinstance(returned, tuple) else (returned,)
-        return cls(output.shape, tuple(others) if isinstance(returned, tuple) else None) if first is output else None
+        shape = output.shape
+        if isinstance(returned, tuple):
+            return cls(shape, _light(returned)[1:]) if returned[0] is output else None
+        return cls(shape, None) if returned is output else None
 
     def anew(self, output: torch.Tensor) -> object:
         """The same after the map was changed."""
