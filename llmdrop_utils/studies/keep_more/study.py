@@ -24,7 +24,7 @@ from ..work import DENSE, ImportanceWork, TextWork, Work
 from .ranking import MORE, RankingWork
 from .ranking_rows import further_rows, importance_rows, ranked, ranking_rows
 from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
-from .work import ORDERS, PLAIN, WAYS, ChoiceWork, MadeWork, obstacles
+from .work import ORDERS, PLAIN, REPAIR_HEALING, WAYS, ChoiceWork, MadeWork, obstacles
 
 COSINE = "cosine"
 DROPPED = Key("n", "Dropped", "d")
@@ -77,7 +77,8 @@ class KeepMore(Settings):
     healing_samples: Positive  # of each corpus, of the length of calibration samples
     healing_tokens: Positive
     healing_batch: Positive
-    healing_rate: PositiveNumber  # the learning rate at its highest
+    healing_rate: PositiveNumber  # the learning rate at its highest, from a plain start
+    healing_rate_repaired: PositiveNumber  # and from a repaired one, which has less far to go
     text_samples: Positive  # held-out samples of each corpus
     task_limit: Positive | None  # documents of each task
     context: Positive  # tokens that a question about the context reads
@@ -162,7 +163,7 @@ def _versions(
     settings, tokenizer = run.section(KeepMore), load_tokenizer(item.model)
     begin = len(text_beginning(tokenizer))
     texts = [text_work(run, each, [DENSE], settings.text_samples) for each in corpora]
-    healing = torch.stack(
+    for_healing = torch.stack(
         [_fresh(each, text.tokens, tokenizer, settings) for each, text in zip(corpora, texts, strict=True)], 1
     )
     generation = written[item.model.name]
@@ -178,13 +179,14 @@ def _versions(
     ]
     shared = item.identity | {
         "tokens": _mixed(corpora, settings.n_samples),
-        "text": healing.flatten(0, 1),
-        "healing": Healing(settings.healing_rate, settings.healing_batch, tokens=settings.healing_tokens),
+        "text": for_healing.flatten(0, 1),
     }
 
     def made(way: str, plan: DropPlan, *more: RankingWork) -> MadeWork:
         items = tuple(dataclasses.replace(each, plans=(plan,)) for each in (*asked, *more))
-        return MadeWork(**shared, way=way, plan=plan, items=items)
+        rate = settings.healing_rate_repaired if way == REPAIR_HEALING else settings.healing_rate
+        healing = Healing(rate, settings.healing_batch, tokens=settings.healing_tokens)
+        return MadeWork(**shared, way=way, plan=plan, healing=healing, items=items)
 
     chosen = settings.chosen or {}
     asked_for = {*settings.ways, *chosen, *(way for ways in chosen.values() for way in ways)}
