@@ -51,6 +51,7 @@ from .training_loop import (
 VERSION = 2  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 8 bytes for each trained weight
 TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
+PLAIN_RATE = 1e-3  # where nothing was repaired before there is further to go (docs/repair.md has what was tried)
 POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions are compared: a step is a fifth cheaper
 
 
@@ -58,8 +59,9 @@ POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions
 class Healing:
     """How a dropped model is healed. Raises LLMDropError for what is no such setting.
 
-    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. Muon (muon.py)
-        without weight decay, gradients clipped to a norm of 1, no dropout.
+    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. The default serves a
+        model that was repaired, PLAIN_RATE one that was not, both as tried on SmolLM2-135M. Muon (muon.py) without weight
+        decay, gradients clipped to a norm of 1, no dropout.
     batch_size: samples in a step. The last batch of all may be short.
     tokens: how many are read, rounded up to whole samples: if more than are given, these are read again in another order.
     minutes: how long the steps take. A few are timed first, and their number is then fixed; checkpoints come on top. Give

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llmdrop_utils import DropPlan, cli, load_dropped, load_model, score_text
+from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.export import measured, take_away
 from llmdrop_utils.export.measured import Text, held_out, of_scores
 from llmdrop_utils.measure.text import TextScores
@@ -102,6 +103,13 @@ def test_budgets_that_are_none(small, tmp_path, capsys, budget):
     assert cli.main(command(tmp_path / "out", "-n", "1", f"--heal={budget}")) == 1
     assert "Healing takes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [{"minutes": 2.5}, {"tokens": 300}])
+def test_a_plain_start_takes_larger_steps(budget):
+    told = take_away.budget_of(Healing(**budget))
+    assert take_away.healing_of(told, repaired=True) == Healing(3e-4, **budget)
+    assert take_away.healing_of(told, repaired=False) == Healing(1e-3, **budget)
 
 
 def test_the_checkpoint_has_the_dtype_of_the_base(small, tmp_path):
