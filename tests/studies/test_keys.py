@@ -120,6 +120,7 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "what": ["generation"],
     "room": [120, None],
     "by": ["NBL's bound", "greedy KL", "random"],
+    "way": ["healing", "repair", "plain"],
 }
 MACHINE = {"processor": "P", "gpus": ["G"], "cpu_threads": 2}
 LIBRARIES = {"torch": "2.13", "transformers": "5.17"}
