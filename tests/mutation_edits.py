@@ -538,6 +538,8 @@ KEPT = [
            ("the scale of terms is forgotten", " / self.scales[index]", ""),
            ("the gain of a norm is forgotten", "1 / gain, 0.0)", "1.0 + 0 * gain, 0.0)"),
            ("outputs of the last sweep are known", "self.given.pop(module, None)", "module.training")),
+    *edits("derive/repair.py", "tests/derive/test_repair.py",
+           ("streams may end as anything", "if not all(bool(stream.isfinite().all()) for stream in dense)", "if False")),
     *edits("derive/moments.py", "tests/derive/test_repair.py",
            ("the last rows are forgotten", "return self._closed()[0]", "return self._sums[0]")),
     *edits("derive/muon.py", "tests/derive/test_healing.py",
@@ -566,7 +568,8 @@ KEPT = [
     *edits("studies/keep_more/work.py", "tests/studies/test_rankings.py",
            ("what is stored is measured again", "tuple(self.items[i] for i in missing)", "self.items")),
     *edits("studies/keep_more/study.py", "tests/studies/test_keep_more.py",
-           ("healing reads what is measured", "seq_len)[skip:]", "seq_len)[:-skip]")),
+           ("healing reads what is measured", "seq_len)[skip:]", "seq_len)[:-skip]"),
+           ("one rate for both starts", "if way == REPAIR_HEALING", "if way")),
 ]  # fmt: skip
 
 EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS, *ENCODERS, *KEPT]

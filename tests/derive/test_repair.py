@@ -1,6 +1,7 @@
 """Kept weights are refitted in closed form: the solution, what changes and what never does, and the search that sees it."""
 
 import contextlib
+import copy
 import re
 
 import families
@@ -324,6 +325,23 @@ def test_a_sample_that_a_model_cannot_read():
     with pytest.raises(LLMDropError, match="The embedding gives values that are not finite in torch.float32"):
         repair(model, tokens, PLAN)
     assert changed(model, dense) == {"model.embed_tokens.weight"}
+
+
+def test_a_last_layer_that_gives_what_is_not_finite():
+    """What experts of one tensor give at the end enters no statistics, and the token is in the third batch alone."""
+    model = fresh("qwen3-moe")
+    model.model.embed_tokens.weight.data[96] = 1e3 * torch.eye(model.config.hidden_size)[0]
+    dense, tokens = copy.deepcopy(model), TOKENS.clamp(max=95)
+    tokens[(~held_out_of(len(tokens), 8, 0)).nonzero()[8], 3] = 96
+
+    def overflow(module, args, output):
+        normed = args[0] / args[0].norm(dim=-1, keepdim=True)
+        return output.masked_fill(normed[..., :1] > 0.99, torch.inf)
+
+    model.model.layers[-1].mlp.register_forward_hook(overflow)
+    with pytest.raises(LLMDropError, match="layer 2"):
+        repair(model, tokens, PLAN)
+    assert not changed(model, dense)
 
 
 def test_a_reference_of_another_size():

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from llmdrop_utils import DropPlan, LLMDropError, dropped, score_text
+from llmdrop_utils import DropPlan, LLMDropError, dropped, load_profile, score_text
 from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.derive.nbl import canonical_correlation_bound
 from llmdrop_utils.derive.repair import repair
@@ -34,14 +34,16 @@ from llmdrop_utils.studies.keep_more.rows import (
     quality_rows,
     regained_rows,
 )
-from llmdrop_utils.studies.keep_more.study import _fresh
+from llmdrop_utils.studies.keep_more.study import KeepMore, _fresh
 from llmdrop_utils.studies.keep_more.work import (
     BOUND,
     FOLD,
+    HEALING,
     MAPS,
     ORDERS,
     PLAIN,
     REPAIR,
+    REPAIR_HEALING,
     RESCALED,
     SCALED,
     WAYS,
@@ -227,6 +229,14 @@ def test_orders_are_those_of_their_functions():
                        ("random", select_at_random(3, "attention", 2, 0)),
                        ("search with repair", select_with_repair(model, TOKENS, "attention", 2, 2))):  # fmt: skip
         assert tuple(orders[by]) == chosen.attention
+
+
+def test_each_start_of_healing_has_its_rate():
+    settings = load_profile("cpu").replacing(
+        keep_more={"healing_rate": 0.5, "healing_rate_repaired": 0.25, "healing_batch": 3, "healing_tokens": 99}
+    )
+    healing = {way: settings.section(KeepMore).healing(way) for way in (HEALING, REPAIR_HEALING)}
+    assert healing == {HEALING: Healing(0.5, 3, tokens=99), REPAIR_HEALING: Healing(0.25, 3, tokens=99)}
 
 
 def test_healing_reads_none_of_the_text_that_is_measured_on():

@@ -87,6 +87,11 @@ class KeepMore(Settings):
     prompt: Positive
     new_tokens: Positive
 
+    def healing(self, way: str) -> Healing:
+        """How a way heals, if it does: a repaired start has a rate of its own."""
+        rate = self.healing_rate_repaired if way == REPAIR_HEALING else self.healing_rate
+        return Healing(rate, self.healing_batch, tokens=self.healing_tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
@@ -184,9 +189,7 @@ def _versions(
 
     def made(way: str, plan: DropPlan, *more: RankingWork) -> MadeWork:
         items = tuple(dataclasses.replace(each, plans=(plan,)) for each in (*asked, *more))
-        rate = settings.healing_rate_repaired if way == REPAIR_HEALING else settings.healing_rate
-        healing = Healing(rate, settings.healing_batch, tokens=settings.healing_tokens)
-        return MadeWork(**shared, way=way, plan=plan, healing=healing, items=items)
+        return MadeWork(**shared, way=way, plan=plan, healing=settings.healing(way), items=items)
 
     chosen = settings.chosen or {}
     asked_for = {*settings.ways, *chosen, *(way for ways in chosen.values() for way in ways)}
