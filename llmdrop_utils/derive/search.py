@@ -2,14 +2,15 @@
 
 Damage of single layers is no sum, and what a repair can mend is another thing than what dropping costs. So each candidate is
 dropped and the layers around it are refitted on a few samples (repair.py); what counts is the divergence from the dense model
-that is left on other samples. The weights refitted for the best candidate stay, and the next one is looked for.
+that is left on other samples. The weights refitted for the best candidate stay, and the next one is looked for. With a beam,
+that is done for the best few choices so far, so that a layer which costs least now does not rule out what costs less later.
 """
 
 import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def select_with_repair(
     n_drop: int,
     candidates: int = CANDIDATES,
     batch_size: int = 4,
-    on_step: Callable[[int, float], None] = lambda layer, divergence: None,
+    beam: int = 1,
+    on_step: Callable[[tuple[int, ...], tuple[float, ...]], None] = lambda layers, left: None,
 ) -> DropPlan:
     """Drop, one after the other, the layers of a kind ("attention", "mlp", "block") that a repair makes up for best.
 
@@ -55,31 +57,47 @@ def select_with_repair(
     tokens: LongTensor (n_samples, seq_len), of all kinds of text that the model is to serve. Three samples of four are fitted
         on; on the others the divergence from the dense model is measured.
     candidates: how many layers are looked at in each step after the first, which looks at all.
-    on_step: called after each step with the layer that was dropped and the KL that is left, in nats per token.
+    beam: how many choices each step goes on from, the best ones; the time grows in proportion, and each holds the weights
+        that were refitted for it.
+    on_step: called after each step with the layers of the best choice, in the order in which they were dropped, and the KL
+        that was left after each of them, in nats per token.
 
-    Returns a plan whose first layers are the plan for fewer. Takes a copy of the model. Raises LLMDropError as `repair` does.
+    Returns a plan whose first layers are a plan for fewer. Takes a copy of the model. Raises LLMDropError as `repair` does.
     """
     check_kind(kind, KINDS)
     left = available(find_anatomy(model), kind)
     n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
+    beam = whole(beam, "The beam")
     tokens = tokens_for(model, tokens)
     if len(tokens) < 4:
         raise LLMDropError("The search takes 4 samples at least: three to fit on, and one to measure on. Give more samples.")
     for index, layer in enumerate(find_anatomy(model).layers):
         check_changeable(layer.block, index)
     search = _Search(model, tokens, kind, batch_size)
-    last = dict.fromkeys(left, 0.0)  # what each layer cost when it was looked at last
-    chosen: list[int] = []
+    paths = [_Path((), (), {}, dict.fromkeys(left, 0.0))]
     with evaluating(search.model), evaluating(model):
-        while len(chosen) < n_drop:
-            nearest = sorted(sorted(last), key=last.__getitem__)[: len(last) if not chosen else candidates]
-            last |= search.costs(tuple(chosen), sorted(nearest))
-            best = search.keep_best()
-            chosen.append(best)
-            on_step(best, last.pop(best))
+        for step in range(n_drop):
+            best: list[_Path] = []
+            for path in paths:
+                nearest = sorted(sorted(path.costs), key=path.costs.__getitem__)
+                search.extend(path, nearest[: candidates if step else None], best, beam)
+            paths = [path.without_last() for path in best]
+            on_step(paths[0].layers, paths[0].left)
     return dataclasses.replace(
-        as_plan(kind, chosen), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
+        as_plan(kind, paths[0].layers), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
     )
+
+
+class _Path(NamedTuple):
+    """Layers that are dropped one after the other, and what was refitted for them."""
+
+    layers: tuple[int, ...]
+    left: tuple[float, ...]  # of the divergence after each, in nats per token
+    weights: dict[int, dict[str, torch.Tensor]]  # of the layers that were refitted
+    costs: dict[int, float]  # what was left after each layer that may go next, when it was looked at last
+
+    def without_last(self) -> Self:
+        return self._replace(costs={layer: cost for layer, cost in self.costs.items() if layer != self.layers[-1]})
 
 
 class _Search:
@@ -100,30 +118,25 @@ class _Search:
                 args, kwargs = self.calls[1][index]
                 given = [block(stream, *args, **kwargs) for stream in self.ends]
                 self.gives_tuple, self.ends = isinstance(given[0], tuple), [tensor_of(each) for each in given]
-        self.best: tuple[float, int, dict[int, dict]] | None = None  # what is left, of which candidate; layer -> its weights
+        self.refitted: set[int] = set()  # layers whose weights are not the dense model's
 
-    def costs(self, chosen: tuple[int, ...], candidates: Sequence[int]) -> dict[int, float]:
-        """What is left of the divergence after each candidate is dropped beside those chosen, and refitted: nats per token."""
-        found: dict[int, float] = {}
-        self.best = None
-        now, streams = self._repairing(chosen), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
+    def extend(self, path: _Path, candidates: Sequence[int], best: list[_Path], beam: int) -> None:
+        """Look at each candidate after a path: what it costs enters `path.costs`, and what is better than one of so many best
+        paths takes its place."""
+        for index in self.refitted | {*path.weights}:
+            self.blocks[index].load_state_dict(
+                path.weights[index] if index in path.weights else self.reference[index].state_dict()
+            )
+        self.refitted = {*path.weights}
+        now, streams = self._repairing(path.layers), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
         for index in range(max(0, max(candidates) - BEFORE) + 1):
-            for layer in (layer for layer in candidates if max(0, layer - BEFORE) == index):
-                found[layer] = self._cost((*chosen, layer), _Streams(*(list(each) for each in streams)))
+            for layer in (layer for layer in sorted(candidates) if max(0, layer - BEFORE) == index):
+                self._look(path, layer, _Streams(*(list(each) for each in streams)), best, beam)
             now.go_on(index, streams.dense, streams.dropped)
             now.go_on_dropped(index, streams.judged)
-        return found
 
-    def keep_best(self) -> int:
-        """From now on the candidate of which least was left is dropped, with what was refitted for it; returns its layer."""
-        assert self.best is not None
-        _, layer, refitted = self.best
-        for index, weights in refitted.items():
-            self.blocks[index].load_state_dict(weights)
-        return layer
-
-    def _cost(self, layers: tuple[int, ...], streams: "_Streams") -> float:
-        layer = layers[-1]
+    def _look(self, path: _Path, layer: int, streams: "_Streams", best: list[_Path], beam: int) -> None:
+        layers = (*path.layers, layer)
         window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
         before = {index: _weights(self.blocks[index]) for index in window}
         trial = self._repairing(layers)
@@ -138,9 +151,15 @@ class _Search:
             left = total / sum(text.numel() for text in self.texts)
             if not math.isfinite(left):
                 raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
-            if self.best is None or left < self.best[0]:  # the weights of one candidate alone are held
-                self.best = left, layer, {index: _weights(self.blocks[index]) for index in window}
-            return left
+            path.costs[layer] = left
+            alike = [each for each in best if {*each.layers} == {*layers}]  # the same layers in another order
+            if left < min([each.left[-1] for each in alike or best[beam - 1 :]], default=math.inf):
+                refitted = path.weights | {index: _weights(self.blocks[index]) for index in window}
+                others = [each for each in best if each not in alike]
+                best[:] = sorted(
+                    [*others, _Path(layers, (*path.left, left), refitted, path.costs)], key=lambda each: each.left[-1]
+                )
+                del best[beam:]
         finally:
             for index, weights in before.items():
                 self.blocks[index].load_state_dict(weights)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import re
 
 import families
@@ -378,11 +379,37 @@ def left_after(name, layer):
 def test_the_search_takes_what_a_repair_mends_best(name):
     """Of every family: some give their hidden states in a tuple."""
     model, steps = fresh(name), []
-    plan = select_with_repair(model, TOKENS, "attention", 1, on_step=lambda layer, kl: steps.append((layer, kl)))
+    plan = select_with_repair(model, TOKENS, "attention", 1, on_step=lambda *step: steps.append(step))
     costs = [left_after(name, layer) for layer in range(3)]
-    assert steps[0] == (plan.attention[0], pytest.approx(min(costs), rel=1e-3, abs=1e-6))
+    assert steps == [(plan.attention, (pytest.approx(min(costs), rel=1e-3, abs=1e-6),))]
     assert costs[plan.attention[0]] == pytest.approx(min(costs), rel=1e-3, abs=1e-6)
     assert not changed(model, pristine(name))
+
+
+def left_after_both(model, layers):
+    """As `left_after`, of two layers that are dropped one after the other."""
+    repaired, judged = copy.deepcopy(model), held_out_of(len(TOKENS), ONE_JUDGES, seed=0)
+    for n in (1, 2):
+        window = [index for index in range(layers[n - 1] - BEFORE, layers[n - 1] + AFTER + 1) if 0 <= index < 4]
+        settings = Repair(ridges=RIDGES, held_out=HELD_OUT)
+        repair(repaired, TOKENS[~judged], DropPlan(layers[:n]), settings, reference=model, layers=window)
+    return divergence(model, repaired, DropPlan(layers), TOKENS[judged])
+
+
+def test_a_beam_finds_what_a_greedy_search_misses():
+    """As wide as the model is deep, it is the best of all pairs, in whatever order."""
+    torch.manual_seed(11)
+    model = copy.deepcopy(families.tiny("llama", num_hidden_layers=4))
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data = 0.15 * torch.randn_like(weight)
+    left = {layers: left_after_both(model, layers) for layers in itertools.permutations(range(4), 2)}
+    best, steps = min(left, key=left.get), []
+    plan = select_with_repair(model, TOKENS, "attention", 2, beam=4, on_step=lambda *step: steps.append(step))
+    assert plan.attention == steps[-1][0] == best
+    assert steps[-1][1][-1] == pytest.approx(left[best], rel=1e-4)
+    greedy = select_with_repair(model, TOKENS, "attention", 2).attention
+    assert left[greedy] > 1.01 * left[best]
 
 
 def test_tokens_that_a_model_rules_out(monkeypatch):
@@ -392,7 +419,7 @@ def test_tokens_that_a_model_rules_out(monkeypatch):
     mask[50] = -torch.inf
     model.lm_head.register_forward_hook(lambda module, args, output: output + mask)
     steps = []
-    select_with_repair(model, TOKENS, "attention", 1, on_step=lambda layer, kl: steps.append(kl))
+    select_with_repair(model, TOKENS, "attention", 1, on_step=lambda layers, left: steps.append(left[0]))
     assert 0 < steps[0] < 10
 
 

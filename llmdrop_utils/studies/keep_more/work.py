@@ -224,6 +224,9 @@ class MadeWork(Work):
         return [value | {"seconds": seconds, "parameters": more} for value in values]
 
 
+Step = Callable[[tuple[int, ...], tuple[float, ...]], None]  # takes the layers that are dropped so far, and the KL after each
+
+
 @dataclasses.dataclass(frozen=True)
 class ChoiceWork(Work):
     """The order in which attention layers go if they are not ranked by cosine."""
@@ -251,15 +254,15 @@ class ChoiceWork(Work):
         return {"layers by": self.by, "tokens": list(self.tokens.shape), "tokens_sha256": fingerprint(self.tokens)}
 
     def measure(self, model, tokenizer, update) -> list[dict]:
-        left: list[float] = []
+        found: list[float] = []
 
-        def step(layer: int, divergence: float) -> None:
-            left.append(divergence)
+        def step(layers: tuple[int, ...], left: tuple[float, ...]) -> None:
+            found[:] = left
             update(self.tokens_to_pass / self.n_drop)
 
         started = time.perf_counter()
         plan = ORDERS[self.by].choose(model, self, step)
-        return [{"layers": list(plan.attention), "divergence": left, "seconds": time.perf_counter() - started}]
+        return [{"layers": list(plan.attention), "divergence": found, "seconds": time.perf_counter() - started}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,25 +270,25 @@ class Order:
     """A way to choose layers: what chooses, which calls `step` for each layer if it looks at what is left; its versions, which
     are part of a result's key; and how often it passes the tokens, of n dropped and of so many candidates."""
 
-    choose: Callable[[nn.Module, ChoiceWork, Callable[[int, float], None]], DropPlan]
+    choose: Callable[[nn.Module, ChoiceWork, Step], DropPlan]
     versions: dict[str, int]
     passes: Callable[[int, int], int]
 
 
-def _search(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+def _search(model: nn.Module, given: ChoiceWork, step: Step) -> DropPlan:
     return select_with_repair(model, given.tokens, "attention", given.n_drop, given.candidates, on_step=step)
 
 
-def _bound(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+def _bound(model: nn.Module, given: ChoiceWork, step: Step) -> DropPlan:
     order = drop_order(canonical_correlation_bound(model, given.tokens))
     return DropPlan(order[: given.n_drop])
 
 
-def _greedy(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+def _greedy(model: nn.Module, given: ChoiceWork, step: Step) -> DropPlan:
     return select_by("greedy KL", Context(model, given.tokens), "attention", given.n_drop)
 
 
-def _random(model: nn.Module, given: ChoiceWork, step: Callable[[int, float], None]) -> DropPlan:
+def _random(model: nn.Module, given: ChoiceWork, step: Step) -> DropPlan:
     return select_at_random(len(find_anatomy(model)), "attention", given.n_drop, seed=0)
 
 
