@@ -77,11 +77,11 @@ def select_with_repair(
     paths = [_Path((), (), {}, dict.fromkeys(left, 0.0))]
     with evaluating(search.model), evaluating(model):
         for step in range(n_drop):
-            best: list[_Path] = []
+            best: dict[frozenset[int], _Path] = {}
             for path in paths:
                 nearest = sorted(sorted(path.costs), key=path.costs.__getitem__)
                 search.extend(path, nearest[: candidates if step else None], best, beam)
-            paths = [path.without_last() for path in best]
+            paths = sorted((path.without_last() for path in best.values()), key=lambda path: path.left[-1])
             on_step(paths[0].layers, paths[0].left)
     return dataclasses.replace(
         as_plan(kind, paths[0].layers), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
@@ -120,9 +120,9 @@ class _Search:
                 self.gives_tuple, self.ends = isinstance(given[0], tuple), [tensor_of(each) for each in given]
         self.refitted: set[int] = set()  # layers whose weights are not the dense model's
 
-    def extend(self, path: _Path, candidates: Sequence[int], best: list[_Path], beam: int) -> None:
-        """Look at each candidate after a path: what it costs enters `path.costs`, and what is better than one of so many best
-        paths takes its place."""
+    def extend(self, path: _Path, candidates: Sequence[int], best: dict[frozenset[int], _Path], beam: int) -> None:
+        """Look at each candidate after a path. What it costs enters `path.costs`; of all paths looked at the best ones stay in
+        `best`, so many at most, by which layers they drop."""
         for index in self.refitted | {*path.weights}:
             self.blocks[index].load_state_dict(
                 path.weights[index] if index in path.weights else self.reference[index].state_dict()
@@ -135,7 +135,7 @@ class _Search:
             now.go_on(index, streams.dense, streams.dropped)
             now.go_on_dropped(index, streams.judged)
 
-    def _look(self, path: _Path, layer: int, streams: "_Streams", best: list[_Path], beam: int) -> None:
+    def _look(self, path: _Path, layer: int, streams: "_Streams", best: dict[frozenset[int], _Path], beam: int) -> None:
         layers = (*path.layers, layer)
         window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
         before = {index: _weights(self.blocks[index]) for index in window}
@@ -152,14 +152,12 @@ class _Search:
             if not math.isfinite(left):
                 raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
             path.costs[layer] = left
-            alike = [each for each in best if {*each.layers} == {*layers}]  # the same layers in another order
-            if left < min([each.left[-1] for each in alike or best[beam - 1 :]], default=math.inf):
+            known = best.get(frozenset(layers))  # the same layers in another order
+            if known is None or left < known.left[-1]:
                 refitted = path.weights | {index: _weights(self.blocks[index]) for index in window}
-                others = [each for each in best if each not in alike]
-                best[:] = sorted(
-                    [*others, _Path(layers, (*path.left, left), refitted, path.costs)], key=lambda each: each.left[-1]
-                )
-                del best[beam:]
+                best[frozenset(layers)] = _Path(layers, (*path.left, left), refitted, path.costs)
+            if len(best) > beam:
+                del best[max(best, key=lambda which: (best[which].left[-1], best[which].layers))]
         finally:
             for index, weights in before.items():
                 self.blocks[index].load_state_dict(weights)
