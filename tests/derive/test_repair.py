@@ -13,6 +13,7 @@ from derive.changing import changed, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
+from llmdrop_utils.derive import search
 from llmdrop_utils.derive.moments import Moments, solve
 from llmdrop_utils.derive.refitting import Repairing, held_out_of
 from llmdrop_utils.derive.repair import Repair, describe_repair, repair
@@ -396,18 +397,27 @@ def left_after_both(model, layers):
     return divergence(model, repaired, DropPlan(layers), TOKENS[judged])
 
 
-def test_a_beam_finds_what_a_greedy_search_misses():
-    """As wide as the model is deep, it is the best of all pairs, in whatever order."""
+def test_a_beam_finds_what_a_greedy_search_misses(monkeypatch):
+    """As wide as the model is deep, it looks at all pairs, in either order, and takes the best."""
     torch.manual_seed(11)
     model = copy.deepcopy(families.tiny("llama", num_hidden_layers=4))
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.data = 0.15 * torch.randn_like(weight)
     left = {layers: left_after_both(model, layers) for layers in itertools.permutations(range(4), 2)}
-    best, steps = min(left, key=left.get), []
-    plan = select_with_repair(model, TOKENS, "attention", 2, beam=4, on_step=lambda *step: steps.append(step))
+    best, steps, seen = min(left, key=left.get), [], {}
+    extend = search._Search.extend
+
+    def watch(self, path, *others):
+        extend(self, path, *others)
+        seen.update({(*path.layers, layer): cost for layer, cost in path.costs.items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Search, "extend", watch)
+        plan = select_with_repair(model, TOKENS, "attention", 2, beam=4, on_step=lambda *step: steps.append(step))
+    assert {layers: cost for layers, cost in seen.items() if len(layers) == 2} == pytest.approx(left, rel=1e-4)
     assert plan.attention == steps[-1][0] == best
-    assert steps[-1][1][-1] == pytest.approx(left[best], rel=1e-4)
+    assert steps[-1][1] == (seen[best[:1]], seen[best])
     greedy = select_with_repair(model, TOKENS, "attention", 2).attention
     assert left[greedy] > 1.01 * left[best]
 
