@@ -33,7 +33,7 @@ from ..measure.guard import frozen, tokens_for
 from ..measure.passes import SOFTMAX_ROWS
 from ..models.families import Anatomy, find_anatomy, input_device
 from .adapters import DTYPES, ROUTERS
-from .model import first_changed, recipe_of
+from .model import recipe_of
 from .muon import Muon
 from .training_loop import (
     check_place,
@@ -48,7 +48,7 @@ from .training_loop import (
     write_note,
 )
 
-VERSION = 3  # raise when a change alters the weights that come out: it is a part of the recipe
+VERSION = 2  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 8 bytes for each trained weight
 TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
 PLAIN_RATE = 1e-3  # where nothing was repaired before there is further to go (docs/repair.md has what was tried)
@@ -111,8 +111,7 @@ def heal(
     """Train what the plan keeps to predict what the dense model predicts, in place; `trained_parameters` says what changes.
 
     Afterwards the model has the base's shape, and what is dropped has the base's weights. Store it with `save_derived`, and
-    measure it under the same plan. Layers before the first one that the plan changes, or that is not the teacher's, stay as
-    they are, but for the last of these. Deterministic on a CPU with a given number of threads, but for a budget in minutes.
+    measure it under the same plan. Deterministic on a CPU with a given number of threads, but for a budget in minutes.
 
     Parameters
     ----------
@@ -146,10 +145,9 @@ def heal(
         what = f"The teacher knows {theirs} tokens, but this model {ours}"
         raise LLMDropError(f"{what}: no distributions to compare. Give the dense model that this one was made from.")
     tokens_for(teacher, tokens)  # it may know fewer positions
-    first = _first_trained(model, teacher, plan)
     with locked(folder), apply(model, plan), frozen(model), frozen(teacher), random_numbers_of_its_own(settings.seed):
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
-        weights = trained_parameters(find_anatomy(model), first)
+        weights = trained_parameters(find_anatomy(model))
         about = {"recipe": recipe, "base": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
         checkpoint, note = prepare(folder, "healing", about)
         advice = "Use a smaller batch or shorter samples, or `tune`, which trains fewer weights."
@@ -176,15 +174,15 @@ def heal(
     return losses
 
 
-def trained_parameters(anatomy: Anatomy, first: int = 0) -> dict[str, nn.Parameter]:
+def trained_parameters(anatomy: Anatomy) -> dict[str, nn.Parameter]:
     """What healing changes, by layer and name: "3.self_attn.q_proj.weight". anatomy: of the model inside of `dropped`.
 
-    That is the weights of linear maps and norms in the layers from `first` on. Biases, embeddings, final norm, LM head, and
-    maps that stand in dropped places stay; so do, in a mixture of experts, routers and experts whose weights are one tensor.
-    Raises LLMDropError if that leaves nothing, if a weight is quantised, and for a model with adapters.
+    That is the weights of linear maps and norms in the layers. Biases, embeddings, final norm, LM head, and maps that stand in
+    dropped places stay; so do, in a mixture of experts, routers and experts whose weights are one tensor. Raises LLMDropError
+    if that leaves nothing, if a weight is quantised, and for a model with adapters.
     """
     found: dict[str, nn.Parameter] = {}
-    for index, layer in enumerate(anatomy.layers[first:], first):
+    for index, layer in enumerate(anatomy.layers):
         for name, module in layer.block.named_modules():
             weight: Any = getattr(module, "weight", None)
             if "base_layer" in name:
@@ -201,21 +199,6 @@ def trained_parameters(anatomy: Anatomy, first: int = 0) -> dict[str, nn.Paramet
     if not found:
         raise LLMDropError("Nothing is left to heal: the plan drops all attention and MLPs. Use a plan that drops less.")
     return found
-
-
-def _first_trained(model: nn.Module, teacher: nn.Module, plan: DropPlan) -> int:
-    """The layer before the first one that the plan changes, or that is not the teacher's: nothing is lost until there."""
-    layers, theirs = find_anatomy(model).layers, dict(teacher.named_parameters())
-    ours = dict(model.named_parameters())
-    if ours.keys() != theirs.keys():
-        return 0
-    layer_of = {id(weight): index for index, layer in enumerate(layers) for weight in layer.block.parameters()}
-    others = [layer_of.get(id(weight), 0) for name, weight in ours.items() if not _is_same(weight, theirs[name])]
-    return min(first_changed(plan, len(layers)), max(0, min(others, default=len(layers)) - 1))
-
-
-def _is_same(weight: torch.Tensor, other: torch.Tensor) -> bool:
-    return weight is other or ((weight.device, weight.dtype) == (other.device, other.dtype) and torch.equal(weight, other))
 
 
 # ---- what is read -------------------------------------------------------------------------------------------------------

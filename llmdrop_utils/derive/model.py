@@ -77,11 +77,6 @@ def layers_restored(model: torch.nn.Module) -> Iterator[None]:
         layers.load_state_dict(kept)
 
 
-def first_changed(plan: DropPlan, n_layers: int) -> int:
-    """The layer that a change of weights begins with: that of the last sub-layer that is kept before any is dropped."""
-    return max(0, min([*plan.attention, *plan.mlp], default=n_layers) - 1)
-
-
 def _check(model: torch.nn.Module, base: LocatedModel) -> None:
     need_decoder(anatomy := find_anatomy(model))  # `locate_folder` and `load_located` take no other
     for kind, name in (("attention", "attention"), ("mlp", "MLP")):

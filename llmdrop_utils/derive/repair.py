@@ -28,7 +28,7 @@ from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
-from .model import first_changed, recipe_of
+from .model import recipe_of
 from .moments import NotFiniteError
 from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
@@ -111,7 +111,7 @@ def repair(
     if reference is model:  # it is about to change
         reference = None
     _check_alike(model, reference)
-    first = 0 if reference is not None else first_changed(plan, len(anatomy))
+    first = 0 if reference is not None else _first_changed(model, plan)
     chosen = [index for index in (range(len(anatomy)) if layers is None else sorted(layers)) if index >= first]
     for index in chosen:
         check_changeable(anatomy.layers[index].block, index)
@@ -143,6 +143,16 @@ def repair(
             what = f"{len(tokens)} samples of {tokens.shape[1]} tokens in batches of {batch_size}"
             raise LLMDropError(f"Out of GPU memory with {what}. Give fewer samples, or a smaller batch.") from error
         raise
+
+
+# ---- where a repair begins ----------------------------------------------------------------------------------------------
+
+
+def _first_changed(model: nn.Module, plan: DropPlan) -> int:
+    """The first layer that something can be refitted in: that of the last sub-layer that is kept before any is dropped."""
+    lost = [min(layers) for layers in (plan.attention, plan.mlp) if layers]
+    first = min(lost, default=len(find_anatomy(model)))
+    return max(0, first - 1)
 
 
 def _check_alike(model: nn.Module, reference: nn.Module | None) -> None:
