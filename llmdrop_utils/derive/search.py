@@ -57,12 +57,13 @@ def select_with_repair(
     tokens: LongTensor (n_samples, seq_len), of all kinds of text that the model is to serve. Three samples of four are fitted
         on; on the others the divergence from the dense model is measured.
     candidates: how many layers are looked at in each step after the first, which looks at all.
-    beam: how many choices each step goes on from, the best ones; the time grows in proportion, and each holds the weights
-        that were refitted for it.
+    beam: how many choices each step goes on from, the best ones. Each step after the first takes up to so many times as long.
     on_step: called after each step with the layers of the best choice, in the order in which they were dropped, and the KL
         that was left after each of them, in nats per token.
 
-    Returns a plan whose first layers are a plan for fewer. Takes a copy of the model. Raises LLMDropError as `repair` does.
+    Returns a plan. With a beam of one, its first layers are the plan for fewer; with a wider one another choice may have been
+    the best of fewer. Takes a copy of the model, and for each choice one of the weights that were refitted for it. Raises
+    LLMDropError as `repair` does.
     """
     check_kind(kind, KINDS)
     left = available(find_anatomy(model), kind)
@@ -77,11 +78,12 @@ def select_with_repair(
     paths = [_Path((), (), {}, dict.fromkeys(left, 0.0))]
     with evaluating(search.model), evaluating(model):
         for step in range(n_drop):
-            best: dict[frozenset[int], _Path] = {}
+            best: list[_Path] = []
             for path in paths:
                 nearest = sorted(sorted(path.costs), key=path.costs.__getitem__)
-                search.extend(path, nearest[: candidates if step else None], best, beam)
-            paths = sorted((path.without_last() for path in best.values()), key=lambda path: path.left[-1])
+                for found in search.extend(path, nearest[: candidates if step else None]):
+                    best = _best_of([*best, found], beam)
+            paths = [path.without_last() for path in best]
             on_step(paths[0].layers, paths[0].left)
     return dataclasses.replace(
         as_plan(kind, paths[0].layers), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
@@ -93,15 +95,23 @@ class _Path(NamedTuple):
 
     layers: tuple[int, ...]
     left: tuple[float, ...]  # of the divergence after each, in nats per token
-    weights: dict[int, dict[str, torch.Tensor]]  # of the layers that were refitted
+    weights: dict[int, dict[str, torch.Tensor]]  # of each layer those that were refitted
     costs: dict[int, float]  # what was left after each layer that may go next, when it was looked at last
 
     def without_last(self) -> Self:
         return self._replace(costs={layer: cost for layer, cost in self.costs.items() if layer != self.layers[-1]})
 
 
+def _best_of(paths: list[_Path], n: int) -> list[_Path]:
+    """The first n of those that leave least, one for each set of layers."""
+    found: dict[frozenset[int], _Path] = {}
+    for path in sorted(paths, key=lambda path: (path.left[-1], path.layers)):
+        found.setdefault(frozenset(path.layers), path)
+    return [*found.values()][:n]
+
+
 class _Search:
-    """A copy of the model, refitted for what is dropped so far, beside the dense model."""
+    """A copy of the model, refitted for the path at hand, beside the dense model."""
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, kind: str, batch_size: int):
         self.dense, self.model, self.kind = model, copy.deepcopy(model), kind
@@ -120,25 +130,22 @@ class _Search:
                 self.gives_tuple, self.ends = isinstance(given[0], tuple), [tensor_of(each) for each in given]
         self.refitted: set[int] = set()  # layers whose weights are not the dense model's
 
-    def extend(self, path: _Path, candidates: Sequence[int], best: dict[frozenset[int], _Path], beam: int) -> None:
-        """Look at each candidate after a path. What it costs enters `path.costs`; of all paths looked at the best ones stay in
-        `best`, so many at most, by which layers they drop."""
-        for index in self.refitted | {*path.weights}:
-            self.blocks[index].load_state_dict(
-                path.weights[index] if index in path.weights else self.reference[index].state_dict()
-            )
+    def extend(self, path: _Path, candidates: Sequence[int]) -> Iterator[_Path]:
+        """The path with each candidate dropped after it; what is left then enters `path.costs`."""
+        for index in self.refitted | path.weights.keys():
+            self.blocks[index].load_state_dict(self.reference[index].state_dict() | path.weights.get(index, {}))
         self.refitted = {*path.weights}
         now, streams = self._repairing(path.layers), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
         for index in range(max(0, max(candidates) - BEFORE) + 1):
             for layer in (layer for layer in sorted(candidates) if max(0, layer - BEFORE) == index):
-                self._look(path, layer, _Streams(*(list(each) for each in streams)), best, beam)
+                yield self._extended(path, layer, _Streams(*(list(each) for each in streams)))
             now.go_on(index, streams.dense, streams.dropped)
             now.go_on_dropped(index, streams.judged)
 
-    def _look(self, path: _Path, layer: int, streams: "_Streams", best: dict[frozenset[int], _Path], beam: int) -> None:
+    def _extended(self, path: _Path, layer: int, streams: "_Streams") -> _Path:
         layers = (*path.layers, layer)
         window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
-        before = {index: _weights(self.blocks[index]) for index in window}
+        before = {index: self._refitted(index) for index in window}
         trial = self._repairing(layers)
         try:
             for index in window:
@@ -152,15 +159,16 @@ class _Search:
             if not math.isfinite(left):
                 raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
             path.costs[layer] = left
-            known = best.get(frozenset(layers))  # the same layers in another order
-            if known is None or left < known.left[-1]:
-                refitted = path.weights | {index: _weights(self.blocks[index]) for index in window}
-                best[frozenset(layers)] = _Path(layers, (*path.left, left), refitted, path.costs)
-            if len(best) > beam:
-                del best[max(best, key=lambda which: (best[which].left[-1], best[which].layers))]
+            refitted = {index: self._refitted(index) for index in window}
+            return _Path(layers, (*path.left, left), path.weights | refitted, path.costs)
         finally:
             for index, weights in before.items():
-                self.blocks[index].load_state_dict(weights)
+                self.blocks[index].load_state_dict(self.reference[index].state_dict() | weights)
+
+    def _refitted(self, index: int) -> dict[str, torch.Tensor]:
+        """Copies of the weights of a layer that are not the dense model's."""
+        dense = self.reference[index].state_dict()
+        return {n: w.clone() for n, w in self.blocks[index].state_dict().items() if not torch.equal(w, dense[n])}
 
     def _repairing(self, layers: Sequence[int]) -> Repairing:
         return Repairing(self.model, as_plan(self.kind, layers), RIDGES, self.reference, self.apart, self.calls)
@@ -181,7 +189,3 @@ class _Streams(NamedTuple):
     dense: list[torch.Tensor]  # of the samples that are fitted on
     dropped: list[torch.Tensor]
     judged: list[torch.Tensor]  # of those that are measured on, in the dropped model
-
-
-def _weights(block: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in block.state_dict().items()}

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import itertools
 import re
 
 import families
@@ -387,42 +386,70 @@ def test_the_search_takes_what_a_repair_mends_best(name):
     assert not changed(model, pristine(name))
 
 
-def left_after_both(model, layers):
-    """As `left_after`, of two layers that are dropped one after the other."""
+def left_after_all(model, layers):
+    """As `left_after`, of layers that are dropped one after the other."""
     repaired, judged = copy.deepcopy(model), held_out_of(len(TOKENS), ONE_JUDGES, seed=0)
-    for n in (1, 2):
-        window = [index for index in range(layers[n - 1] - BEFORE, layers[n - 1] + AFTER + 1) if 0 <= index < 4]
+    for n, layer in enumerate(layers, 1):
+        window = [index for index in range(layer - BEFORE, layer + AFTER + 1) if 0 <= index < len(model.model.layers)]
         settings = Repair(ridges=RIDGES, held_out=HELD_OUT)
         repair(repaired, TOKENS[~judged], DropPlan(layers[:n]), settings, reference=model, layers=window)
     return divergence(model, repaired, DropPlan(layers), TOKENS[judged])
 
 
-def test_a_beam_finds_what_a_greedy_search_misses(monkeypatch):
-    """As wide as the model is deep, it looks at all pairs, in either order, and takes the best."""
-    torch.manual_seed(11)
-    model = copy.deepcopy(families.tiny("llama", num_hidden_layers=4))
+def searched(model, n_drop, candidates, beam):
+    """The search by other means: what is left after each choice that it looks at, and the best last one."""
+    left, paths = {}, {(): dict.fromkeys(range(len(model.model.layers)), 0.0)}  # costs of the layers that may go next
+    for step in range(n_drop):
+        found = {}
+        for layers, costs in paths.items():
+            for layer in sorted(costs, key=costs.get)[: candidates if step else None]:
+                left[(*layers, layer)] = costs[layer] = left_after_all(model, (*layers, layer))
+                found[(*layers, layer)] = costs
+        sets, paths = [], {}
+        for layers in sorted(found, key=left.get):
+            if {*layers} not in sets and len(sets) < beam:
+                sets.append({*layers})
+                paths[layers] = {layer: cost for layer, cost in found[layers].items() if layer not in layers}
+    return left, next(iter(paths))
+
+
+def drawn_model(seed, n_layers):
+    torch.manual_seed(seed)
+    model = copy.deepcopy(families.tiny("llama", num_hidden_layers=n_layers))
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.data = 0.15 * torch.randn_like(weight)
-    left = {layers: left_after_both(model, layers) for layers in itertools.permutations(range(4), 2)}
-    best, steps, seen = min(left, key=left.get), [], {}
+    return model
+
+
+@pytest.mark.parametrize(("n_drop", "candidates", "beam"), [(2, 5, 5), (3, 3, 2), (3, 2, 1)])
+def test_what_the_search_looks_at(n_drop, candidates, beam, monkeypatch):
+    model, steps, seen = drawn_model(11, 5), [], {}
+    left, best = searched(model, n_drop, candidates, beam)
     extend = search._Search.extend
 
-    def watch(self, path, *others):
-        extend(self, path, *others)
-        seen.update({(*path.layers, layer): cost for layer, cost in path.costs.items()})
+    def watch(*given):
+        for path in extend(*given):
+            seen[path.layers] = path.left[-1]
+            yield path
 
-    with monkeypatch.context() as patch:
-        patch.setattr(search._Search, "extend", watch)
-        plan = select_with_repair(model, TOKENS, "attention", 2, beam=4, on_step=lambda *step: steps.append(step))
-    assert {layers: cost for layers, cost in seen.items() if len(layers) == 2} == pytest.approx(left, rel=1e-4)
-    assert plan.attention == steps[-1][0] == best
-    assert steps[-1][1] == (seen[best[:1]], seen[best])
-    greedy = select_with_repair(model, TOKENS, "attention", 2).attention
-    assert left[greedy] > 1.01 * left[best]
+    monkeypatch.setattr(search._Search, "extend", watch)
+    plan = select_with_repair(
+        model, TOKENS, "attention", n_drop, candidates, beam=beam, on_step=lambda *step: steps.append(step)
+    )
+    assert seen == pytest.approx(left, rel=1e-4)
+    assert plan.attention == best
+    assert [len(layers) for layers, _ in steps] == [*range(1, n_drop + 1)]
+    assert steps[-1] == (best, tuple(seen[best[:n]] for n in range(1, n_drop + 1)))
 
 
-def test_tokens_that_a_model_rules_out(monkeypatch):
+def test_a_beam_finds_what_a_greedy_search_misses():
+    model = drawn_model(11, 4)
+    greedy, wide = (select_with_repair(model, TOKENS, "attention", 2, beam=beam).attention for beam in (1, 4))
+    assert left_after_all(model, greedy) > 1.01 * left_after_all(model, wide)
+
+
+def test_tokens_that_a_model_rules_out():
     """A logit of -inf in both models adds nothing to the divergence."""
     model = fresh()
     mask = torch.zeros(97)
