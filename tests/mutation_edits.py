@@ -548,7 +548,8 @@ KEPT = [
     *edits("derive/search.py", "tests/derive/test_repair.py",
            ("a beam of one", "[*found.values()][:n]", "[*found.values()][:1]"),
            ("orders of the same layers are kept apart", "frozenset(path.layers)", "path.layers"),
-           ("weights of another path stay", "self.refitted | path.weights.keys()", "path.weights.keys()"),
+           ("weights of another path stay", "self._load(path, range(len(self.blocks)))", "self._load(path, path.weights)"),
+           ("weights of another candidate stay", "self._load(path, window)", "pass"),
            ("what was refitted first is forgotten", "path.weights | refitted, ", "refitted, "),
            ("all layers are looked at", "[: candidates if step else None]", "")),
     *edits("derive/own_text.py", "tests/derive/test_own_text.py",
@@ -575,7 +576,8 @@ KEPT = [
            ("what is stored is measured again", "tuple(self.items[i] for i in missing)", "self.items")),
     *edits("studies/keep_more/study.py", "tests/studies/test_keep_more.py",
            ("healing reads what is measured", "seq_len)[skip:]", "seq_len)[:-skip]"),
-           ("one rate for both starts", "if way == REPAIR_HEALING", "if way")),
+           ("one rate for both starts", "if way == REPAIR_HEALING", "if way"),
+           ("every way heals from a plain start", "settings.healing(way)", 'settings.healing("healing")')),
 ]  # fmt: skip
 
 EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS, *ENCODERS, *KEPT]

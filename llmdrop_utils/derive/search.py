@@ -128,13 +128,10 @@ class _Search:
                 args, kwargs = self.calls[1][index]
                 given = [block(stream, *args, **kwargs) for stream in self.ends]
                 self.gives_tuple, self.ends = isinstance(given[0], tuple), [tensor_of(each) for each in given]
-        self.refitted: set[int] = set()  # layers whose weights are not the dense model's
 
     def extend(self, path: _Path, candidates: Sequence[int]) -> Iterator[_Path]:
         """The path with each candidate dropped after it; what is left then enters `path.costs`."""
-        for index in self.refitted | path.weights.keys():
-            self.blocks[index].load_state_dict(self.reference[index].state_dict() | path.weights.get(index, {}))
-        self.refitted = {*path.weights}
+        self._load(path, range(len(self.blocks)))
         now, streams = self._repairing(path.layers), _Streams(list(self.fitted), list(self.fitted), list(self.judged))
         for index in range(max(0, max(candidates) - BEFORE) + 1):
             for layer in (layer for layer in sorted(candidates) if max(0, layer - BEFORE) == index):
@@ -145,7 +142,6 @@ class _Search:
     def _extended(self, path: _Path, layer: int, streams: "_Streams") -> _Path:
         layers = (*path.layers, layer)
         window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
-        before = {index: self._refitted(index) for index in window}
         trial = self._repairing(layers)
         try:
             for index in window:
@@ -162,8 +158,11 @@ class _Search:
             refitted = {index: self._refitted(index) for index in window}
             return _Path(layers, (*path.left, left), path.weights | refitted, path.costs)
         finally:
-            for index, weights in before.items():
-                self.blocks[index].load_state_dict(self.reference[index].state_dict() | weights)
+            self._load(path, window)
+
+    def _load(self, path: _Path, layers: range) -> None:
+        for index in layers:
+            self.blocks[index].load_state_dict(self.reference[index].state_dict() | path.weights.get(index, {}))
 
     def _refitted(self, index: int) -> dict[str, torch.Tensor]:
         """Copies of the weights of a layer that are not the dense model's."""

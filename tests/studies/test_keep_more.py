@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from derive.changing import Stop
 
 from llmdrop_utils import DropPlan, LLMDropError, dropped, load_profile, score_text
+from llmdrop_utils.base import files
 from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.derive.nbl import canonical_correlation_bound
 from llmdrop_utils.derive.repair import repair
@@ -34,7 +36,7 @@ from llmdrop_utils.studies.keep_more.rows import (
     quality_rows,
     regained_rows,
 )
-from llmdrop_utils.studies.keep_more.study import KeepMore, _fresh
+from llmdrop_utils.studies.keep_more.study import _fresh
 from llmdrop_utils.studies.keep_more.work import (
     BOUND,
     FOLD,
@@ -52,6 +54,7 @@ from llmdrop_utils.studies.keep_more.work import (
     MadeWork,
     obstacles,
 )
+from llmdrop_utils.studies.run import STUDIES, Run
 from llmdrop_utils.studies.what_breaks.work import ConfidenceWork, ProbeWork
 from llmdrop_utils.studies.work import ImportanceWork, TextWork
 
@@ -231,12 +234,24 @@ def test_orders_are_those_of_their_functions():
         assert tuple(orders[by]) == chosen.attention
 
 
-def test_each_start_of_healing_has_its_rate():
-    settings = load_profile("cpu").replacing(
-        keep_more={"healing_rate": 0.5, "healing_rate_repaired": 0.25, "healing_batch": 3, "healing_tokens": 99}
-    )
-    healing = {way: settings.section(KeepMore).healing(way) for way in (HEALING, REPAIR_HEALING)}
-    assert healing == {HEALING: Healing(0.5, 3, tokens=99), REPAIR_HEALING: Healing(0.25, 3, tokens=99)}
+def test_each_start_of_healing_has_its_rate(tmp_path, monkeypatch):
+    """In what notebook 10 is about to make."""
+    asked, measure = [], Run.measure
+
+    def watch(self, work, *others, **more):
+        asked.extend(each for each in work if isinstance(each, MadeWork))
+        if asked:
+            raise Stop
+        measure(self, work, *others, **more)
+
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    monkeypatch.setattr(Run, "measure", watch)
+    changes = {"healing_rate": 0.5, "healing_rate_repaired": 0.25, "healing_batch": 3, "healing_tokens": 99}
+    changes |= {"ways": [HEALING, REPAIR_HEALING], "chosen": {"random": [REPAIR_HEALING]}}
+    with pytest.raises(Stop):
+        STUDIES["10_keep_more"](load_profile("smoke").replacing(keep_more=changes))
+    healed = {(work.way, work.healing) for work in asked if "healing" in work.way}
+    assert healed == {(HEALING, Healing(0.5, 3, tokens=99)), (REPAIR_HEALING, Healing(0.25, 3, tokens=99))}
 
 
 def test_healing_reads_none_of_the_text_that_is_measured_on():
