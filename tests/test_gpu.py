@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import encoder_decoder_families
 import families
 import numpy as np
@@ -17,6 +18,7 @@ from llmdrop_utils import (
     measure_importance,
     measure_speed,
     prune_by_wanda,
+    repair,
     score_targets,
     score_text,
     select_by,
@@ -76,6 +78,19 @@ def test_pruning(pair):
     both(pair, lambda model: prune_by_wanda(model, TOKENS, 0.5))
     for cpu, gpu in zip(*(model.parameters() for model in pair), strict=True):
         assert torch.equal(gpu.cpu() == 0, cpu == 0)
+
+
+def test_repair(pair):
+    """In its memory, and offloaded to that of the CPU."""
+    offloaded = accelerate.cpu_offload(copy.deepcopy(pair[0]), execution_device=torch.device("cuda", 0))
+    tokens = torch.randint(3, 97, (40, 24), generator=torch.Generator().manual_seed(1))
+    on_cpu, on_gpu, moved = (repair(model, tokens, PLANS[1]) for model in (*pair, offloaded))
+    for found in (on_gpu, moved):
+        assert [(each.layer, each.site, each.ridge) for each in found] == [(e.layer, e.site, e.ridge) for e in on_cpu]
+    assert all(weight.is_meta for weight in offloaded.parameters())
+    nll = [score_text(model, TOKENS, [PLANS[1]]).nll for model in (*pair, offloaded)]
+    np.testing.assert_allclose(nll[1], nll[0], rtol=1e-3)
+    np.testing.assert_allclose(nll[2], nll[1], rtol=1e-3)
 
 
 def test_tuning(pair, tmp_path):

@@ -68,8 +68,16 @@ def recipe_of(method: str, version: int, model: torch.nn.Module, tokens: torch.T
 
 @contextlib.contextmanager
 def layers_restored(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the weights of the decoder layers may be changed; afterwards, errors included, they are as they were."""
+    """Inside, the weights of the decoder layers may be changed; afterwards, errors included, they are as they were.
+
+    Raises LLMDropError for a model with layers that are offloaded.
+    """
     layers = torch.nn.ModuleList([layer.block for layer in find_anatomy(model).layers])
+    if any(weight.is_meta for weight in layers.parameters()):
+        raise LLMDropError(
+            "Weights of this model are offloaded, so they could not be put back after a change. Load the whole model on one "
+            "device, or on several that hold it."
+        )
     kept = {name: weight.detach().to("cpu", copy=True) for name, weight in layers.state_dict().items()}
     try:
         yield

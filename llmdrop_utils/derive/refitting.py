@@ -55,11 +55,12 @@ class Repairing:
         model: nn.Module,
         plan: DropPlan,
         ridges: Sequence[float],
-        reference: list[nn.Module],  # the last layers of the model that is to be matched; those before are the model's own
+        reference: Sequence[nn.Module],  # the layers of the model that is to be matched
         held_out: Sequence[bool],  # of each batch: is it not fitted on?
         calls: dict[int, list[Call]],
     ):
-        self.model, self.plan, self.ridges, self.held_out, self.calls = model, plan, ridges, held_out, calls
+        self.model, self.plan, self.ridges, self.reference = model, plan, ridges, reference
+        self.held_out, self.calls = held_out, calls
         # What modules return in each batch, where it is known: those of the layer at hand that are refitted, and attentions of
         # the dense model that a layer before had to compute.
         self.given: dict[nn.Module, dict[int, object]] = {}
@@ -67,7 +68,6 @@ class Repairing:
         self.family = family_of(anatomy.decoder.config)
         self.blocks = [layer.block for layer in anatomy.layers]
         self.scales = [layer.scale for layer in anatomy.layers]
-        self.reference = [*self.blocks[: len(self.blocks) - len(reference)], *reference]
 
     def go_on(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> None:
         """Both lists of streams go from what a layer reads to what it gives."""

@@ -15,10 +15,10 @@ Kin: NBL (a linear map in the dropped place, arXiv:2505.21077), ReplaceMe (one m
 arXiv:2505.02819), GRAIL (the same regression for narrower layers).
 """
 
-import copy
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
 from .model import recipe_of
 from .moments import NotFiniteError
+from .offloading import copied, hooks_of, resident
 from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
 from .streams import read_streams
@@ -84,7 +85,7 @@ def repair(
 
     Parameters
     ----------
-    model: the whole model, of any dtype, on any device or several, neither quantised nor offloaded.
+    model: the whole model, of any dtype, on any device or several, or offloaded by accelerate; not quantised.
     tokens: LongTensor (n_samples, seq_len): at least as many tokens as the widest map has inputs, better a hundred times as
         many, of all kinds of text that the model is to serve. A repair that is fitted on web text helps little elsewhere.
     plan: what is dropped.
@@ -94,8 +95,10 @@ def repair(
     on_layer: called after each layer of each sweep with its index.
 
     Memory: a copy of the layers from the first dropped one on; five times the stream of all tokens, and once what the widest
-    map reads of them, in the model's dtype (1.2 GB for 256 samples of 512 tokens, 576 and 1,536 wide, in bfloat16). Time: about
-    three forward passes over the tokens, and 2 n (n + m) operations a token for the sums of each map of n inputs and m outputs.
+    map reads of them, in the model's dtype (1.2 GB for 256 samples of 512 tokens, 576 and 1,536 wide, in bfloat16). Of an
+    offloaded model one layer at a time is where it computes, with its copy and copies of those that follow up to the next
+    attention that is kept; refitted layers and all copies stay in CPU memory, and no file is written to. Time: about three
+    forward passes over the tokens, and 2 n (n + m) operations a token for the sums of each map of n inputs and m outputs.
 
     Returns what was fitted, in order. Raises LLMDropError for wrong input, too few tokens, and statistics that are singular or
     not finite. After any error or interruption the model is bit for bit as it was.
@@ -114,35 +117,72 @@ def repair(
     first = 0 if reference is not None else _first_changed(model, plan)
     chosen = [index for index in (range(len(anatomy)) if layers is None else sorted(layers)) if index >= first]
     for index in chosen:
-        check_changeable(anatomy.layers[index].block, index)
+        check_changeable(anatomy.layers[index].block, index, may_be_offloaded=True)
     blocks = [layer.block for layer in anatomy.layers]
-    originals = nn.ModuleList(copy.deepcopy(block) for block in blocks[first:])
+    originals = _Originals(blocks, first, plan)
+    wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
     try:
         with evaluating(model):
-            wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
             streams, calls, apart = read_apart(model, tokens, batch_size, settings.held_out, settings.seed, False)
-            work, found = Repairing(model, plan, settings.ridges, list(wanted), apart, calls), list[Refitted]()
+            work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls), list[Refitted]()
             for sweep in range(settings.sweeps):
                 dense = list(streams) if sweep + 1 < settings.sweeps else streams  # what is read no more takes no memory
                 dropped = list(dense)
                 for index in range(max(chosen, default=-1) + 1):
-                    if index in chosen:
-                        found += work.refit(index, dense, dropped)
-                        on_layer(index)
-                    else:
-                        work.go_on(index, dense, dropped)
+                    with originals.kept(index), resident(blocks[index]), resident(wanted[index]):
+                        if index in chosen:
+                            found += work.refit(index, dense, dropped)
+                            on_layer(index)
+                        else:
+                            work.go_on(index, dense, dropped)
                 if not all(bool(stream.isfinite().all()) for stream in dense):
                     raise NotFiniteError("The model gives numbers that are not finite. Load it in bfloat16 or float32.")
             return found
     except BaseException as error:
-        for block, original in zip(blocks[first:], originals, strict=True):
-            block.load_state_dict(original.state_dict())
+        originals.restore()
         if isinstance(error, NotFiniteError):
             read_streams(model, tokens, batch_size)  # if it is the model itself that gives such numbers, this says where
         if isinstance(error, torch.OutOfMemoryError):
             what = f"{len(tokens)} samples of {tokens.shape[1]} tokens in batches of {batch_size}"
             raise LLMDropError(f"Out of GPU memory with {what}. Give fewer samples, or a smaller batch.") from error
         raise
+
+
+class _Originals(Sequence[nn.Module]):
+    """The layers as they were. Those from the first that may change are copies, made before they are read."""
+
+    def __init__(self, blocks: Sequence[nn.Module], first: int, plan: DropPlan):
+        self.blocks, self.first, self.plan, self.copies = blocks, first, plan, dict[int, nn.Module]()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        return self.blocks[index] if index < self.first else self.copies[index]
+
+    @contextlib.contextmanager
+    def kept(self, index: int) -> Iterator[None]:
+        """Inside, a layer may change. Copies of those that are offloaded compute where they do, and are then in CPU memory."""
+        ahead = [index]  # what a fit of this layer reads: those that follow are read up to the next attention that is kept
+        while ahead[-1] + 1 < len(self) and ahead[-1] + 1 in self.plan.attention:
+            ahead.append(ahead[-1] + 1)
+        offloaded = []
+        for each in (each for each in ahead if each >= self.first):
+            hooks = hooks_of(self.blocks[each])
+            if each not in self.copies:
+                with resident(self.blocks[each]):
+                    self.copies[each] = copied(self.blocks[each])
+            if hooks:
+                offloaded.append(self.copies[each].to(hooks[0][1].execution_device))
+        yield
+        for each in offloaded:
+            each.to("cpu")
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for index, original in self.copies.items():
+            with resident(self.blocks[index]):
+                self.blocks[index].load_state_dict(original.state_dict())
 
 
 # ---- where a repair begins ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..dropping.units import StandIn
 from ..models.families import stream_of
 from ..models.layouts import Family
 from .adapters import DTYPES, ROUTERS
+from .offloading import hooks_of
 from .streams import Call, advance
 
 OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc_out", "fc2", "dense_4h_to_h"}  # what families call them
@@ -69,8 +70,12 @@ def read_together(block: nn.Module, sites: Sites, stream: torch.Tensor, call: Ca
     return dataclasses.replace(sites, readers=tuple(readers))
 
 
-def check_changeable(block: nn.Module, index: int) -> None:
-    """Raise LLMDropError if a linear map of a layer is quantised, offloaded, or wrapped by an adapter."""
+def check_changeable(block: nn.Module, index: int, may_be_offloaded: bool = False) -> None:
+    """Raise LLMDropError if a linear map of a layer is quantised, offloaded, or wrapped by an adapter.
+
+    may_be_offloaded: by accelerate, so that `resident` brings it.
+    """
+    elsewhere = {module for module, _ in hooks_of(block)} if may_be_offloaded else ()
     for name, module in block.named_modules():
         if hasattr(module, "base_layer"):  # as peft wraps a linear map
             raise LLMDropError(f"{name} of layer {index} has an adapter. Merge it into the weights first.")
@@ -82,7 +87,7 @@ def check_changeable(block: nn.Module, index: int) -> None:
                 f"The weight of {name} of layer {index} is quantised ({weight.dtype}), so it cannot be refitted. Repair the "
                 "model before it is quantised."
             )
-        if weight.is_meta:
+        if weight.is_meta and module not in elsewhere:
             raise LLMDropError(
                 f"The weight of {name} of layer {index} is not in memory (offloaded), so it cannot be changed. Load the whole "
                 "model on one device, or on several that hold it."

@@ -6,7 +6,8 @@ With --served each arm is also written as an F16 file for llama.cpp, through its
 how much faster than the first arm it reads 512 tokens, and generates after them.
 
 The layers are those that notebook 10 of the profile `cpu` found in SmolLM2-135M. A search drops them one after the other, so
-its first eight are its plan of eight. Text for fits, for healing and for the test are disjoint. An arm takes minutes.
+its first eight are its plan of eight. The test has text of its own, and so have fits and healing; but healing on more than 144
+samples of each corpus goes on with those of fits, then with those that layers were chosen on. An arm takes minutes.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from llmdrop_utils.studies.take_away.work import in_turns
 CORPORA = ("web", "encyclopedia", "code", "mathematics")
 LENGTH, BEGIN = 512, 16  # tokens of a sample; those that one begins with which the model writes
 CHOSEN_ON, TEST, HEALING = 64, 24, 144  # samples of each corpus; layers were chosen on the first
+SHORTEST = {"web": 305}  # samples of the corpora that could be read to their end
 STEPS, TURNS = 32, 9  # in llama.cpp
 ARMS = ("plain", "repair", "healing", "repair, healing")
 
@@ -47,19 +49,23 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=131_072, help="tokens that a repair is fitted on")
     parser.add_argument("--heal", type=int, default=327_680, help="tokens of healing")
     parser.add_argument("--rate", type=float, default=Healing.learning_rate)
+    parser.add_argument("--batch", type=int, default=Healing.batch_size, help="samples in a step of healing")
+    parser.add_argument("--samples", type=int, default=HEALING, help="of each corpus, for healing; read again if they are few")
     parser.add_argument("--own", type=float, default=0.0, help="share of the healing text that the dense model writes")
     parser.add_argument("--sweeps", type=int, default=1)
     parser.add_argument("--served", action="store_true", help="time the arms in llama.cpp, too")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     given = parser.parse_args()
     orders = pd.read_csv(files.REFERENCE / "cpu" / "10_keep_more" / "orders.csv")
+    healing = Healing(given.rate, given.batch, tokens=given.heal)
     order = orders[orders["layers"] == given.layers].sort_values("position")["layer"].tolist()
     model, tokenizer = load_model("smollm2-135m", dtype=default_dtype())
     fit = given.fit // LENGTH // len(CORPORA)
     # The test comes before what is fitted on, so that it is the same however much that is.
     parts = [CHOSEN_ON, TEST, HEALING, fit]
     text = torch.stack([load_tokens(corpus, tokenizer, sum(parts), LENGTH) for corpus in CORPORA], 1)
-    test, for_healing, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
+    test, _, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
+    for_healing = torch.stack([text_for_healing(corpus, tokenizer, given.samples) for corpus in CORPORA], 1).flatten(0, 1)
     for_healing = for_healing[: -(-given.heal // LENGTH)]
     if n_own := round(given.own * len(for_healing)):
         started = time.perf_counter()
@@ -86,7 +92,7 @@ def main() -> None:
                         took = time.perf_counter() - started
                         repaired = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                     if "healing" in arm:
-                        heal(model, for_healing, plan, f"{folder}/{arm}", Healing(given.rate, 4, tokens=given.heal), teacher)
+                        heal(model, for_healing, plan, f"{folder}/{arm}", healing, teacher)
                     seconds = time.perf_counter() - started
                     nll = [score_text(model, tokens, [plan]).nll[0] for tokens in held_out]
                     pairs = zip(CORPORA, dense, nll, strict=True)
@@ -101,6 +107,13 @@ def main() -> None:
                         print(f"{n:3} {arm:16} diverges in llama.cpp by {parity.divergence:.1g} nats", flush=True)
             if given.served:
                 in_llama_cpp(files_of, test[0].tolist() + test[1].tolist())
+
+
+def text_for_healing(corpus: str, tokenizer, n: int) -> torch.Tensor:
+    """n samples of a corpus: all but the test, those that layers were chosen on at last, and from the start again."""
+    text = load_tokens(corpus, tokenizer, SHORTEST.get(corpus, CHOSEN_ON + TEST + n), LENGTH)
+    text = torch.cat([text[CHOSEN_ON + TEST :], text[:CHOSEN_ON]])
+    return text.repeat(-(-n // len(text)), 1)[:n]
 
 
 def in_llama_cpp(files_of: dict[str, Path], tokens: list[int]) -> None:

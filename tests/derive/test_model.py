@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import accelerate
 import encoder_decoder_families
 import encoder_families
 import families
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmdrop_utils import DropPlan, LLMDropError, drop, dropped, load_model, locate_model, measure_importance, select
-from llmdrop_utils.derive.model import save_derived
+from llmdrop_utils.derive.model import layers_restored, save_derived
 from llmdrop_utils.dropping.plan import check_plan
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located
@@ -142,3 +143,9 @@ def test_what_cannot_be_saved(base, derived, tmp_path):
     with pytest.raises(LLMDropError, match="This t5 model is an encoder-decoder"):
         save(model=encoder_decoder_families.tiny("t5"))
     assert [path.name for path in tmp_path.iterdir() if "new" in path.name and path.suffix != ".lock"] == []
+
+
+def test_layers_that_are_offloaded_cannot_be_restored(tmp_path):
+    model = accelerate.disk_offload(families.tiny("llama"), tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(LLMDropError, match="Weights of this model are offloaded"), layers_restored(model):
+        raise AssertionError("it began to change the model")

@@ -4,11 +4,12 @@ import contextlib
 import copy
 import re
 
+import accelerate
 import families
 import numpy as np
 import pytest
 import torch
-from derive.changing import changed, fresh, pristine
+from derive.changing import changed, equal, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
@@ -284,6 +285,83 @@ def test_an_interruption_leaves_the_model_as_it_was(error):
     assert not changed(model, dense)
     assert all(module.training for module in model.modules())
     assert repair(model, TOKENS, PLAN)
+
+
+def on_disk(model, folder):
+    return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+def in_memory(model, folder):
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def in_its_own_files(model, folder):
+    """As transformers loads what is too large: from the model's files, but for one layer."""
+    model.save_pretrained(folder)
+    places = dict.fromkeys(("model.layers.0", "model.layers.1", "model.rotary_emb", "model.embed_tokens"), "disk")
+    places |= dict.fromkeys(("model.layers.2", "model.norm", "lm_head"), "cpu")
+    return type(model).from_pretrained(folder, device_map=places, offload_folder=folder / "offload", dtype=model.dtype).eval()
+
+
+def weights_of(model):
+    """All of them, wherever they are."""
+    found = {}
+    for name, weight in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        found[name] = model.get_submodule(module)._hf_hook.weights_map[own].clone() if weight.is_meta else weight
+    return found
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("plan", [PLAN, DropPlan((1, 2), (2,))])
+@pytest.mark.parametrize("offload", [on_disk, in_memory, in_its_own_files])
+def test_an_offloaded_model(offload, plan, tmp_path):
+    """Its weights become those of the model in memory, to the bit, and are then where they were; files stay as they are."""
+    settings, here, there = Repair(sweeps=2), fresh(), offload(fresh(), tmp_path)
+    elsewhere = {name for name, weight in there.named_parameters() if weight.is_meta}
+    stored = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert repair(there, TOKENS, plan, settings) == repair(here, TOKENS, plan, settings)
+    assert same(weights_of(there), weights_of(here))
+    assert elsewhere == {name for name, weight in there.named_parameters() if weight.is_meta} != set()
+    assert stored == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    torch.testing.assert_close(log_probabilities(there, plan), log_probabilities(here, plan))
+    if offload is in_its_own_files:
+        there.save_pretrained(tmp_path / "repaired")
+        assert equal(type(here).from_pretrained(tmp_path / "repaired", dtype=here.dtype), here)
+
+
+@pytest.mark.parametrize("offload", [on_disk, in_memory, in_its_own_files])
+def test_an_interruption_leaves_an_offloaded_model_as_it_was(offload, tmp_path):
+    model = offload(fresh(), tmp_path)
+
+    def stop(index):
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, TOKENS, PLAN, on_layer=stop)
+    assert same(weights_of(model), weights_of(fresh()))
+
+
+def test_a_reference_that_is_offloaded(tmp_path):
+    reference = on_disk(fresh(), tmp_path)
+    assert repair(fresh(), TOKENS, PLAN, reference=reference) == repair(fresh(), TOKENS, PLAN, reference=fresh())
+    assert all(weight.is_meta for weight in reference.parameters())
+    assert same(weights_of(reference), weights_of(fresh()))
+
+
+def test_an_offloaded_model_computes_one_layer_at_a_time(tmp_path):
+    model, present = on_disk(families.tiny("llama", num_hidden_layers=6), tmp_path), []
+    layers = model.model.layers
+
+    def look(index):
+        present.append([i for i, layer in enumerate(layers) if not any(weight.is_meta for weight in layer.parameters())])
+
+    repair(model, TOKENS, PLAN, on_layer=look)
+    assert present == [[i] for i in range(6)]
 
 
 def quantised():
