@@ -9,6 +9,7 @@ LoRA (tuning.py) learns from text, through a few adapters. Healing learns from w
 of the kept linear maps and norms, by steps of Muon (muon.py). training_loop.py has the loop, and how a killed run resumes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -35,6 +36,7 @@ from ..models.families import Anatomy, find_anatomy, input_device
 from .adapters import DTYPES, ROUTERS
 from .model import recipe_of
 from .muon import Muon
+from .processes import is_first, n_processes, once, share_of
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -111,13 +113,16 @@ def heal(
     """Train what the plan keeps to predict what the dense model predicts, in place; `trained_parameters` says what changes.
 
     Afterwards the model has the base's shape, and what is dropped has the base's weights. Store it with `save_derived`, and
-    measure it under the same plan. Deterministic on a CPU with a given number of threads, but for a budget in minutes.
+    measure it under the same plan. Deterministic on a CPU with a given number of threads, but for a budget in minutes. Several
+    processes of `accelerate launch` share the samples of each step, and all end with the same weights as one would, but for
+    rounding; the number of samples is rounded up to whole steps.
 
     Parameters
     ----------
-    model: the whole model, on one device, not quantised. Trained weights are held in float32, or in float64 if they are, and
-        are rounded to their own dtype for each forward pass and at the end, so what is trained is what is measured later. A
-        model in float16 computes in float32 meanwhile. Each trained weight takes 12 bytes beside the model.
+    model: the whole model, on one device (in each process on its own), not quantised. Trained weights are held in float32, or
+        in float64 if they are, and are rounded to their own dtype for each forward pass and at the end, so what is trained is
+        what is measured later. A model in float16 computes in float32 meanwhile. Each trained weight takes 12 bytes beside the
+        model.
     tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, the last position of a sample does not count.
         Of the others, each step compares distributions at a share that is drawn for it, the same in all its samples.
     plan: what is dropped. Its maps stay as they are.
@@ -134,6 +139,7 @@ def heal(
     """
     if not isinstance(settings, Healing):
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Healing(tokens=1_000_000, learning_rate=3e-4).")
+    share = share_of(settings.batch_size)
     folder, recipe, tokens = Path(folder), describe_healing(model, tokens, plan, settings), samples_for(model, tokens)
     check_place(model, "healed")
     apply = dropped
@@ -145,21 +151,26 @@ def heal(
         what = f"The teacher knows {theirs} tokens, but this model {ours}"
         raise LLMDropError(f"{what}: no distributions to compare. Give the dense model that this one was made from.")
     tokens_for(teacher, tokens)  # it may know fewer positions
-    with locked(folder), apply(model, plan), frozen(model), frozen(teacher), random_numbers_of_its_own(settings.seed):
+    lock = locked(folder) if is_first() else contextlib.nullcontext()
+    with lock, apply(model, plan), frozen(model), frozen(teacher), random_numbers_of_its_own(settings.seed):
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
         weights = trained_parameters(find_anatomy(model))
         about = {"recipe": recipe, "base": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
-        checkpoint, note = prepare(folder, "healing", about)
+        if once(lambda: about) != about:
+            raise LLMDropError("Processes were given different models, text or settings. Give each of them the same.")
+        checkpoint, note = once(lambda: prepare(folder, "healing", about))
         advice = "Use a smaller batch or shorter samples, or `tune`, which trains fewer weights."
         with memory_error(settings.batch_size, tokens.shape[1], advice):
             loss, reader = _Distillation(model, teacher, weights), _Reader(tokens, settings)
             # 2. How many samples are read. Steps are timed once, so that a killed run resumes with the same schedule.
             rows = range(math.ceil((settings.tokens or tokens.numel()) / tokens.shape[1]))
-            if settings.minutes:
+            if minutes := settings.minutes:
                 if "steps" not in note:
-                    note = note | {"steps": _steps_in(settings.minutes, loss, reader)}
-                    write_note(folder, "healing", note)
+                    note = note | {"steps": once(lambda: _steps_in(minutes, loss, reader, share))}
+                    once(lambda: write_note(folder, "healing", note))
                 rows = range(note["steps"] * settings.batch_size)
+            elif n_processes() > 1:  # whole steps
+                rows = range(math.ceil(len(rows) / settings.batch_size) * settings.batch_size)
             # 3. The loop.
             losses = train(
                 loss, rows, reader, 1, settings, folder, checkpoint, RESUME_POINTS, on_step, True, Muon, dtype=loss.dtype
@@ -224,12 +235,15 @@ class _Reader:
         return torch.from_numpy(np.random.default_rng((self.seed, *of)).permutation(n))
 
 
-def _steps_in(minutes: float, loss: "_Distillation", reader: _Reader) -> int:
-    """How many steps take so long, at least one. Those that are timed have a rate of zero, so they change no weight."""
+def _steps_in(minutes: float, loss: "_Distillation", reader: _Reader, share: int) -> int:
+    """How many steps take so long, at least one. Those that are timed have a rate of zero, so they change no weight.
+
+    share: how many samples of a batch this process reads. What several processes tell each other is not timed.
+    """
     device, size, seconds = next(loss.parameters()).device, reader.batch_size, []
     optimizer = Muon(loss.parameters(), lr=0.0, dtype=loss.dtype)
     for step in range(TIMED_STEPS):
-        batch = {name: part.to(device) for name, part in reader([*range(step * size, (step + 1) * size)]).items()}
+        batch = {name: part.to(device) for name, part in reader([*range(step * size, step * size + share)]).items()}
         begun = time.perf_counter()
         loss(**batch)["loss"].backward()
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)

@@ -25,6 +25,7 @@ from ..measure.guard import frozen
 from ..models.families import find_anatomy
 from .adapters import adapted, library, merge
 from .model import recipe_of
+from .processes import n_processes
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -107,6 +108,8 @@ def tune(
     """
     if not isinstance(settings, Tuning):
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Tuning(rank=8, learning_rate=2e-4).")
+    if n_processes() > 1:
+        raise LLMDropError(f"Tuning runs in one process, but `accelerate launch` started {n_processes()}. Start one.")
     peft, folder = library(), Path(folder)
     recipe, tokens = describe_tuning(model, tokens, plan, settings), samples_for(model, tokens)
     with locked(folder), dropped(model, plan), frozen(model), random_numbers_of_its_own(settings.seed):

@@ -3,9 +3,13 @@
 import copy
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 import types
 import warnings
+from pathlib import Path
 
 import families
 import numpy as np
@@ -14,8 +18,8 @@ import torch
 from derive.changing import Stop, assert_as_it_was, changed, drawn, equal, fresh, pristine, seed_all, state, stop_at
 from torch import nn
 
-from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text
-from llmdrop_utils.derive import healing
+from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text, tune
+from llmdrop_utils.derive import healing, training_loop
 from llmdrop_utils.derive.healing import Healing, describe_healing, heal, trained_parameters
 from llmdrop_utils.derive.model import save_derived
 from llmdrop_utils.derive.muon import Muon
@@ -446,6 +450,49 @@ def test_a_stopped_healing_goes_on(tmp_path):
     assert heal(again, TOKENS, PLAN, folder, SETTINGS, on_step=watch) == losses
     assert len(watch.steps) == 6
     assert equal(again, whole)
+
+
+def in_two_processes(folder, *given):
+    """What the processes print, and (losses, weights) of each that came to its end."""
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tests / "derive" / "heal_together.py"), str(folder), *given]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tests)}, capture_output=True, text=True, timeout=300)
+    return done.stdout + done.stderr, [torch.load(path) for path in sorted(folder.glob("[01].pt"))]
+
+
+def test_processes_share_each_step(tmp_path):
+    """They end where one process does. Stopped and started again, they go on; processes with different models are refused."""
+    model = fresh()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    losses = heal(model, TOKENS, PLAN, tmp_path / "alone", SETTINGS)
+    stopped, ended = in_two_processes(tmp_path, "7")
+    assert "stopped after step 7" in stopped
+    assert not ended
+    written, ends = in_two_processes(tmp_path)
+    assert len(ends) == 2, written
+    for found, weights in ends:
+        np.testing.assert_allclose(found, losses, rtol=1e-5)
+        assert all(torch.equal(weight, ends[0][1][name]) for name, weight in weights.items())
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
+    assert "Processes were given different models, text or settings" in in_two_processes(tmp_path, "different")[0]
+
+
+def test_processes_that_cannot_share_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LLMDropError, match="A batch of 4 samples cannot be shared equally by 3 processes"):
+        heal(fresh(), TOKENS, PLAN, tmp_path / "healing", SHORT)
+    with pytest.raises(LLMDropError, match="Tuning runs in one process, but `accelerate launch` started 3"):
+        tune(fresh(), TOKENS, DropPlan((1,)), tmp_path / "tuning")
+
+
+def test_a_process_whose_model_is_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "own_device", lambda: torch.device("cuda", 1))
+    with pytest.raises(
+        LLMDropError, match="This process computes on cuda:1, but its model is on cpu. Load it with device='cuda:1'"
+    ):
+        heal(fresh(), TOKENS, PLAN, tmp_path, SHORT)
 
 
 @pytest.mark.parametrize("other", ["tokens", "plan", "settings", "kept", "dropped", "teacher", "student", "positions"])

@@ -1,0 +1,29 @@
+"""What test_healing.py starts several of: heal_together.py FOLDER [STEP to stop after | "different"]."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from derive.changing import fresh
+from derive.test_healing import PLAN, SETTINGS, TOKENS
+
+from llmdrop_utils import heal
+from llmdrop_utils.derive import healing
+
+folder, what = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+rank = int(os.environ["RANK"])
+
+
+def on_step(step, loss):
+    if str(step) == what:
+        raise SystemExit(f"stopped after step {step}")
+
+
+healing.POSITIONS = 1.0
+model = fresh()
+model.load_state_dict(torch.load(folder / "model.pt"))
+if what == "different":
+    model.model.layers[0].mlp.up_proj.weight.data += rank
+losses = heal(model, TOKENS, PLAN, folder / "checkpoints", SETTINGS, on_step=on_step)
+torch.save((losses, model.state_dict()), folder / f"{rank}.pt")
