@@ -36,7 +36,7 @@ from ..models.families import Anatomy, find_anatomy, input_device
 from .adapters import DTYPES, ROUTERS
 from .model import recipe_of
 from .muon import Muon
-from .processes import is_first, n_processes, once, share_of
+from .processes import agree, is_first, n_processes, once, share_of
 from .training_loop import (
     check_place,
     hash_of_weights,
@@ -115,7 +115,8 @@ def heal(
     Afterwards the model has the base's shape, and what is dropped has the base's weights. Store it with `save_derived`, and
     measure it under the same plan. Deterministic on a CPU with a given number of threads, but for a budget in minutes. Several
     processes of `accelerate launch` share the samples of each step, and all end with the same weights as one would, but for
-    rounding; the number of samples is rounded up to whole steps.
+    rounding; the number of samples is rounded up to whole steps. Let one of them store the result. If one fails, it is the
+    launcher that ends the others.
 
     Parameters
     ----------
@@ -132,7 +133,7 @@ def heal(
     teacher: a model of the same vocabulary, whose distributions are learned. None: the model itself outside of the plan, as it
         is now; that takes no memory, as weights change only at the end. Give one for a model that was repaired: its kept
         weights are no longer those of the dense model. It is left as it is.
-    on_step: called after each step with the number of steps done and the step's loss.
+    on_step: called in each process after each step with the number of steps done and the step's loss.
 
     Returns the losses of all steps in nats, each before its step, those before a resumption included. Raises LLMDropError for
     wrong input and for a loss that is not finite. After any error or interruption the model is bit for bit as it was.
@@ -156,7 +157,7 @@ def heal(
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
         weights = trained_parameters(find_anatomy(model))
         about = {"recipe": recipe, "base": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
-        if once(lambda: about) != about:
+        if not agree(about):
             raise LLMDropError("Processes were given different models, text or settings. Give each of them the same.")
         checkpoint, note = once(lambda: prepare(folder, "healing", about))
         advice = "Use a smaller batch or shorter samples, or `tune`, which trains fewer weights."
@@ -182,6 +183,7 @@ def heal(
                     raise LLMDropError(f"The healed {name} is not finite in {weight.dtype}. Use a lower learning rate.")
             for weight, values in zip(weights.values(), healed, strict=True):
                 weight.data = values
+        once(lambda: None)  # the first process may still write a checkpoint, in a folder that the caller may delete
     return losses
 
 

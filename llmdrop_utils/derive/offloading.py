@@ -13,11 +13,14 @@ from torch import nn
 
 def hooks_of(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     """The modules of a layer whose weights are offloaded now, each with the hook that does it."""
+    return [(module, hook) for module, hook in _all_hooks_of(block) if hook.offload]
+
+
+def _all_hooks_of(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     found = []
     for module in block.modules():
         outer = getattr(module, "_hf_hook", None)
-        hooks = (hook for hook in getattr(outer, "hooks", (outer,)) if isinstance(hook, AlignDevicesHook))
-        found += [(module, hook) for hook in hooks if hook.offload]
+        found += [(module, hook) for hook in getattr(outer, "hooks", (outer,)) if isinstance(hook, AlignDevicesHook)]
     return found
 
 
@@ -37,24 +40,33 @@ def resident(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _ordinary_tensors():
-            for module, hook in ((module, hook) for module, hook in hooks if not hook.offload):
-                for name, weight in module.named_parameters(recurse=hook.place_submodules):
-                    here = weight.detach().to("cpu", copy=True)
-                    if not torch.equal(here, hook.weights_map[name].to("cpu")):
-                        _store(hook.weights_map, name, here)
-                hook.offload = True
-                hook.post_forward(module, None)
+            for module, hook in hooks:
+                if not hook.offload:
+                    for name, weight in module.named_parameters(recurse=hook.place_submodules):
+                        _store(hook.weights_map, name, weight)
+                    _leave(module, hook)
 
 
 def copied(block: nn.Module) -> nn.Module:
     """A copy of a layer that is resident, and stays so."""
-    memo: dict[int, object] = {}
-    for module in block.modules():  # what hooks know is of the whole model
-        outer = getattr(module, "_hf_hook", None)
-        for hook in getattr(outer, "hooks", (outer,)):
-            for shared in (getattr(hook, "weights_map", None), getattr(hook, "tied_params_map", None)):
-                memo[id(shared)] = shared
-    return copy.deepcopy(block, memo)
+    shared = (each for _, hook in _all_hooks_of(block) for each in (hook.weights_map, hook.tied_params_map))
+    return copy.deepcopy(block, {id(each): each for each in shared})  # what hooks know is of the whole model
+
+
+@torch.no_grad()
+def put_back(block: nn.Module, original: nn.Module) -> None:
+    """Give a layer the weights of its copy. Those that are offloaded are not brought: memory may have run out."""
+    names = {module: name for name, module in block.named_modules()}
+    with _ordinary_tensors():
+        for module, hook in _all_hooks_of(block):
+            if hook.weights_map is not None:
+                for name, weight in original.get_submodule(names[module]).named_parameters(recurse=hook.place_submodules):
+                    _store(hook.weights_map, name, weight)
+                if not hook.offload:
+                    _leave(module, hook)
+        for name, weight in block.named_parameters():
+            if not weight.is_meta:
+                weight.copy_(original.get_parameter(name))
 
 
 @contextlib.contextmanager
@@ -64,9 +76,19 @@ def _ordinary_tensors() -> Iterator[None]:
         yield
 
 
+def _leave(module: nn.Module, hook: AlignDevicesHook) -> None:
+    hook.offload = True
+    hook.post_forward(module, None)
+
+
 def _store(weights: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    """Keep a weight in CPU memory, unless the same is there or in a file already."""
     if isinstance(weights, PrefixedDataset):
-        _store(weights.dataset, weights.prefix + name, value)
-    else:
-        in_memory = weights.state_dict if isinstance(weights, OffloadedWeightsLoader) else weights
-        cast(MutableMapping[str, torch.Tensor], in_memory)[name] = value
+        return _store(weights.dataset, weights.prefix + name, value)
+    in_memory = weights
+    if isinstance(weights, OffloadedWeightsLoader):
+        in_memory = weights.state_dict
+        if name in weights.index:
+            in_memory.pop(name, None)
+    if name not in weights or not torch.equal(weights[name].to("cpu", value.dtype), value.to("cpu")):
+        cast(MutableMapping[str, torch.Tensor], in_memory)[name] = value.detach().to("cpu", copy=True)

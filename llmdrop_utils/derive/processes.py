@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 def n_processes() -> int:
-    """1 outside of `accelerate launch`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """1 outside of `accelerate launch`; as accelerate counts them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes files."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return n_processes() == 1 or int(os.environ["RANK"]) == 0
 
 
 def own_device() -> torch.device | None:
@@ -32,6 +32,16 @@ def share_of(batch_size: int) -> int:
         what = f"A batch of {batch_size} samples cannot be shared equally by {n_processes()} processes"
         raise LLMDropError(f"{what}. Set a batch size that is a multiple of {n_processes()}.")
     return batch_size // n_processes()
+
+
+def agree(value: object) -> bool:
+    """Whether all processes have the same value; each calls it, and is told the same."""
+    if n_processes() == 1:
+        return True
+    _state()
+    values: list = [None] * n_processes()
+    torch.distributed.all_gather_object(values, value)
+    return all(each == value for each in values)
 
 
 def once(work: Callable[[], T]) -> T:
@@ -55,5 +65,6 @@ def once(work: Callable[[], T]) -> T:
 def _state():
     """Makes the processes find each other, unless they have."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -30,7 +30,7 @@ from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
 from .model import recipe_of
 from .moments import NotFiniteError
-from .offloading import copied, hooks_of, resident
+from .offloading import copied, hooks_of, put_back, resident
 from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
 from .streams import read_streams
@@ -97,8 +97,9 @@ def repair(
     Memory: a copy of the layers from the first dropped one on; five times the stream of all tokens, and once what the widest
     map reads of them, in the model's dtype (1.2 GB for 256 samples of 512 tokens, 576 and 1,536 wide, in bfloat16). Of an
     offloaded model one layer at a time is where it computes, with its copy and copies of those that follow up to the next
-    attention that is kept; refitted layers and all copies stay in CPU memory, and no file is written to. Time: about three
-    forward passes over the tokens, and 2 n (n + m) operations a token for the sums of each map of n inputs and m outputs.
+    sub-layer that is kept; meanwhile CPU memory holds all layers from the first dropped one on twice, afterwards once. No file
+    is written to. Time: about three forward passes over the tokens, and 2 n (n + m) operations a token for the sums of each
+    map of n inputs and m outputs.
 
     Returns what was fitted, in order. Raises LLMDropError for wrong input, too few tokens, and statistics that are singular or
     not finite. After any error or interruption the model is bit for bit as it was.
@@ -119,7 +120,7 @@ def repair(
     for index in chosen:
         check_changeable(anatomy.layers[index].block, index, may_be_offloaded=True)
     blocks = [layer.block for layer in anatomy.layers]
-    originals = _Originals(blocks, first, plan)
+    originals = _Originals(blocks, first, plan if reference is None else DropPlan())  # of which nothing is read ahead
     wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
     try:
         with evaluating(model):
@@ -163,9 +164,11 @@ class _Originals(Sequence[nn.Module]):
     @contextlib.contextmanager
     def kept(self, index: int) -> Iterator[None]:
         """Inside, a layer may change. Copies of those that are offloaded compute where they do, and are then in CPU memory."""
-        ahead = [index]  # what a fit of this layer reads: those that follow are read up to the next attention that is kept
+        ahead = [index]  # what a fit of this layer reads: those that follow are read up to the next sub-layer that is kept
         while ahead[-1] + 1 < len(self) and ahead[-1] + 1 in self.plan.attention:
             ahead.append(ahead[-1] + 1)
+            if ahead[-1] not in self.plan.mlp:
+                break
         offloaded = []
         for each in (each for each in ahead if each >= self.first):
             hooks = hooks_of(self.blocks[each])
@@ -174,15 +177,15 @@ class _Originals(Sequence[nn.Module]):
                     self.copies[each] = copied(self.blocks[each])
             if hooks:
                 offloaded.append(self.copies[each].to(hooks[0][1].execution_device))
-        yield
-        for each in offloaded:
-            each.to("cpu")
+        try:
+            yield
+        finally:
+            for copy in offloaded:
+                copy.to("cpu")
 
-    @torch.no_grad()
     def restore(self) -> None:
         for index, original in self.copies.items():
-            with resident(self.blocks[index]):
-                self.blocks[index].load_state_dict(original.state_dict())
+            put_back(self.blocks[index], original)
 
 
 # ---- where a repair begins ----------------------------------------------------------------------------------------------

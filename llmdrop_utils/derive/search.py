@@ -53,7 +53,7 @@ def select_with_repair(
 
     Parameters
     ----------
-    model: as in `repair`; it stays as it is.
+    model: as in `repair`, but not offloaded; it stays as it is.
     tokens: LongTensor (n_samples, seq_len), of all kinds of text that the model is to serve. Three samples of four are fitted
         on; on the others the divergence from the dense model is measured.
     candidates: how many layers are looked at in each step after the first, which looks at all.

@@ -75,7 +75,7 @@ def check_changeable(block: nn.Module, index: int, may_be_offloaded: bool = Fals
 
     may_be_offloaded: by accelerate, so that `resident` brings it.
     """
-    elsewhere = {module for module, _ in hooks_of(block)} if may_be_offloaded else ()
+    brought = {part for module, _ in hooks_of(block) for part in module.modules()} if may_be_offloaded else ()
     for name, module in block.named_modules():
         if hasattr(module, "base_layer"):  # as peft wraps a linear map
             raise LLMDropError(f"{name} of layer {index} has an adapter. Merge it into the weights first.")
@@ -87,7 +87,7 @@ def check_changeable(block: nn.Module, index: int, may_be_offloaded: bool = Fals
                 f"The weight of {name} of layer {index} is quantised ({weight.dtype}), so it cannot be refitted. Repair the "
                 "model before it is quantised."
             )
-        if weight.is_meta and module not in elsewhere:
+        if weight.is_meta and module not in brought:
             raise LLMDropError(
                 f"The weight of {name} of layer {index} is not in memory (offloaded), so it cannot be changed. Load the whole "
                 "model on one device, or on several that hold it."

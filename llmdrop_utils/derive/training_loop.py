@@ -24,7 +24,7 @@ from ..base.errors import LLMDropError
 from ..base.files import write_text
 from ..measure.guard import tokens_for
 from ..models.training import last_checkpoint
-from .processes import n_processes, own_device, share_of
+from .processes import own_device, share_of
 
 # Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
 logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
@@ -75,14 +75,11 @@ def check_place(model: nn.Module, done: str) -> None:
     """Raise LLMDropError unless all weights are on one device, the CPU or the first GPU, or that of this process if
     `accelerate launch` started several. done: "tuned", for the message."""
     devices = {parameter.device for parameter in model.parameters()}
+    names = ", ".join(sorted(map(str, devices)))
     if own := own_device():
         if any(device.type != own.type or (device.index or 0) != (own.index or 0) for device in devices):
-            names = ", ".join(sorted(map(str, devices)))
             raise LLMDropError(f"This process computes on {own}, but its model is on {names}. Load it with device='{own}'.")
-    elif len(devices) > 1 or any(
-        device.type == "meta" or device.index for device in devices
-    ):  # "meta": offloaded by accelerate
-        names = ", ".join(sorted(map(str, devices)))
+    elif len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):  # "meta": offloaded
         raise LLMDropError(
             f"A model is {done} on one device, the CPU or the first GPU, but the weights of this one are on {names}. Load it "
             "on one: load_model(..., device='cuda') or device='cpu'."
@@ -178,7 +175,6 @@ def train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=True if n_processes() > 1 else None,  # a weight that no forward pass reads
         seed=settings.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would show such a loss as the mean of those before

@@ -453,11 +453,12 @@ def test_a_stopped_healing_goes_on(tmp_path):
 
 
 def in_two_processes(folder, *given):
-    """What the processes print, and (losses, weights) of each that came to its end."""
+    """What the processes print, and (losses, weights, steps made) of each that came to its end."""
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tests / "derive" / "heal_together.py"), str(folder), *given]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tests)}, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return done.stdout + done.stderr, [torch.load(path) for path in sorted(folder.glob("[01].pt"))]
 
 
@@ -471,7 +472,8 @@ def test_processes_share_each_step(tmp_path):
     assert not ended
     written, ends = in_two_processes(tmp_path)
     assert len(ends) == 2, written
-    for found, weights in ends:
+    for found, weights, steps in ends:
+        assert steps == [*range(7, 13)]  # the last checkpoint was of step 6
         np.testing.assert_allclose(found, losses, rtol=1e-5)
         assert all(torch.equal(weight, ends[0][1][name]) for name, weight in weights.items())
         for name, weight in model.state_dict().items():
@@ -481,6 +483,7 @@ def test_processes_share_each_step(tmp_path):
 
 def test_processes_that_cannot_share_a_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(LLMDropError, match="A batch of 4 samples cannot be shared equally by 3 processes"):
         heal(fresh(), TOKENS, PLAN, tmp_path / "healing", SHORT)
     with pytest.raises(LLMDropError, match="Tuning runs in one process, but `accelerate launch` started 3"):

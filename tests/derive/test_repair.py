@@ -9,12 +9,15 @@ import families
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from derive.changing import changed, equal, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
+from llmdrop_utils.derive import repair as repair_module
 from llmdrop_utils.derive import search
 from llmdrop_utils.derive.moments import Moments, solve
+from llmdrop_utils.derive.offloading import hooks_of
 from llmdrop_utils.derive.refitting import Repairing, held_out_of
 from llmdrop_utils.derive.repair import Repair, describe_repair, repair
 from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, ONE_JUDGES, RIDGES, select_with_repair
@@ -336,12 +339,34 @@ def test_an_offloaded_model(offload, plan, tmp_path):
 @pytest.mark.parametrize("offload", [on_disk, in_memory, in_its_own_files])
 def test_an_interruption_leaves_an_offloaded_model_as_it_was(offload, tmp_path):
     model = offload(fresh(), tmp_path)
+    elsewhere = {name for name, weight in model.named_parameters() if weight.is_meta}
 
     def stop(index):
         if index == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
+        repair(model, TOKENS, PLAN, on_layer=stop)
+    assert same(weights_of(model), weights_of(fresh()))
+    assert elsewhere == {name for name, weight in model.named_parameters() if weight.is_meta}
+    torch.testing.assert_close(log_probabilities(model), log_probabilities(fresh()))
+    if offload is on_disk:  # nothing is left in memory
+        assert not any(hook.weights_map.dataset.state_dict for _, hook in hooks_of(model))
+
+
+def test_memory_that_runs_out_leaves_an_offloaded_model_as_it_was(tmp_path, monkeypatch):
+    """No layer can be brought any more."""
+    model = on_disk(fresh(), tmp_path)
+
+    def bring(self, module, *args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    def stop(index):
+        if index == 1:
+            monkeypatch.setattr(AlignDevicesHook, "pre_forward", bring)
+            raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(LLMDropError, match="Out of GPU memory with 40 samples of 24 tokens"):
         repair(model, TOKENS, PLAN, on_layer=stop)
     assert same(weights_of(model), weights_of(fresh()))
 
@@ -353,15 +378,20 @@ def test_a_reference_that_is_offloaded(tmp_path):
     assert same(weights_of(reference), weights_of(fresh()))
 
 
-def test_an_offloaded_model_computes_one_layer_at_a_time(tmp_path):
-    model, present = on_disk(families.tiny("llama", num_hidden_layers=6), tmp_path), []
-    layers = model.model.layers
+@pytest.mark.parametrize(("plan", "ahead"), [(DropPlan((2, 3, 4)), 1), (DropPlan((2, 3, 4), (2, 3)), 3)])
+def test_an_offloaded_model_computes_one_layer_at_a_time(plan, ahead, tmp_path, monkeypatch):
+    """Beside it there are copies of those that its target is read from, up to the next sub-layer that is kept."""
+    model, present, made = on_disk(families.tiny("llama", num_hidden_layers=6), tmp_path), [], []
+    layers, copied = model.model.layers, repair_module.copied
+    monkeypatch.setattr(repair_module, "copied", lambda block: made.append([*layers].index(block)) or copied(block))
 
     def look(index):
         present.append([i for i, layer in enumerate(layers) if not any(weight.is_meta for weight in layer.parameters())])
+        if index == 1:
+            assert made == [*range(1, 2 + ahead)]
 
-    repair(model, TOKENS, PLAN, on_layer=look)
-    assert present == [[i] for i in range(6)]
+    repair(model, TOKENS, plan, on_layer=look)
+    assert present == [[i] for i in range(1, 6)]
 
 
 def quantised():
