@@ -64,7 +64,7 @@ class Healing:
     learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. The default serves a
         model that was repaired, PLAIN_RATE one that was not, both as tried on SmolLM2-135M. Muon (muon.py) without weight
         decay, gradients clipped to a norm of 1, no dropout.
-    batch_size: samples in a step. The last batch of all may be short.
+    batch_size: samples in a step, whose optimizer takes as long for few as for many. The last batch of all may be short.
     tokens: how many are read, rounded up to whole samples: if more than are given, these are read again in another order.
     minutes: how long the steps take. A few are timed first, and their number is then fixed; checkpoints come on top. Give
         tokens or minutes; without either, the tokens that are given are read once.
@@ -72,7 +72,7 @@ class Healing:
     """
 
     learning_rate: float = 3e-4
-    batch_size: int = 4
+    batch_size: int = 8
     tokens: int | None = None
     minutes: float | None = None
     seed: int = 0
