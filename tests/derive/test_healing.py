@@ -294,7 +294,7 @@ def test_tokens(budget, n_steps, tmp_path):
 
 def test_fewer_samples_than_a_batch_holds(tmp_path):
     assert len(heal(fresh(), TOKENS[:3], PLAN, tmp_path / "a", Healing())) == 1
-    assert len(heal(fresh(), TOKENS[:3], PLAN, tmp_path / "b", Healing(tokens=30 * 13))) == 8
+    assert len(heal(fresh(), TOKENS[:3], PLAN, tmp_path / "b", Healing(batch_size=4, tokens=30 * 13))) == 8
 
 
 def test_every_pass_reads_all_samples_in_another_order():
