@@ -55,7 +55,7 @@ def once(work: Callable[[], T]) -> T:
             done = [(work(), None)]
         except Exception as error:
             done = [(None, error)]
-    torch.distributed.broadcast_object_list(done, device=device)
+    torch.distributed.broadcast_object_list(done, device=device)  # accelerate's own passes nothing between CPUs
     ((result, raised),) = done
     if raised is not None:
         raise raised

@@ -457,7 +457,7 @@ def in_two_processes(folder, *given):
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tests / "derive" / "heal_together.py"), str(folder), *given]
-    environment = os.environ | {"PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return done.stdout + done.stderr, [torch.load(path) for path in sorted(folder.glob("[01].pt"))]
 
