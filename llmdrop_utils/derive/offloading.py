@@ -35,7 +35,7 @@ def resident(block: nn.Module) -> Iterator[None]:
             for module, hook in hooks:
                 hook.pre_forward(module)
                 for _, weight in module.named_parameters(recurse=hook.place_submodules):
-                    weight.data = weight.data.clone()  # what was brought may be a file that is mapped into memory
+                    weight.data = weight.data.clone()  # on a CPU it is what is kept, perhaps for other models, too
                 hook.offload = False  # a forward pass neither brings nor takes them
         yield
     finally:

@@ -14,8 +14,8 @@ from derive.changing import changed, equal, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
+from llmdrop_utils.derive import offloading, search
 from llmdrop_utils.derive import repair as repair_module
-from llmdrop_utils.derive import search
 from llmdrop_utils.derive.moments import Moments, solve
 from llmdrop_utils.derive.offloading import hooks_of
 from llmdrop_utils.derive.refitting import Repairing, held_out_of
@@ -352,6 +352,37 @@ def test_an_interruption_leaves_an_offloaded_model_as_it_was(offload, tmp_path):
     torch.testing.assert_close(log_probabilities(model), log_probabilities(fresh()))
     if offload is on_disk:  # nothing is left in memory
         assert not any(hook.weights_map.dataset.state_dict for _, hook in hooks_of(model))
+
+
+def test_an_interruption_while_a_layer_is_stored(tmp_path, monkeypatch):
+    """The second of two: the first one is what ended the repair."""
+    model, store, interrupted = on_disk(fresh(), tmp_path), offloading._store, []
+
+    def stop(index):
+        if index == 1:
+            monkeypatch.setattr(offloading, "_store", interrupt)
+            raise KeyboardInterrupt
+
+    def interrupt(*args):
+        if not interrupted:
+            interrupted.append(args)
+            raise KeyboardInterrupt
+        store(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, TOKENS, PLAN, on_layer=stop)
+    assert interrupted
+    assert same(weights_of(model), weights_of(fresh()))
+    assert all(weight.is_meta for weight in model.parameters())
+    torch.testing.assert_close(log_probabilities(model), log_probabilities(fresh()))
+
+
+def test_another_model_of_the_same_weights_in_memory_stays(tmp_path):
+    weights = fresh().state_dict()
+    model, other = (accelerate.cpu_offload(fresh(), torch.device("cpu"), state_dict={**weights}) for _ in range(2))
+    repair(model, TOKENS, PLAN)
+    assert same(weights_of(other), weights_of(fresh()))
+    assert not same(weights_of(model), weights_of(fresh()))
 
 
 def test_memory_that_runs_out_leaves_an_offloaded_model_as_it_was(tmp_path, monkeypatch):
