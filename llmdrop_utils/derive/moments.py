@@ -14,6 +14,7 @@ import torch
 from ..base.errors import LLMDropError
 
 ROWS = 8192  # so many tokens' products are summed in float32, before they are added in float64: that takes time, too
+COLUMNS = 512  # of X'X that are formed at a time, from the diagonal up: what is below it is the same
 
 
 class NotFiniteError(LLMDropError):
@@ -40,42 +41,45 @@ class Moments:
         for part, explained in zip(x.flatten(0, -2).split(ROWS), e.flatten(0, -2).split(ROWS), strict=True):
             sums.add(part, explained)
 
-    def fit(self, ridges: Sequence[float]) -> Fit:
+    def fit(self, ridges: Sequence[float], known: torch.Tensor | None = None) -> Fit:
         """The ridge that explains most of what was held out, and its solution on all tokens.
 
-        Raises LLMDropError for fewer tokens than inputs, and for sums that are not finite.
+        known: a matrix M (n_in, n_out), if what was added of the tokens that are fitted on is e + x M. Of those that are held
+        out it is e in any case. Raises LLMDropError for fewer tokens than inputs, and for sums that are not finite.
         """
-        fitted, held_out = self.fitted, self.held_out
-        n_in = len(fitted.xx)
-        if fitted.n < n_in:
+        (xx, xe), (xx_apart, xe_apart) = ((sums.xx, sums.xe) for sums in (self.fitted, self.held_out))
+        n_in, n, ee_apart = len(xx), self.fitted.n, self.held_out.ee
+        if n < n_in:
             raise LLMDropError(
-                f"The statistics of {n_in} inputs take as many tokens at least, but only {fitted.n} were fitted on. "
+                f"The statistics of {n_in} inputs take as many tokens at least, but only {n} were fitted on. "
                 "Give more samples, or longer ones."
             )
-        if not all(bool(part.isfinite().all()) for sums in (fitted, held_out) for part in (sums.xx, sums.xe)):
+        if not all(bool(part.isfinite().all()) for part in (xx, xe, xx_apart, xe_apart)):
             raise NotFiniteError("The statistics are not finite. Load the model in bfloat16 or float32.")
-        best, least = None, held_out.ee
+        if known is not None:
+            xe = xe - xx @ known.to(xx)
+        best, least = None, ee_apart
         for ridge in ridges:
-            solution = solve(fitted.xx, fitted.xe, ridge)
-            error = held_out.ee - 2 * float((solution * held_out.xe).sum()) + float((solution * (held_out.xx @ solution)).sum())
+            solution = solve(xx, xe, ridge)
+            error = ee_apart - 2 * float((solution * xe_apart).sum()) + float((solution * (xx_apart @ solution)).sum())
             if error < least:
                 best, least = ridge, error
         if best is None:
             return Fit(None, float("inf"), 0.0)
-        matrix = solve(fitted.xx + held_out.xx, fitted.xe + held_out.xe, best)
-        return Fit(matrix, best, 1 - least / held_out.ee)
+        return Fit(solve(xx + xx_apart, xe + xe_apart, best), best, 1 - least / ee_apart)
 
 
 class _Sums:
     def __init__(self):
         self.ee, self.n = 0.0, 0
-        self._sums: list[torch.Tensor] = [torch.zeros(0)] * 2  # X'X and X'E
+        self._sums: list[torch.Tensor] = [torch.zeros(0)] * 2  # X'X from its diagonal up, and X'E
         self._pending: list[torch.Tensor] = []  # the same in float32, of the last rows
         self._rows = 0  # how many these are
 
     @property
     def xx(self) -> torch.Tensor:
-        return self._closed()[0]
+        upper = self._closed()[0].triu()
+        return upper + upper.triu(1).T
 
     @property
     def xe(self) -> torch.Tensor:
@@ -91,8 +95,13 @@ class _Sums:
         if self._rows + len(x) > ROWS:
             self._closed()
         with _bfloat16_factors() if is_short else contextlib.nullcontext():
-            for total, factor in zip(self._pending, (x, e), strict=True):
-                total.addmm_(x.T, factor)
+            xx, xe = self._pending
+            start = 0
+            for columns in x.tensor_split(-(-x.shape[1] // COLUMNS), 1):
+                end = start + columns.shape[1]
+                xx[start:end, start:].addmm_(columns.T, x[:, start:])
+                start = end
+            xe.addmm_(x.T, e)
         self.n += len(x)
         self._rows += len(x)
 

@@ -1,6 +1,7 @@
 """Which linear maps of a layer can be refitted, and what they read and write."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,11 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import LLMDropError
 from ..dropping.units import StandIn
-from ..models.families import stream_of
 from ..models.layouts import Family
 from .adapters import DTYPES, ROUTERS
 from .offloading import hooks_of
-from .streams import Call, advance
+from .streams import Call, tap
 
 OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc_out", "fc2", "dense_4h_to_h"}  # what families call them
 
@@ -49,25 +49,16 @@ def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
 
 
 @torch.inference_mode()
-def read_together(block: nn.Module, sites: Sites, stream: torch.Tensor, call: Call) -> Sites:
-    """The sites without those readers that read something else than the sub-layer does, as one forward pass shows."""
-    seen: dict[str, torch.Tensor] = {}
+def read_together(block: nn.Module, sites: Mapping[str, Sites | None], stream: torch.Tensor, call: Call) -> dict[str, Sites | None]:
+    """The sites without those readers that read something else than their sub-layer does, as one forward pass shows."""
+    names = {name for at in sites.values() if at is not None for name in (at.unit, *at.readers)}
+    seen = tap(block, stream, call, {name: (block.get_submodule(name), "read") for name in names})
 
-    def see(name: str):
-        def hook(module, args, kwargs):
-            seen[name] = stream_of(args, kwargs)
+    def of(at: Sites) -> Sites:
+        readers = (name for name in at.readers if name in seen and seen[name] is seen[at.unit])
+        return dataclasses.replace(at, readers=tuple(readers))
 
-        return hook
-
-    names = {sites.unit, *sites.readers}
-    handles = [block.get_submodule(name).register_forward_pre_hook(see(name), with_kwargs=True) for name in names]
-    try:
-        advance(block, stream, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    readers = (name for name in sites.readers if name in seen and seen[name] is seen[sites.unit])
-    return dataclasses.replace(sites, readers=tuple(readers))
+    return {kind: at and of(at) for kind, at in sites.items()}
 
 
 def check_changeable(block: nn.Module, index: int, may_be_offloaded: bool = False) -> None:

@@ -65,13 +65,13 @@ class _Seen(Exception):
 
 def tap(block: nn.Module, stream: torch.Tensor, call: Call, taps: Mapping[Any, tuple[nn.Module, str]]) -> dict:
     """What modules of a layer read ("input") or give ("output") while it reads the stream (B, T, d), by the keys of `taps`:
-    (B, T, n) each; or what they return as it is ("returned"). The layer is left as soon as all is seen.
+    (B, T, n) each; or what they read and return as it is ("read", "returned"). The layer is left as soon as all is seen.
     """
     seen: dict[Any, Any] = {}
 
     def keep(key, what, side: str) -> None:
         # Some families put all tokens in one row each.
-        seen[key] = what if side == "returned" else tensor_of(what).reshape(*stream.shape[:2], -1)
+        seen[key] = what if side in ("read", "returned") else tensor_of(what).reshape(*stream.shape[:2], -1)
         if len(seen) == len(taps):
             raise _Seen
 
@@ -84,7 +84,7 @@ def tap(block: nn.Module, stream: torch.Tensor, call: Call, taps: Mapping[Any, t
     handles = []
     try:
         for key, (module, side) in taps.items():
-            if side == "input":
+            if side in ("input", "read"):
                 handles.append(module.register_forward_pre_hook(before(key, side), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(after(key, side)))
