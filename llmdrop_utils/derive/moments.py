@@ -14,7 +14,7 @@ import torch
 from ..base.errors import LLMDropError
 
 ROWS = 8192  # so many tokens' products are summed in float32, before they are added in float64: that takes time, too
-COLUMNS = 512  # of X'X that are formed at a time, from the diagonal up: what is below it is the same
+COLUMNS = 384  # of X'X that are formed at a time, from the diagonal up: what is below it is the same
 
 
 class NotFiniteError(LLMDropError):
@@ -41,11 +41,10 @@ class Moments:
         for part, explained in zip(x.flatten(0, -2).split(ROWS), e.flatten(0, -2).split(ROWS), strict=True):
             sums.add(part, explained)
 
-    def fit(self, ridges: Sequence[float], known: torch.Tensor | None = None) -> Fit:
+    def fit(self, ridges: Sequence[float]) -> Fit:
         """The ridge that explains most of what was held out, and its solution on all tokens.
 
-        known: a matrix M (n_in, n_out), if what was added of the tokens that are fitted on is e + x M. Of those that are held
-        out it is e in any case. Raises LLMDropError for fewer tokens than inputs, and for sums that are not finite.
+        Raises LLMDropError for fewer tokens than inputs, and for sums that are not finite.
         """
         (xx, xe), (xx_apart, xe_apart) = ((sums.xx, sums.xe) for sums in (self.fitted, self.held_out))
         n_in, n, ee_apart = len(xx), self.fitted.n, self.held_out.ee
@@ -56,8 +55,6 @@ class Moments:
             )
         if not all(bool(part.isfinite().all()) for part in (xx, xe, xx_apart, xe_apart)):
             raise NotFiniteError("The statistics are not finite. Load the model in bfloat16 or float32.")
-        if known is not None:
-            xe = xe - xx @ known.to(xx)
         best, least = None, ee_apart
         for ridge in ridges:
             solution = solve(xx, xe, ridge)

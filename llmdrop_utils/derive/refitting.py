@@ -156,10 +156,6 @@ class Repairing:
     def _is_dropped(self, index: int, kind: str) -> bool:
         return index in getattr(self.plan, kind) and self.plan.map_of(kind, index) is None
 
-    def _is_added(self, at: Sites) -> bool:
-        """Is what the output projection gives added to the stream as it is, so that no norm sees it before the next sub-layer?"""
-        return at.norm is None and self.family.stream_norms is None
-
     # ---- fits
 
     def _refit_readers(
@@ -186,14 +182,13 @@ class Repairing:
     ) -> list[Refitted]:
         """What the stream lacks is explained by what the map reads: W' = W + S'.
 
-        Where what the map gives as yet, x W', is added to the stream as it is, X'X has all of it that the sums need, so it is
-        computed for held-out batches alone. A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain, but for the
-        share of it that points along y: a norm takes that away.
+        A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain, but
+        for the share of it that points along y: a norm takes that away.
         """
         block, moments = self.blocks[index], Moments()
         module, unit = block.get_submodule(at.output), block.get_submodule(at.unit)
         norm = None if at.norm is None else block.get_submodule(at.norm)
-        is_added, is_before_mlp = self._is_added(at), kind == "attention" and self.family.mlp_input is not None
+        is_before_mlp = kind == "attention" and self.family.mlp_input is not None
         taps = {
             "x": (module, "input"),
             "y": (module, "returned"),
@@ -203,20 +198,17 @@ class Repairing:
         read: list[torch.Tensor] = []  # by batch: what the map reads, and what its unit returns
         returned: list = []
         for batch, stream in enumerate(dropped):
-            is_known = is_added and not self.held_out[batch]
-            with self._at(batch), replaced(module, _zeros(module)) if is_known else contextlib.nullcontext():
+            with self._at(batch):
                 seen = tap(block, stream, self._call(index, stream), taps)
             lacks = (wide(wanted.pop(0).to(seen["stream"].device)) - wide(seen["stream"])) / self.scales[index]
             x = seen["x"]
-            if is_known and module.bias is not None:
-                lacks -= module.bias
             if norm is not None:
                 rms = wide(seen["y"]).square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
                 x = wide(x) / rms.reshape(*x.shape[:-1], 1)
             moments.add(x, lacks, self.held_out[batch])
             read.append(seen["x"])
             returned.append(_Returned.of(seen["unit"], seen["y"]))
-        fit = moments.fit(self.ridges, rows_of(module).T if is_added else None)
+        fit = moments.fit(self.ridges)
         if fit.matrix is not None:
             update = fit.matrix.T
             if norm is not None:
@@ -263,12 +255,6 @@ def _light(returned):
 
 def _return(output, *args, **kwargs):
     return output
-
-
-def _zeros(module: nn.Module):
-    """What a linear map gives but for its weights and bias."""
-    n_out = len(rows_of(module))
-    return lambda x: x.new_zeros(*x.shape[:-1], n_out)
 
 
 def _return_freed_memory() -> None:

@@ -49,7 +49,9 @@ def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
 
 
 @torch.inference_mode()
-def read_together(block: nn.Module, sites: Mapping[str, Sites | None], stream: torch.Tensor, call: Call) -> dict[str, Sites | None]:
+def read_together(
+    block: nn.Module, sites: Mapping[str, Sites | None], stream: torch.Tensor, call: Call
+) -> dict[str, Sites | None]:
     """The sites without those readers that read something else than their sub-layer does, as one forward pass shows."""
     names = {name for at in sites.values() if at is not None for name in (at.unit, *at.readers)}
     seen = tap(block, stream, call, {name: (block.get_submodule(name), "read") for name in names})
