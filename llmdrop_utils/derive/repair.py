@@ -98,7 +98,7 @@ def repair(
     map reads of them, in the model's dtype (1.2 GB for 256 samples of 512 tokens, 576 and 1,536 wide, in bfloat16). Of an
     offloaded model one layer at a time is where it computes, with its copy and copies of those that follow up to the next
     sub-layer that is kept; meanwhile CPU memory holds all layers from the first dropped one on twice, afterwards once. No file
-    is written to. Time: about three forward passes over the tokens, and 2 n (n + m) operations a token for the sums of each
+    is written to. Time: about three forward passes over the tokens, and n (n + 2 m) operations a token for the sums of each
     map of n inputs and m outputs.
 
     Returns what was fitted, in order. Raises LLMDropError for wrong input, too few tokens, and statistics that are singular or
