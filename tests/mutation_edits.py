@@ -544,6 +544,8 @@ KEPT = [
            ("the last rows are forgotten", "upper = self._closed()[0].triu()", "upper = self._sums[0].triu()"),
            ("half of a symmetric sum is missing", "return upper + upper.triu(1).T", "return upper"),
            ("columns of a symmetric sum are missing", "start = end", "start = end + 1")),
+    *edits("derive/sites.py", "tests/derive/test_repair.py",
+           ("what reads something else is refitted, too", "name in seen and seen[name] is seen[at.unit]", "name in seen")),
     *edits("derive/muon.py", "tests/derive/test_healing.py",
            ("Muon does not look ahead", "weight.grad.lerp(mean, MOMENTUM)", "mean"),
            ("a vector moves as far as its gradient is long", "x = x / x.norm()", "x = x / x[:1].numel()")),
