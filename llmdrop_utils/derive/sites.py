@@ -54,7 +54,7 @@ def read_together(
 ) -> dict[str, Sites | None]:
     """The sites without those readers that read something else than their sub-layer does, as one forward pass shows."""
     names = {name for at in sites.values() if at is not None for name in (at.unit, *at.readers)}
-    seen = tap(block, stream, call, {name: (block.get_submodule(name), "read") for name in names})
+    seen = tap(block, stream, call, {name: (block.get_submodule(name), "read") for name in names}) if names else {}
 
     def of(at: Sites) -> Sites:
         readers = (name for name in at.readers if name in seen and seen[name] is seen[at.unit])

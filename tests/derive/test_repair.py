@@ -14,7 +14,7 @@ from derive.changing import changed, equal, fresh, pristine
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
-from llmdrop_utils.derive import offloading, search
+from llmdrop_utils.derive import offloading, search, sites
 from llmdrop_utils.derive import repair as repair_module
 from llmdrop_utils.derive.moments import Moments, solve
 from llmdrop_utils.derive.offloading import hooks_of
@@ -178,6 +178,12 @@ def test_what_is_kept_in_mind_is_what_would_be_computed(name, plan, monkeypatch)
     repair(models[1], TOKENS, plan, Repair(sweeps=2), batch_size=3)
     for parameter, weight in models[0].named_parameters():
         torch.testing.assert_close(weight, models[1].get_parameter(parameter), rtol=1e-9, atol=1e-10)
+
+
+def test_a_layer_that_keeps_nothing_is_not_read(monkeypatch):
+    monkeypatch.setattr(sites, "tap", lambda *given: pytest.fail("it was read"))
+    nothing = {"attention": None, "mlp": None}
+    assert sites.read_together(fresh().model.layers[1], nothing, torch.zeros(1, 2, 3), ((), {})) == nothing
 
 
 def test_attention_weights_are_not_kept(monkeypatch):
