@@ -50,11 +50,10 @@ from .training_loop import (
     write_note,
 )
 
-VERSION = 2  # raise when a change alters the weights that come out: it is a part of the recipe
+VERSION = 3  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 8 bytes for each trained weight
 TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
 PLAIN_RATE = 1e-3  # where nothing was repaired before there is further to go (docs/repair.md has what was tried)
-POSITIONS = 0.25  # share of positions, drawn for each step, whose distributions are compared: a step is a fifth cheaper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ def describe_healing(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan,
     samples = samples_for(model, tokens)
     budget = {"minutes": settings.minutes} if settings.minutes else {"tokens": settings.tokens or samples.numel()}
     how = {"learning_rate": settings.learning_rate, "batch_size": settings.batch_size, "seed": settings.seed}
-    return recipe_of("healing", VERSION, model, samples, plan, budget=budget, positions=POSITIONS, **how)
+    return recipe_of("healing", VERSION, model, samples, plan, budget=budget, **how)
 
 
 def heal(
@@ -125,7 +124,6 @@ def heal(
         what is measured later. A model in float16 computes in float32 meanwhile. Each trained weight takes 12 bytes beside the
         model.
     tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, the last position of a sample does not count.
-        Of the others, each step compares distributions at a share that is drawn for it, the same in all its samples.
     plan: what is dropped. Its maps stay as they are.
     folder: for checkpoints, of its own; two fit in at a time, of 8 bytes for each trained weight. If it holds a checkpoint of
         the same healing of the same weights, that is resumed, to the same result as without an interruption, in as many steps;
@@ -226,15 +224,10 @@ class _Reader:
 
     def __call__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         passes = [divmod(row, len(self.tokens)) for row in rows]
-        batch = {"input_ids": self.tokens[[int(self._order(len(self.tokens), n)[index]) for n, index in passes], :-1]}
-        if POSITIONS < 1:
-            length = batch["input_ids"].shape[1]
-            drawn = self._draw(length, rows[0] // self.batch_size, 1)[: max(1, round(POSITIONS * length))]
-            batch["logits_to_keep"] = drawn.sort().values
-        return batch
+        return {"input_ids": self.tokens[[int(self._order(n)[index]) for n, index in passes], :-1]}
 
-    def _draw(self, n: int, *of: int) -> torch.Tensor:
-        return torch.from_numpy(np.random.default_rng((self.seed, *of)).permutation(n))
+    def _draw(self, n: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, n)).permutation(len(self.tokens))
 
 
 def _steps_in(minutes: float, loss: "_Distillation", reader: _Reader, share: int) -> int:
@@ -278,13 +271,12 @@ class _Distillation(nn.Module):
         self.dtype = torch.bfloat16 if torch.bfloat16 in dtypes.values() else self.weights[0].dtype
         self.unregistered = model, teacher, dtypes, others  # in a tuple, where torch does not look for parameters
 
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         model, teacher, dtypes, others = self.unregistered
         with torch.no_grad():
-            there = {name: part.to(input_device(teacher)) for name, part in batch.items()}
-            target = teacher(**there, use_cache=False).logits
+            target = teacher(input_ids.to(input_device(teacher)), use_cache=False).logits
         now = {name: weight.to(dtype) for (name, dtype), weight in zip(dtypes.items(), self.weights, strict=True)}
-        logits = torch.func.functional_call(model, now | others, kwargs={**batch, "use_cache": False}).logits
+        logits = torch.func.functional_call(model, now | others, (input_ids,), {"use_cache": False}).logits
         return {"loss": Divergence.apply(logits, target.to(logits.device))}
 
 

@@ -10,7 +10,6 @@ from derive.changing import fresh
 from derive.test_healing import PLAN, SETTINGS, TOKENS
 
 from llmdrop_utils import heal
-from llmdrop_utils.derive import healing
 
 folder, what = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
 rank = int(os.environ["RANK"])
@@ -25,7 +24,6 @@ def on_step(step, loss):
         raise SystemExit(f"stopped after step {step}")
 
 
-healing.POSITIONS = 1.0
 model = fresh()
 model.load_state_dict(torch.load(folder / "model.pt"))
 if what == "different":
