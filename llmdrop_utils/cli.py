@@ -125,7 +125,7 @@ def _drop(options: argparse.Namespace) -> None:
 
     called_from = os.environ.get("LLMDROP_CALLED_FROM")
     to = Path(called_from, options.to) if called_from else options.to
-    healing = None if options.heal is None else healing_of(options.heal, options.repair)
+    healing = None if options.heal is None else healing_of(options.heal)
     take_away(_given(options.model) or "", options.kind, to, options.n, options.keep, options.format, options.repair, healing)
 
 

@@ -53,16 +53,15 @@ from .training_loop import (
 VERSION = 3  # raise when a change alters the weights that come out: it is a part of the recipe
 RESUME_POINTS = 5  # how often in a run weights and the optimizer's state are stored: 8 bytes for each trained weight
 TIMED_STEPS = 3  # for a budget in minutes; the first one is not counted, as it is slower
-PLAIN_RATE = 1e-3  # where nothing was repaired before there is further to go (docs/repair.md has what was tried)
 
 
 @dataclasses.dataclass(frozen=True)
 class Healing:
     """How a dropped model is healed. Raises LLMDropError for what is no such setting.
 
-    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. The default serves a
-        model that was repaired, PLAIN_RATE one that was not, both as tried on SmolLM2-135M. Muon (muon.py) without weight
-        decay, gradients clipped to a norm of 1, no dropout.
+    learning_rate: at its highest, after a twentieth of the steps; then it falls to zero as a cosine. The default is
+        the best of those tried on SmolLM2-135M, repaired before or not (docs/repair.md). Muon (muon.py) without weight decay,
+        gradients clipped to a norm of 1, no dropout.
     batch_size: samples in a step, whose optimizer takes as long for few as for many. The last batch of all may be short.
     tokens: how many are read, rounded up to whole samples: if more than are given, these are read again in another order.
     minutes: how long the steps take. A few are timed first, and their number is then fixed; checkpoints come on top. Give
@@ -70,7 +69,7 @@ class Healing:
     seed: of the order of samples.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     batch_size: int = 8
     tokens: int | None = None
     minutes: float | None = None
@@ -137,7 +136,7 @@ def heal(
     wrong input and for a loss that is not finite. After any error or interruption the model is bit for bit as it was.
     """
     if not isinstance(settings, Healing):
-        raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Healing(tokens=1_000_000, learning_rate=3e-4).")
+        raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Healing(tokens=1_000_000).")
     share = share_of(settings.batch_size)
     folder, recipe, tokens = Path(folder), describe_healing(model, tokens, plan, settings), samples_for(model, tokens)
     check_place(model, "healed")

@@ -15,7 +15,7 @@ from torch import nn
 from ..base import files
 from ..base.errors import LLMDropError
 from ..base.files import building
-from ..derive.healing import PLAIN_RATE, Healing, describe_healing, heal
+from ..derive.healing import Healing, describe_healing, heal
 from ..derive.repair import repair
 from ..dropping.plan import DropPlan
 from ..dropping.units import available
@@ -138,15 +138,14 @@ def _mixed(tokenizer, first: int, n_samples: int) -> torch.LongTensor:
     return torch.stack(blocks, 1).flatten(0, 1)
 
 
-def healing_of(budget: str, repaired: bool) -> Healing:
-    """What "10min" or a number of tokens asks for, after a repair or without. Raises LLMDropError for anything else."""
+def healing_of(budget: str) -> Healing:
+    """What "10min" or a number of tokens asks for. Raises LLMDropError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min)?", budget.strip())
     if not found or (not found[2] and "." in found[1]):
         raise LLMDropError(
             f"Healing takes a number of minutes or of tokens, such as 10min or 200000, but was given {budget!r}."
         )
-    rate = Healing.learning_rate if repaired else PLAIN_RATE
-    return Healing(rate, minutes=float(found[1])) if found[2] else Healing(rate, tokens=int(found[1]))
+    return Healing(minutes=float(found[1])) if found[2] else Healing(tokens=int(found[1]))
 
 
 def budget_of(healing: Healing) -> str:

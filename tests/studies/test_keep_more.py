@@ -234,7 +234,7 @@ def test_orders_are_those_of_their_functions():
         assert tuple(orders[by]) == chosen.attention
 
 
-def test_each_start_of_healing_has_its_rate(tmp_path, monkeypatch):
+def test_healing_is_that_of_the_profile(tmp_path, monkeypatch):
     """In what notebook 10 is about to make."""
     asked, measure = [], Run.measure
 
@@ -246,12 +246,12 @@ def test_each_start_of_healing_has_its_rate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "RESULTS", tmp_path)
     monkeypatch.setattr(Run, "measure", watch)
-    changes = {"healing_rate": 0.5, "healing_rate_repaired": 0.25, "healing_batch": 3, "healing_tokens": 99}
+    changes = {"healing_rate": 0.5, "healing_batch": 3, "healing_tokens": 99}
     changes |= {"ways": [HEALING, REPAIR_HEALING], "chosen": {"random": [REPAIR_HEALING]}}
     with pytest.raises(Stop):
         STUDIES["10_keep_more"](load_profile("smoke").replacing(keep_more=changes))
     healed = {(work.way, work.healing) for work in asked if "healing" in work.way}
-    assert healed == {(HEALING, Healing(0.5, 3, tokens=99)), (REPAIR_HEALING, Healing(0.25, 3, tokens=99))}
+    assert healed == {(HEALING, Healing(0.5, 3, tokens=99)), (REPAIR_HEALING, Healing(0.5, 3, tokens=99))}
 
 
 def test_healing_reads_none_of_the_text_that_is_measured_on():

@@ -24,7 +24,7 @@ from ..work import DENSE, ImportanceWork, TextWork, Work
 from .ranking import MORE, RankingWork
 from .ranking_rows import further_rows, importance_rows, ranked, ranking_rows
 from .rows import DENSE_VERSION, Version, made_rows, order_rows, quality_rows, regained_rows
-from .work import ORDERS, PLAIN, REPAIR_HEALING, WAYS, ChoiceWork, MadeWork, obstacles
+from .work import ORDERS, PLAIN, WAYS, ChoiceWork, MadeWork, obstacles
 
 COSINE = "cosine"
 DROPPED = Key("n", "Dropped", "d")
@@ -77,8 +77,7 @@ class KeepMore(Settings):
     healing_samples: Positive  # of each corpus, of the length of calibration samples
     healing_tokens: Positive
     healing_batch: Positive
-    healing_rate: PositiveNumber  # the learning rate at its highest, from a plain start
-    healing_rate_repaired: PositiveNumber  # and from a repaired one, which has less far to go
+    healing_rate: PositiveNumber  # the learning rate at its highest
     text_samples: Positive  # held-out samples of each corpus
     task_limit: Positive | None  # documents of each task
     context: Positive  # tokens that a question about the context reads
@@ -87,10 +86,10 @@ class KeepMore(Settings):
     prompt: Positive
     new_tokens: Positive
 
-    def healing(self, way: str) -> Healing:
-        """How a way heals, if it does: a repaired start has a rate of its own."""
-        rate = self.healing_rate_repaired if way == REPAIR_HEALING else self.healing_rate
-        return Healing(rate, self.healing_batch, tokens=self.healing_tokens)
+    @property
+    def healing(self) -> Healing:
+        """How the ways that heal do it."""
+        return Healing(self.healing_rate, self.healing_batch, tokens=self.healing_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _versions(
 
     def made(way: str, plan: DropPlan, *more: RankingWork) -> MadeWork:
         items = tuple(dataclasses.replace(each, plans=(plan,)) for each in (*asked, *more))
-        return MadeWork(**shared, way=way, plan=plan, healing=settings.healing(way), items=items)
+        return MadeWork(**shared, way=way, plan=plan, healing=settings.healing, items=items)
 
     chosen = settings.chosen or {}
     asked_for = {*settings.ways, *chosen, *(way for ways in chosen.values() for way in ways)}
