@@ -116,7 +116,7 @@ OTHERS = {  # one or more other values of a field; of others follow from type
     "versions": [(("none", OTHER_PLAN),), (("8 bits", PLAN),)],
     "backend": ["compiled"],
     "alpha": [8.0],
-    "learning_rate": [1e-3],
+    "learning_rate": [2e-3],
     "what": ["generation"],
     "room": [120, None],
     "by": ["NBL's bound", "greedy KL", "random"],
