@@ -121,7 +121,7 @@ def heal(
     model: the whole model, on one device (in each process on its own), not quantised. Trained weights are held in float32, or
         in float64 if they are, and are rounded to their own dtype for each forward pass and at the end, so what is trained is
         what is measured later. A model in float16 computes in float32 meanwhile. Each trained weight takes 12 bytes beside the
-        model.
+        model, and logits of a batch are held three times.
     tokens: LongTensor (n_samples, seq_len), seq_len >= 2. As in `score_text`, the last position of a sample does not count.
     plan: what is dropped. Its maps stay as they are.
     folder: for checkpoints, of its own; two fit in at a time, of 8 bytes for each trained weight. If it holds a checkpoint of

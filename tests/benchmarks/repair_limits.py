@@ -1,6 +1,6 @@
 """How far repair and healing go with more text: perplexity over dense on held-out text of four corpora, one row for each arm.
 
-    .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--rate 0.0003]
+    .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--rate 0.001]
 
 With --served each arm is also written as an F16 file for llama.cpp, through its parity gate, and the files take turns there:
 how much faster than the first arm it reads 512 tokens, and generates after them.
