@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-MOMENTUM = 0.9  # better than 0.95 in runs of some hundred steps (docs/repair.md)
+MOMENTUM = 0.9  # better than 0.95 in runs of some tens of steps (docs/repair.md)
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of Newton and Schulz, by Jordan et al.
 SCALE = 0.2
 
