@@ -107,7 +107,7 @@ def test_budgets_that_are_none(small, tmp_path, capsys, budget):
 
 @pytest.mark.parametrize("budget", [{"minutes": 2.5}, {"tokens": 300}])
 def test_a_budget_is_told_as_it_is_asked_for(budget):
-    assert take_away.healing_of(take_away.budget_of(Healing(**budget))) == Healing(**budget)
+    assert take_away.healing_of(take_away.budget_of(Healing(**budget))) == Healing(1e-3, 8, **budget)
 
 
 def test_the_checkpoint_has_the_dtype_of_the_base(small, tmp_path):
