@@ -15,7 +15,7 @@ from ..base.errors import LLMDropError
 from ..base.files import building
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import left
-from ..models.families import find_anatomy, need_decoder
+from ..models.families import Anatomy, find_anatomy, need_decoder
 from ..models.locate import DERIVED_FORMAT, LocatedModel, derived_hash, locate_folder
 from ..models.names import folder_identity, local_label
 from ..sources.texts import fingerprint
@@ -85,15 +85,31 @@ def layers_restored(model: torch.nn.Module) -> Iterator[None]:
         layers.load_state_dict(kept)
 
 
-def _check(model: torch.nn.Module, base: LocatedModel) -> None:
-    need_decoder(anatomy := find_anatomy(model))  # `locate_folder` and `load_located` take no other
+def lacking(anatomy: Anatomy) -> tuple[int, str] | None:
+    """A layer and its sub-layer, "attention" or "MLP", that is dropped or replaced now; None: the model is whole."""
     for kind, name in (("attention", "attention"), ("mlp", "MLP")):
         built = anatomy.with_attention if kind == "attention" else range(len(anatomy))
         if lacks := sorted(set(built) - set(left(anatomy, kind))):
-            raise LLMDropError(
-                f"The {name} of layer {lacks[0]} is dropped, so its weights could not be stored. Save the whole model, outside "
-                "of `dropped`, and save the drop plan beside it."
-            )
+            return lacks[0], name
+    return None
+
+
+def check_whole(anatomy: Anatomy) -> None:
+    """Raise LLMDropError for a model that lacks a sub-layer now: it cannot show what the dense model does."""
+    if lacks := lacking(anatomy):
+        raise LLMDropError(
+            f"The {lacks[1]} of layer {lacks[0]} is dropped already, so this is not the dense model. Give the whole model, "
+            "outside of `dropped`, with the plan beside it."
+        )
+
+
+def _check(model: torch.nn.Module, base: LocatedModel) -> None:
+    need_decoder(anatomy := find_anatomy(model))  # `locate_folder` and `load_located` take no other
+    if lacks := lacking(anatomy):
+        raise LLMDropError(
+            f"The {lacks[1]} of layer {lacks[0]} is dropped, so its weights could not be stored. Save the whole model, outside "
+            "of `dropped`, and save the drop plan beside it."
+        )
     known = getattr(model, "llmdrop_identity", None)
     if known not in (None, base.identity):
         raise LLMDropError(f"The model was loaded from {known}, but the base is {base.identity}. Give the model's own base.")

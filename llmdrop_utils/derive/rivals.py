@@ -19,9 +19,9 @@ from torch import nn
 from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import NAMES, DropPlan, check_plan
-from ..dropping.units import left
 from ..measure.guard import tokens_for
 from ..models.families import Anatomy, family_of, stream_width
+from .model import check_whole
 from .moments import wide
 from .sites import check_changeable, rows_of, sites_of
 from .streams import advance, read_streams, tap
@@ -36,14 +36,13 @@ def checked(
 ) -> tuple[Anatomy, torch.LongTensor, int]:
     """All that can be told before anything is computed. With a ridge, a regression is made, which takes enough tokens."""
     anatomy, tokens, batch_size = check_plan(model, plan), tokens_for(model, tokens), whole(batch_size, "The batch size")
-    width, whole_model = stream_width(anatomy.decoder.config), list(range(len(anatomy)))
+    width = stream_width(anatomy.decoder.config)
     if family_of(anatomy.decoder.config).adds_stream:
         why = "attention or MLP returns its term and the stream together"
         raise LLMDropError(f"Published repairs do not fit this {anatomy.family} model: {why}.")
     if anatomy.other_mixers:
         raise LLMDropError(f"Published repairs do not fit this {anatomy.family} model: {anatomy.other_mixers}.")
-    if any(left(anatomy, kind) != whole_model for kind in NAMES):
-        raise LLMDropError("Some attention or MLP of this model is dropped or replaced already. Give the whole model.")
+    check_whole(anatomy)
     if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, float | int) or not 0 <= ridge < math.inf):
         raise LLMDropError(f"The ridge must be a number from 0 up, such as {RIDGE:g}, but is {ridge!r}.")
     if ridge is not None and tokens.numel() <= width:
@@ -66,7 +65,7 @@ def projection(anatomy: Anatomy, place: Place, plan: DropPlan) -> nn.Module:
     check_changeable(block, index)
     sites = sites_of(block, family_of(anatomy.decoder.config), kind)
     if sites is None or sites.output is None:
-        raise LLMDropError(f"The {name} has experts and no output projection of its own. Use a model whose layers are dense.")
+        raise LLMDropError(f"The {name} has experts, or no known output projection. Use a dense model, such as a Llama.")
     if sites.norm is not None:
         raise LLMDropError(f"The output of the {name} passes a norm before it is added. Use `repair` or `fit_maps`.")
     return block.get_submodule(sites.output)

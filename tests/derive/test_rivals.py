@@ -534,7 +534,7 @@ def test_input_that_cannot_be_used(work, nothing_read):
     refused(work, fresh(), "this model knows 0 to 96", tokens=TOKENS + 90)
     refused(work, fresh(), "The batch size must be 1 or more, but is 0", batch_size=0)
     short = drop(fresh(), DropPlan((), (2,)))
-    refused(work, short, "Some attention or MLP of this model is dropped or replaced already")
+    refused(work, short, "is dropped already, so this is not the dense model. Give the whole model")
     if work in PLANNED:
         refused(work, fresh(), "holds layer 3, but this model has 3 layers", plan=DropPlan((3,)))
     if work not in (fold_scaling, rescale):
