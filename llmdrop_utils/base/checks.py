@@ -23,3 +23,11 @@ def whole(value: object, what: str, at_least: int = 1) -> int:
     if number < at_least:
         raise LLMDropError(f"{what} must be {at_least} or more, but is {number}.")
     return number
+
+
+def seed_of(value: object) -> int:
+    """A seed that NumPy takes too, from 0 to below 2**32; LLMDropError for anything else."""
+    seed = whole(value, "The seed", at_least=0)
+    if seed >= 1 << 32:
+        raise LLMDropError(f"The seed must be below 2**32, but is {seed}.")
+    return seed

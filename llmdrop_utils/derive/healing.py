@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base.checks import whole
+from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
 from ..base.files import locked
 from ..dropping.plan import DropPlan
@@ -34,7 +34,7 @@ from ..measure.guard import frozen, tokens_for
 from ..measure.passes import SOFTMAX_ROWS
 from ..models.families import Anatomy, find_anatomy, input_device
 from .adapters import DTYPES, ROUTERS
-from .model import recipe_of
+from .model import check_whole, recipe_of
 from .muon import Muon
 from .processes import agree, is_first, n_processes, once, share_of
 from .training_loop import (
@@ -45,7 +45,6 @@ from .training_loop import (
     prepare,
     random_numbers_of_its_own,
     samples_for,
-    seed_of,
     train,
     write_note,
 )
@@ -142,6 +141,7 @@ def heal(
     check_place(model, "healed")
     apply = dropped
     if teacher is None or teacher is model:
+        check_whole(find_anatomy(model))
         # It shares the model's weights, those of what is dropped too: these stay on their device.
         teacher, apply = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}), skipping
     ours, theirs = (find_anatomy(each).decoder.config.vocab_size for each in (model, teacher))

@@ -7,12 +7,11 @@ The student of a distillation is then taught where its teacher is itself most at
 import torch
 from torch import nn
 
-from ..base.checks import whole
+from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
 from ..measure.guard import evaluating, finite_generation, tokens_for
 from ..models.families import input_device
 from .moments import wide
-from .training_loop import seed_of
 
 
 def write_samples(

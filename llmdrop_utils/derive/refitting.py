@@ -58,9 +58,10 @@ class Repairing:
         reference: Sequence[nn.Module],  # the layers of the model that is to be matched
         held_out: Sequence[bool],  # of each batch: is it not fitted on?
         calls: dict[int, list[Call]],
+        calls_of_reference: dict[int, list[Call]] | None = None,  # None: the same
     ):
         self.model, self.plan, self.ridges, self.reference = model, plan, ridges, reference
-        self.held_out, self.calls = held_out, calls
+        self.held_out, self.calls, self.calls_of_reference = held_out, calls, calls_of_reference or calls
         # What modules return in each batch, where it is known: those of the layer at hand that are refitted, and attentions of
         # the dense model that a layer before had to compute.
         self.given: dict[nn.Module, dict[int, object]] = {}
@@ -74,16 +75,16 @@ class Repairing:
         same = self.reference[index] is self.blocks[index]
         with skipping(self.model, self.plan):
             for batch, stream in enumerate(dense):
-                dense[batch] = self._advance(self.reference, index, stream)
+                dense[batch] = advance(self.reference[index], stream, self._call_of_reference(index, stream))
                 if same and dropped[batch] is stream:  # nothing is dropped yet
                     dropped[batch] = dense[batch]
                 else:
-                    dropped[batch] = self._advance(self.blocks, index, dropped[batch])
+                    dropped[batch] = self._advance(index, dropped[batch])
 
     def go_on_dropped(self, index: int, streams: list[torch.Tensor]) -> None:
         """Streams of the dropped model alone go from what a layer reads to what it gives."""
         with skipping(self.model, self.plan):
-            streams[:] = [self._advance(self.blocks, index, stream) for stream in streams]
+            streams[:] = [self._advance(index, stream) for stream in streams]
 
     def refit(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> list[Refitted]:
         """Refit one layer; both lists of streams go on, as in `go_on`."""
@@ -91,8 +92,7 @@ class Repairing:
         _return_freed_memory()
         with skipping(self.model, self.plan):
             sites = {kind: sites_of(self.blocks[index], self.family, kind) for kind in ("attention", "mlp")}
-            call = self._call(index, dense[0])
-            sites = read_together(self.reference[index], sites, dense[0], call)
+            sites = read_together(self.reference[index], sites, dense[0], self._call_of_reference(index, dense[0]))
             wanted = [self._wanted(index, sites, dense, batch) for batch in range(len(dense))]
             for kind, at in sites.items():
                 if at is not None:
@@ -102,7 +102,7 @@ class Repairing:
                         found += self._refit_output(index, kind, at, dropped, targets)
             for batch, stream in enumerate(dropped):
                 with self._at(batch):
-                    dropped[batch] = self._advance(self.blocks, index, stream)
+                    dropped[batch] = self._advance(index, stream)
         for module in (*self.blocks[index].modules(), *self.reference[index].modules()):
             self.given.pop(module, None)
         return found
@@ -125,7 +125,7 @@ class Repairing:
         if family.mlp_input is not None:
             taps["mlp", "stream"] = (block.get_submodule(family.mlp_input), "input")
         with self._at(batch):
-            seen = tap(block, stream, self._call(index, stream), taps)
+            seen = tap(block, stream, self._call_of_reference(index, stream), taps)
         dense[batch], before_mlp = seen.pop(("layer", "end")), seen.pop(("mlp", "stream"), None)
         for kind, at in sites.items():
             if at is not None and at.output is not None:
@@ -138,7 +138,7 @@ class Repairing:
         for after in range(index + 1, len(self.blocks)):
             if not self._is_dropped(after, "attention"):
                 return stream
-            block, call = self.reference[after], self._call(after, stream)
+            block, call = self.reference[after], self._call_of_reference(after, stream)
             if not self._is_dropped(after, "mlp"):
                 if self.family.mlp_input is None:
                     return stream
@@ -164,6 +164,7 @@ class Repairing:
         """x + x S is what they read in the dense model: W' = W (I + S')."""
         if not at.readers:
             return []
+        _return_freed_memory()
         moments, maps = Moments(), [self.blocks[index].get_submodule(name) for name in at.readers]
         for batch, stream in enumerate(dropped):
             z = wanted.pop(0)  # what is read no more takes no memory
@@ -185,6 +186,7 @@ class Repairing:
         A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain, but
         for the share of it that points along y: a norm takes that away.
         """
+        _return_freed_memory()
         block, moments = self.blocks[index], Moments()
         module, unit = block.get_submodule(at.output), block.get_submodule(at.unit)
         norm = None if at.norm is None else block.get_submodule(at.norm)
@@ -222,8 +224,11 @@ class Repairing:
     def _call(self, index: int, stream: torch.Tensor) -> Call:
         return self.calls[len(stream)][index]
 
-    def _advance(self, blocks, index: int, stream: torch.Tensor) -> torch.Tensor:
-        return advance(blocks[index], stream, self._call(index, stream))
+    def _call_of_reference(self, index: int, stream: torch.Tensor) -> Call:
+        return self.calls_of_reference[len(stream)][index]
+
+    def _advance(self, index: int, stream: torch.Tensor) -> torch.Tensor:
+        return advance(self.blocks[index], stream, self._call(index, stream))
 
 
 class _Returned(NamedTuple):

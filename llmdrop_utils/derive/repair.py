@@ -17,18 +17,19 @@ arXiv:2505.02819), GRAIL (the same regression for narrower layers).
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from ..base.checks import whole
+from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..measure.guard import evaluating, tokens_for
 from ..models.families import find_anatomy
-from .model import recipe_of
+from .model import check_whole, recipe_of
 from .moments import NotFiniteError
 from .offloading import copied, hooks_of, put_back, resident
 from .refitting import Refitted, Repairing, read_apart
@@ -60,7 +61,7 @@ class Repair:
         object.__setattr__(self, "ridges", tuple(float(ridge) for ridge in ridges))
         object.__setattr__(self, "held_out", whole(self.held_out, "One held-out sample of so many", at_least=2))
         object.__setattr__(self, "sweeps", whole(self.sweeps, "The number of sweeps"))
-        object.__setattr__(self, "seed", whole(self.seed, "The seed", at_least=0))
+        object.__setattr__(self, "seed", seed_of(self.seed))
 
 
 def describe_repair(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Repair) -> dict:
@@ -90,8 +91,9 @@ def repair(
         many, of all kinds of text that the model is to serve. A repair that is fitted on web text helps little elsewhere.
     plan: what is dropped.
     batch_size: samples per forward pass.
-    reference: the model that is to be matched, of the same family and sizes; None: `model` as it is now.
-    layers: the only ones to refit; None: all from the one on that comes before the first dropped sub-layer.
+    reference: the model that is to be matched, of the same family and sizes, which reads the text by itself; it is left as it
+        is. None: `model` as it is now.
+    layers: indices of the only ones to refit; None: all from the one on that comes before the first dropped sub-layer.
     on_layer: called after each layer of each sweep with its index.
 
     Memory: a copy of the layers from the first dropped one on; five times the stream of all tokens, and once what the widest
@@ -114,21 +116,32 @@ def repair(
         raise LLMDropError("Nothing is kept that could be refitted. Use a plan that drops less.")
     if reference is model:  # it is about to change
         reference = None
-    _check_alike(model, reference)
+    if reference is None:
+        check_whole(anatomy)
+    else:
+        _check_alike(model, reference)
     first = 0 if reference is not None else _first_changed(model, plan)
-    chosen = [index for index in (range(len(anatomy)) if layers is None else sorted(layers)) if index >= first]
+    chosen = [index for index in _indices(layers, len(anatomy)) if index >= first]
     for index in chosen:
         check_changeable(anatomy.layers[index].block, index, may_be_offloaded=True)
     blocks = [layer.block for layer in anatomy.layers]
     originals = _Originals(blocks, first, plan if reference is None else DropPlan())  # of which nothing is read ahead
     wanted = originals if reference is None else [layer.block for layer in find_anatomy(reference).layers]
     try:
-        with evaluating(model):
-            streams, calls, apart = read_apart(model, tokens, batch_size, settings.held_out, settings.seed, False)
-            work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls), list[Refitted]()
+        with evaluating(model), contextlib.nullcontext() if reference is None else evaluating(reference):
+            read = functools.partial(
+                read_apart, batch_size=batch_size, one_of=settings.held_out, seed=settings.seed, to_the_end=False
+            )
+            streams, calls, apart = read(model, tokens)
+            of_reference, theirs, _ = (streams, calls, apart) if reference is None else read(reference, tokens)
+            if [*map(len, streams)] != [*map(len, of_reference)]:
+                raise torch.OutOfMemoryError("batches of one of the two models alone were halved")
+            work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls, theirs), list[Refitted]()
             for sweep in range(settings.sweeps):
-                dense = list(streams) if sweep + 1 < settings.sweeps else streams  # what is read no more takes no memory
-                dropped = list(dense)
+                dense, dropped = list(of_reference), list(streams)
+                if sweep + 1 == settings.sweeps:  # what is read no more takes no memory
+                    of_reference.clear()
+                    streams.clear()
                 for index in range(max(chosen, default=-1) + 1):
                     with originals.kept(index), resident(blocks[index]), resident(wanted[index]):
                         if index in chosen:
@@ -198,9 +211,19 @@ def _first_changed(model: nn.Module, plan: DropPlan) -> int:
     return max(0, first - 1)
 
 
-def _check_alike(model: nn.Module, reference: nn.Module | None) -> None:
-    if reference is None:
-        return
+def _indices(layers: Sequence[int] | None, n_layers: int) -> Sequence[int]:
+    if layers is None:
+        return range(n_layers)
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise LLMDropError(f"Which layers to refit must be a list of their indices, but is {layers!r}.")
+    chosen = sorted({whole(index, "The index of a layer to refit", at_least=0) for index in layers})
+    if chosen and chosen[-1] >= n_layers:
+        raise LLMDropError(f"There is no layer {chosen[-1]} to refit: this model has {n_layers}, from 0 on.")
+    return chosen
+
+
+def _check_alike(model: nn.Module, reference: nn.Module) -> None:
+    find_anatomy(reference)
     shapes = [{name: tuple(p.shape) for name, p in each.named_parameters()} for each in (model, reference)]
     if shapes[0] != shapes[1]:
         raise LLMDropError("The reference is not of the same family and sizes as the model. Give the model it was made from.")

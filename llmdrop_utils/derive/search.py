@@ -69,6 +69,7 @@ def select_with_repair(
     left = available(find_anatomy(model), kind)
     n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
     beam = whole(beam, "The beam")
+    batch_size = whole(batch_size, "The batch size")
     tokens = tokens_for(model, tokens)
     if len(tokens) < 4:
         raise LLMDropError("The search takes 4 samples at least: three to fit on, and one to measure on. Give more samples.")

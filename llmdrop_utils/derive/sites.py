@@ -14,7 +14,10 @@ from .adapters import DTYPES, ROUTERS
 from .offloading import hooks_of
 from .streams import Call, tap
 
-OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc_out", "fc2", "dense_4h_to_h"}  # what families call them
+OUTPUTS = {  # what families call them
+    "o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc_out", "fc2", "dense_4h_to_h", "w2", "Wo", "output_linear",
+    "linear_out",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +26,16 @@ class Sites:
 
     unit: str  # the module that the sub-layer is
     readers: tuple[str, ...]  # they read what it reads: the normed stream
-    output: str | None  # it makes what the sub-layer adds to the stream; None: experts, whose weights are one tensor
+    output: str | None  # it makes what the sub-layer adds to the stream; None: experts, or a name that is not known
     norm: str | None  # that the output passes before it is added
 
 
 def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
-    """The maps of the "attention" or "mlp" of a layer as it is; None where it is dropped or replaced, or another mixer."""
+    """The maps of the "attention" or "mlp" of a layer as it is; None where it is dropped or replaced.
+
+    Another mixer of tokens, which a hybrid has instead of attention, is refitted alike if it is in attention's place by name;
+    otherwise it is None.
+    """
     unit = {"attention": family.attention_unit, "mlp": family.mlp_unit}[kind]
     term = {"attention": family.attention, "mlp": family.mlp}[kind]
     if kind == "attention" and family.mixer and getattr(block, unit[0], None) is None:
@@ -38,14 +45,25 @@ def sites_of(block: nn.Module, family: Family, kind: str) -> Sites | None:
         return None
     if isinstance(module, nn.Linear | Conv1D):  # the MLP has no module of its own: its two maps are children of the layer
         return Sites(unit[0], (unit[0],), term, None)
-    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | Conv1D)}
-    output = next((name for name in children if name in OUTPUTS), None)
+    children = _linear_maps(module)
+    if kind == "attention" and not children:  # GPT-Neo's has a module inside that does it, and Moshi's maps are such modules
+        children = {
+            f"{inner}.{name}": each for inner, part in module.named_children() for name, each in _linear_maps(part).items()
+        }
+    output = next((name for name in children if OUTPUTS & {*name.split(".")}), None)
+    if isinstance(module, nn.Sequential):  # CTRL's MLP, whose maps have no names
+        output = [*children][-1]
     return Sites(
         unit[0],
         tuple(f"{unit[0]}.{name}" for name in children if name != output and name not in ROUTERS),
         None if output is None else f"{unit[0]}.{output}",
         None if term.startswith(unit[0]) else term,  # (a map inside of the module may make it)
     )
+
+
+def _linear_maps(module: nn.Module) -> dict[str, nn.Module]:
+    """Those that are its children, by name."""
+    return {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | Conv1D)}
 
 
 @torch.inference_mode()

@@ -19,11 +19,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..base.checks import whole
 from ..base.errors import LLMDropError
 from ..base.files import write_text
 from ..measure.guard import tokens_for
-from ..models.training import last_checkpoint
+from ..models.training import full_disk_is_one_error, last_checkpoint
 from .processes import own_device, share_of
 
 # Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
@@ -53,14 +52,6 @@ def positive(value: object, what: str) -> float:
     if isinstance(value, bool | str) or not 0 < number < math.inf:
         raise LLMDropError(f"{what} must be a number above 0, but is {value!r}.")
     return number
-
-
-def seed_of(value: object) -> int:
-    """A seed that NumPy takes too, from 0 to below 2**32; LLMDropError for anything else."""
-    seed = whole(value, "The seed", at_least=0)
-    if seed >= 1 << 32:
-        raise LLMDropError(f"The seed must be below 2**32, but is {seed}.")
-    return seed
 
 
 def samples_for(model: nn.Module, tokens: object) -> torch.LongTensor:
@@ -105,6 +96,8 @@ def prepare(folder: Path, kind: str, about: dict) -> tuple[str | None, dict]:
     Checkpoints of another training of this kind are deleted. Raises LLMDropError for a folder of other files.
     """
     note = folder / f"{kind}.json"
+    if folder.exists() and not folder.is_dir():
+        raise LLMDropError(f"{folder} is a file. Give the checkpoints a folder of their own.")
     if folder.is_dir() and not note.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise LLMDropError(f"{folder} holds files that are not of a {kind}. Give the checkpoints a folder of their own.")
     known: object = None
@@ -184,13 +177,15 @@ def train(
         report_to=[],
         disable_tqdm=True,
     )
+    arguments.mixed_precision = "no"  # that of `accelerate launch` would train what is not measured later
     arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
     made = optimizer, {"lr": settings.learning_rate} | options
     trainer = Trainer(
         loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()], optimizer_cls_and_kwargs=made
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with full_disk_is_one_error(folder):
+        trainer.train(resume_from_checkpoint=checkpoint)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.checks import whole
+from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
 from ..base.files import locked
 from ..dropping.plan import DropPlan
@@ -34,7 +34,6 @@ from .training_loop import (
     prepare,
     random_numbers_of_its_own,
     samples_for,
-    seed_of,
     train,
 )
 

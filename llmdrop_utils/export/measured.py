@@ -63,8 +63,10 @@ class Measured:
 
 
 def held_out(tokenizer, corpus: str, skipped: int = 0) -> torch.LongTensor:
-    """Samples of a corpus, after `skipped` tokens that were used to choose layers."""
-    first = -(-skipped // SEQ_LEN)
+    """Samples of a corpus, after `skipped` tokens that layers were chosen or refitted on."""
+    # Those were read in longer samples. Each sample may begin with a token of the tokenizer's own, so that shorter ones reach
+    # less far in the text: one more is skipped.
+    first = -(-skipped // SEQ_LEN) + 1 if skipped else 0
     return load_tokens(corpus, tokenizer, first + N_SAMPLES, SEQ_LEN)[first:]
 
 

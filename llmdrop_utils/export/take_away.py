@@ -15,7 +15,7 @@ from torch import nn
 from ..base import files
 from ..base.errors import LLMDropError
 from ..base.files import building
-from ..derive.healing import Healing, describe_healing, heal
+from ..derive.healing import Healing, heal
 from ..derive.repair import repair
 from ..dropping.plan import DropPlan
 from ..dropping.units import available
@@ -93,8 +93,9 @@ def take_away(
     command += " --repair" * repaired + ("" if healing is None else f" --heal {budget_of(healing)}")
     dense = copy.deepcopy(model) if repaired or healing else None
     mended = ""
+    checkpoints = None if healing is None else _checkpoints_of(located, plan, repaired, healing)
     if dense is not None:
-        mended = mend(model, dense, tokenizer, plan, repaired, healing)
+        mended = mend(model, dense, tokenizer, plan, repaired, healing, checkpoints)
         model.llmdrop_identity, plan = None, dataclasses.replace(plan, model=None)  # its weights are those of no known model
     with building(to) as folder:
         checked = {one: _export(one, model, tokenizer, plan, located, folder) for one in formats}
@@ -107,27 +108,44 @@ def take_away(
         plan.save(folder / "plan.json")
         for lock in folder.rglob(".*.lock"):
             lock.unlink()
+    if checkpoints is not None:  # until then the same command goes on from them, whatever stopped it
+        shutil.rmtree(checkpoints)
     print(f"kept in {to}")
     return plan
 
 
-def mend(model: nn.Module, dense: nn.Module, tokenizer, plan: DropPlan, repaired: bool, healing: Healing | None) -> str:
-    """Repair and heal the model in place; says what was done. dense: a copy of the model as it is."""
+def _checkpoints_of(located: LocatedModel, plan: DropPlan, repaired: bool, healing: Healing) -> Path:
+    """Where a healing keeps them: a folder of its own for each model, plan, and way to mend it."""
+    what = [located.identity, plan.key.to_json(), repaired, dataclasses.asdict(healing)]
+    return files.CACHE / "healing" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def mend(
+    model: nn.Module,
+    dense: nn.Module,
+    tokenizer,
+    plan: DropPlan,
+    repaired: bool,
+    healing: Healing | None,
+    checkpoints: Path | None,
+) -> str:
+    """Repair and heal the model in place; says what was done.
+
+    dense: a copy of the model as it is. checkpoints: the folder of those of healing, which a stopped one goes on from.
+    """
     told = []
     if repaired:
         tokens = _mixed(tokenizer, 0, N_CALIBRATION)
         print(f"repair: {tokens.numel():,} tokens of {len(CORPORA)} corpora", flush=True)
         repair(model, tokens, plan)
         told.append(f"refitted in closed form on {tokens.numel():,} tokens of {len(CORPORA)} corpora")
-    if healing:
+    if healing and checkpoints:
         first = N_CALIBRATION + -(-N_SAMPLES * SEQ_LEN // LENGTH) + 1  # after what quality is measured on
         text = _mixed(tokenizer, first, N_HEALING)
         print(f"healing: {budget_of(healing)}, of {text.numel():,} tokens of other text", flush=True)
-        recipe = json.dumps(describe_healing(model, text, plan, healing), sort_keys=True)
-        folder = files.CACHE / "healing" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-        losses = heal(model, text, plan, folder, healing, teacher=dense)  # the same command resumes it after a kill
-        shutil.rmtree(folder)
-        read = len(losses) * healing.batch_size * LENGTH
+        losses = heal(model, text, plan, checkpoints, healing, teacher=dense)
+        samples = len(losses) * healing.batch_size if healing.tokens is None else -(-healing.tokens // LENGTH)
+        read = samples * LENGTH
         told.append(f"healed by distillation from the dense model, reading {read:,} tokens of other text of these")
     return f"The weights that are kept were {', then '.join(told)}."
 

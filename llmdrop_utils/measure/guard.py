@@ -136,7 +136,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for parameter in wanted:

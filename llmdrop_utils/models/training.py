@@ -129,7 +129,7 @@ def train_series(name: str, seed: int) -> Path:
             callbacks=[_Stages(recipe, folder, seed, tokenizer)],
         )
         trainer.remove_callback(PrinterCallback)
-        with _full_disk_is_one_error(folder):
+        with full_disk_is_one_error(folder):
             trainer.train(resume_from_checkpoint=last_checkpoint(resume))
         # 3. What is known of the run. run.json comes last: with it the series is complete.
         log = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
@@ -198,7 +198,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _full_disk_is_one_error(folder: Path) -> Iterator[None]:
+def full_disk_is_one_error(folder: Path) -> Iterator[None]:
     """The Trainer's writers raise errors of many kinds when the disk is full; the last whole checkpoint is kept."""
     try:
         yield

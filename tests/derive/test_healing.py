@@ -19,10 +19,12 @@ from derive.changing import Stop, assert_as_it_was, changed, drawn, equal, fresh
 from torch import nn
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text, tune
+from llmdrop_utils.base.errors import DiskFull
 from llmdrop_utils.derive import healing, training_loop
 from llmdrop_utils.derive.healing import Healing, describe_healing, heal, trained_parameters
 from llmdrop_utils.derive.model import save_derived
 from llmdrop_utils.derive.muon import Muon
+from llmdrop_utils.models import training
 from llmdrop_utils.models.convert import byte_tokenizer
 from llmdrop_utils.models.load import load_located
 
@@ -564,6 +566,61 @@ def test_bad_input(given, message, tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(LLMDropError, match=message):
         Healing(**settings)
+
+
+@pytest.mark.parametrize("text_is_made", ["before", "inside"])
+def test_where_nothing_records_gradients(text_is_made, tmp_path):
+    one, other = fresh(), fresh()
+    with torch.inference_mode():
+        losses = heal(one, TOKENS.clone() if text_is_made == "inside" else TOKENS, PLAN, tmp_path / "work", SHORT)
+    assert losses == heal(other, TOKENS, PLAN, tmp_path / "other", SHORT)
+    assert equal(one, other)
+
+
+def test_a_model_that_is_dropped_already_teaches_nothing(tmp_path):
+    model = fresh()
+    with dropped(model, PLAN), pytest.raises(LLMDropError, match="attention of layer 1 is dropped already"):
+        heal(model, TOKENS, DropPlan((1,)), tmp_path / "work", SHORT)
+
+
+def test_the_precision_of_a_launcher_is_not_followed(tmp_path, monkeypatch):
+    one, other = fresh(), fresh()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    losses = heal(one, TOKENS, PLAN, tmp_path / "work", SHORT)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert losses == heal(other, TOKENS, PLAN, tmp_path / "other", SHORT)
+    assert equal(one, other)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "work").write_text("mine")
+    with pytest.raises(LLMDropError, match="work is a file"):
+        heal(fresh(), TOKENS, PLAN, tmp_path / "work", SHORT)
+    assert (tmp_path / "work").read_text() == "mine"
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The model stays as it is, and the checkpoints that are whole too, so that the same call goes on from them."""
+    model, whole, watch = fresh(), fresh(), Watch()
+    before, save = state(model), training.Trainer._save_checkpoint
+
+    def full(trainer, *arguments, **more):
+        if trainer.state.global_step > 4:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        return save(trainer, *arguments, **more)
+
+    monkeypatch.setattr(training.Trainer, "_save_checkpoint", full)
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        heal(model, TOKENS, PLAN, tmp_path / "work", SETTINGS)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(DiskFull, match="The disk is full: could not write"):
+        heal(model, TOKENS, PLAN, tmp_path / "work", SETTINGS)
+    assert_as_it_was(model, before)
+    monkeypatch.undo()
+    losses = heal(model, TOKENS, PLAN, tmp_path / "work", SETTINGS, on_step=watch)
+    assert watch.steps == [*range(5, 13)]
+    assert losses == heal(whole, TOKENS, PLAN, tmp_path / "fresh", SETTINGS)
+    assert equal(model, whole)
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):

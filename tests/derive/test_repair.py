@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 from derive.changing import changed, equal, fresh, pristine
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped
 from llmdrop_utils.derive import moments as moments_module
@@ -21,6 +23,7 @@ from llmdrop_utils.derive.offloading import hooks_of
 from llmdrop_utils.derive.refitting import Repairing, held_out_of
 from llmdrop_utils.derive.repair import Repair, describe_repair, repair
 from llmdrop_utils.derive.search import AFTER, BEFORE, HELD_OUT, ONE_JUDGES, RIDGES, select_with_repair
+from llmdrop_utils.models.families import family_of, find_anatomy
 
 TOKENS = torch.randint(3, 97, (40, 24), generator=torch.Generator().manual_seed(0))
 PLAN, DENSE = DropPlan(attention=(1,)), DropPlan()
@@ -160,6 +163,21 @@ def test_every_family_comes_closer_to_the_dense_model(name, plan):
         assert parameter.endswith("weight")
 
 
+@pytest.mark.parametrize("name", [*families.CASES, *families.MORE])
+def test_the_output_projection_of_every_family_is_refitted(name):
+    """But those of experts, which are not dense."""
+    case, anatomy = (families.CASES | families.MORE)[name], find_anatomy(pristine(name))
+    for layer in anatomy.layers:
+        for kind, pattern in (("attention", case.attention), ("mlp", case.mlp)):
+            maps = [path for path, part in layer.block.named_modules() if isinstance(part, nn.Linear | Conv1D)]
+            at = sites.sites_of(layer.block, family_of(anatomy.decoder.config), kind)
+            wanted = {
+                path for path in maps if re.search(pattern, path) and "expert" not in path and "shared_mlp.down" not in path
+            }
+            if at is not None and wanted:
+                assert at.output in wanted
+
+
 @pytest.mark.parametrize("plan", [DropPlan((1, 2)), DropPlan((2,)), DropPlan((1,), (1,)), DropPlan((2,), (0, 1))])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "falcon-7b", "phi", "opt"])
 def test_what_is_kept_in_mind_is_what_would_be_computed(name, plan, monkeypatch):
@@ -256,6 +274,40 @@ def test_the_model_itself_as_reference_is_the_model_as_it_was():
     repair(one, TOKENS, PLAN)
     repair(other, TOKENS, PLAN, reference=other)
     assert not changed(one, other)
+
+
+@pytest.mark.parametrize("other", ["attention in eager mode", "train mode", "rotary embedding", "token embeddings"])
+def test_a_reference_is_read_by_its_own_rules(other):
+    """What it makes of the text is matched: with its own embeddings, masks and positions, and without dropout."""
+    name, settings = {
+        "attention in eager mode": ("llama", {"attn_implementation": "eager"}),
+        "train mode": ("gpt2", {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}),
+        "rotary embedding": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}),
+        "token embeddings": ("llama", {}),
+    }[other]
+    model, reference = fresh(name), families.tiny(name, **settings).train(other == "train mode")
+    reference.load_state_dict(model.state_dict())
+    if other == "token embeddings":
+        reference.model.embed_tokens.weight.data += 0.3 * torch.randn(97, 32, generator=torch.Generator().manual_seed(2))
+    before = copy.deepcopy(reference)
+    dropped_model = divergence(before.eval(), model, PLAN)
+    found = repair(model, TOKENS, PLAN, reference=reference)
+    assert reference.training == (other == "train mode")
+    assert not changed(reference, before)
+    after = divergence(before.eval(), model, PLAN)
+    assert after < 0.8 * dropped_model
+    if other in ("attention in eager mode", "train mode"):  # the same function
+        alike = fresh(name)
+        assert [fit.site for fit in repair(alike, TOKENS, PLAN, reference=before)] == [fit.site for fit in found]
+        assert after == pytest.approx(divergence(before, alike, PLAN), rel=1e-3)
+    if other == "attention in eager mode":
+        assert after == pytest.approx(divergence(pristine("llama"), repaired_alone(), PLAN), rel=1e-3)
+
+
+def repaired_alone():
+    model = fresh()
+    repair(model, TOKENS, PLAN, reference=fresh())
+    return model
 
 
 def test_layers_before_the_first_dropped_one_stay():
@@ -492,12 +544,50 @@ def test_a_last_layer_that_gives_what_is_not_finite():
     assert not changed(model, dense)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": [7]}, "no layer 7 to refit: this model has 3"),
+        ({"layers": [-1]}, "index of a layer to refit must be 0 or more"),
+        ({"layers": [2.0]}, "index of a layer to refit must be a whole number"),
+        ({"layers": ["a"]}, "index of a layer to refit must be a whole number"),
+        ({"layers": 2}, "must be a list of their indices, but is 2"),
+        ({"layers": "2"}, "must be a list of their indices, but is '2'"),
+        ({"reference": "a name"}, "Expected a model, found str"),
+        ({"batch_size": 2.5}, "batch size must be a whole number"),
+    ],
+)
+def test_what_is_no_argument(given, message):
+    with pytest.raises(LLMDropError, match=message):
+        repair(fresh(), TOKENS, PLAN, **given)
+
+
+def test_a_model_that_is_dropped_already_shows_no_dense_model():
+    model = fresh()
+    with dropped(model, PLAN), pytest.raises(LLMDropError, match="attention of layer 1 is dropped already"):
+        repair(model, TOKENS, PLAN)
+
+
+def test_batches_that_were_halved_for_the_reference_alone(monkeypatch):
+    model, reference, read = fresh(), fresh(), repair_module.read_apart
+
+    def halved(of, tokens, batch_size, **more):
+        return read(of, tokens, batch_size // 2 if of is reference else batch_size, **more)
+
+    monkeypatch.setattr(repair_module, "read_apart", halved)
+    with pytest.raises(LLMDropError, match="Out of GPU memory with 40 samples of 24 tokens in batches of 4"):
+        repair(model, TOKENS, PLAN, reference=reference)
+    assert not changed(model, pristine("llama"))
+
+
 def test_a_reference_of_another_size():
     with pytest.raises(LLMDropError, match="not of the same family and sizes"):
         repair(fresh(), TOKENS, PLAN, reference=families.tiny("llama", num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("settings", [{"ridges": ()}, {"ridges": (-1,)}, {"held_out": 1}, {"sweeps": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"ridges": ()}, {"ridges": (-1,)}, {"held_out": 1}, {"sweeps": 0}, {"seed": -1}, {"seed": 2**70}]
+)
 def test_settings_that_are_none(settings):
     with pytest.raises(LLMDropError):
         Repair(**settings)
@@ -610,6 +700,12 @@ def test_tokens_that_a_model_rules_out():
 def test_plans_of_the_search_are_nested():
     plans = [select_with_repair(fresh(), TOKENS, "attention", n) for n in (1, 2, 3)]
     assert [plan.attention for plan in plans] == [plans[2].attention[:n] for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "x"])
+def test_the_search_in_batches_of_no_such_size(batch_size):
+    with pytest.raises(LLMDropError, match="The batch size must be"):
+        select_with_repair(fresh(), TOKENS, "attention", 1, batch_size=batch_size)
 
 
 def test_the_search_of_too_few_samples():

@@ -1,6 +1,7 @@
 """One command from a model's name to folders that other programs serve, each with a card; all or nothing is written."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llmdrop_utils import DropPlan, cli, load_dropped, load_model, score_text
+from llmdrop_utils.base import files
 from llmdrop_utils.derive.healing import Healing
 from llmdrop_utils.export import measured, take_away
 from llmdrop_utils.export.measured import Text, held_out, of_scores
@@ -74,6 +76,7 @@ def test_two_formats(small, tmp_path, capsys):
 @pytest.mark.parametrize(("asked", "told"), [
     (["--repair"], "refitted in closed form on 1,024 tokens of 1 corpora."),
     (["--heal", "256"], "healed by distillation from the dense model, reading 256 tokens of other text of these."),
+    (["--heal", "40"], "healed by distillation from the dense model, reading 64 tokens of other text of these."),
     (["--repair", "--heal", "0.01 min"], "refitted in closed form on 1,024 tokens of 1 corpora, then healed"),
 ])  # fmt: skip
 def test_what_is_kept_makes_up_for_it(small, tmp_path, monkeypatch, asked, told):
@@ -96,6 +99,61 @@ def test_what_is_kept_makes_up_for_it(small, tmp_path, monkeypatch, asked, told)
     value, low, high = record["text"]["random-words"]["relative_perplexity"]
     assert value == pytest.approx(np.exp(ours - whole), rel=0.01)  # measured in float32, stored in the dtype of the base
     assert low <= value <= high
+
+
+def test_what_stops_a_command_keeps_the_healing(small, tmp_path, monkeypatch, cache):
+    """Whatever comes after it: the same command makes no step twice, whatever other commands healed meanwhile."""
+    monkeypatch.setattr(take_away, "N_CALIBRATION", 32)
+    monkeypatch.setattr(take_away, "N_HEALING", 8)
+    steps: list[int] = []
+    heal, measure = take_away.heal, take_away._measure
+
+    def counted(*arguments, **more):
+        return heal(*arguments, **more, on_step=lambda step, loss: steps.append(step))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(take_away, "heal", counted)
+    monkeypatch.setattr(take_away, "tasks_left", lambda *_: {})  # they are downloaded
+    monkeypatch.setattr(take_away, "_measure", stopped)
+    mended = ["-n", "2", "--repair", "--heal", "512"]
+    for asked, made in ((mended, [1, 2]), (mended, []), (["-n", "2", "--heal", "512"], [1, 2]), (mended, [])):
+        assert cli.main(command(tmp_path / "out", *asked)) == 130
+        assert steps == made
+        steps.clear()
+    monkeypatch.setattr(take_away, "_measure", measure)
+    assert cli.main(command(tmp_path / "out", *mended)) == 0
+    assert not steps
+    assert len([*(files.CACHE / "healing").glob("[!.]*")]) == 1, "that of the command that was never finished"
+
+
+def test_every_healing_has_checkpoints_of_its_own():
+    one, other = (types.SimpleNamespace(identity=identity) for identity in ("one", "other"))
+    made = [(one, DropPlan((1,)), True, Healing(tokens=8)), (other, DropPlan((1,)), True, Healing(tokens=8)),
+            (one, DropPlan((2,)), True, Healing(tokens=8)), (one, DropPlan((1,)), False, Healing(tokens=8)),
+            (one, DropPlan((1,)), True, Healing(minutes=8))]  # fmt: skip
+    assert len({take_away._checkpoints_of(*each) for each in made}) == len(made)
+
+
+@pytest.mark.parametrize("special", [0, 1])
+def test_quality_is_measured_on_text_that_was_not_read_before(special, monkeypatch):
+    """Samples may begin with a token of the tokenizer's own, so longer ones reach further in the same text."""
+    monkeypatch.setattr(measured, "load_tokens", lambda corpus, tokenizer, n, length: blocks(n, length))
+
+    def blocks(n, length):
+        positions = torch.arange(n * (length - special)).view(n, length - special)
+        return torch.cat([torch.full((n, special), -1), positions], 1)
+
+    used = take_away.N_CALIBRATION * take_away.LENGTH
+    read = blocks(take_away.N_CALIBRATION, take_away.LENGTH)
+    quality = held_out(None, "web", used)
+    first = take_away.N_CALIBRATION + -(-measured.N_SAMPLES * measured.SEQ_LEN // take_away.LENGTH) + 1
+    healing = blocks(first + 1, take_away.LENGTH)[first:]
+    assert len(quality) == measured.N_SAMPLES
+    assert read.max() < quality[quality >= 0].min()
+    assert quality.max() < healing[healing >= 0].min()
+    assert held_out(None, "web").flatten()[special] == 0
 
 
 @pytest.mark.parametrize("budget", ["ten", "-5", "0.5", "10min later", "1e6", ""])

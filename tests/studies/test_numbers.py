@@ -523,7 +523,9 @@ def test_a_run_of_the_profile_gpu(network, tmp_path, monkeypatch):
         assert rows.loc[identifier, "difference"] == pytest.approx(value - float(rows.loc[identifier, "paper"])), identifier
     cells = rows[rows.index.str.match(r"T1.Llama-2-13B\.(Baseline|(Attn|MLP|Block)-4)\.")]
     assert len(cells) == 4 * 10 + 3  # eight tasks, mean and speed-up; SDR, but of the dense model
-    assert cells[cells["status"] != "compared"]["reason"].to_dict() == {}
+    arms = [f"T1.Llama-2-13B.{kind}-4" for kind in ("Attn", "MLP", "Block")]  # which so small a model may not make faster
+    slower = {f"{arm}.SDR": "there is no speed-up to divide by" for arm in arms if rows.loc[f"{arm}.SpeedUp", "ours"] <= 1}
+    assert cells[cells["status"] != "compared"]["reason"].to_dict() == slower
     assert rows.loc["T1.Llama-2-13B.Attn-8.MMLU", "reason"].endswith("n 8, task mmlu: add it to the profile")
     assert rows.loc["T4.Llama-2-13B.dense", "reason"].endswith("was not run: make reproduce NOTEBOOKS=06")
     assert rows.loc["T1.Mistral-7B.Attn-4.MMLU", "reason"] == "needs mistral-7b-v0.1: make reproduce PROFILE=gpu"
