@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def _record(measured: Measured) -> dict:
         "n-samples": {name: {"effective": task.n_documents} for name, task in measured.tasks.items()},
         "config": {"model": "llmdrop_utils", "model_args": {"base": measured.base, **measured.plan.key.to_json()}},
         "text": {
-            corpus: {"retained_accuracy": text.retained, "relative_perplexity": text.perplexity}
+            corpus: {
+                "retained_accuracy": [value if math.isfinite(value) else None for value in text.retained],
+                "relative_perplexity": text.perplexity,
+            }
             for corpus, text in measured.text.items()
         },
         "provenance": code_provenance(),
@@ -108,6 +112,8 @@ def _what(plan: DropPlan) -> str:
 
 def _percent(value: tuple[float, float, float]) -> str:
     middle, low, high = value
+    if not all(map(math.isfinite, value)):
+        return "not known: the dense model predicts too few tokens"
     return f"{middle:.1%} ({low:.1%} to {high:.1%})"
 
 

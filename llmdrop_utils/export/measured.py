@@ -84,7 +84,10 @@ def text_left(
 
 
 def of_scores(scores: TextScores, i: int) -> Text:
-    """Plan `i` beside plan 0; samples are drawn in blocks of neighbours, for both together."""
+    """Plan `i` beside plan 0; samples are drawn in blocks of neighbours, for both together.
+
+    Of a dense model that predicts no token, or in some draws none, what is retained is not finite.
+    """
     rows = np.stack([scores.hits[0], scores.hits[i], scores.nll[0], scores.nll[i]], 1)
     draws = stats.text_means(rows, np.ones(len(rows)))
     means = rows.mean(0)
@@ -93,8 +96,10 @@ def of_scores(scores: TextScores, i: int) -> Text:
         low, high = stats.text_interval(drawn, len(rows))
         return value, float(low), float(high)
 
+    with np.errstate(divide="ignore", invalid="ignore"):
+        retained = three(float(means[1] / means[0]), draws[:, 1] / draws[:, 0])
     return Text(
-        three(float(means[1] / means[0]), draws[:, 1] / draws[:, 0]),
+        retained,
         three(float(np.exp(means[3] - means[2])), np.exp(draws[:, 3] - draws[:, 2])),
     )
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -183,6 +184,11 @@ def most_that_keep(model: nn.Module, tokenizer, scores: Importance, kind: str, k
                 f"  without {n}: {text.retained[0]:.1%} ({text.retained[1]:.1%} to {text.retained[2]:.1%})",
                 flush=True,
             )
+            if not all(map(math.isfinite, text.retained)):
+                raise LLMDropError(
+                    f"The dense model predicts too few tokens of {CORPUS} text to tell what share of them is kept. Say how "
+                    "many layers to drop (-n 8)."
+                )
             if text.retained[1] < keep:
                 if not kept.n_drop:
                     raise LLMDropError(

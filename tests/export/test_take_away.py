@@ -202,6 +202,25 @@ def test_what_is_left_by_hand():
     assert text.perplexity == pytest.approx((1.10517, 1.10517, 1.10517), abs=1e-4)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("dense", [[0.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]])  # in the second, in many draws
+def test_a_dense_model_that_predicts_nothing(small, tmp_path, monkeypatch, capsys, dense):
+    """No share of it can be kept, so none is said to be; all else of the card is as ever."""
+    hits = np.array([dense, [0.1, 0.1, 0.0, 0.0]])
+    text = of_scores(TextScores(np.ones_like(hits), hits, np.zeros_like(hits)), 1)
+    monkeypatch.setattr(take_away, "text_left", lambda model, tokens, plans, dense=None: [text] * len(plans))
+    assert cli.main(command(tmp_path / "kept", "--keep", "0.9")) == 1
+    assert "The dense model predicts too few tokens of random-words text to tell" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+    assert cli.main(command(tmp_path / "out", "-n", "1")) == 0
+    assert "| random-words | not known: the dense model predicts too few tokens | 1.00 (" in (
+        tmp_path / "out/transformers/README.md"
+    ).read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "out/transformers/results.json").read_text(), parse_constant=pytest.fail)
+    assert record["text"]["random-words"]["relative_perplexity"] == [1, 1, 1]
+    assert None in record["text"]["random-words"]["retained_accuracy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
