@@ -67,8 +67,8 @@ def test_two_formats(small, tmp_path, capsys):
         (entry,) = yaml.safe_load((to / folder / ".eval_results/openbookqa.yaml").read_text())
         assert entry["dataset"] == {"id": "allenai/openbookqa", "task_id": "main"}
         assert entry["value"] == pytest.approx(100 * score, abs=0.01)
-        retained = record["text"]["random-words"]["retained_accuracy"]
-        assert f"| random-words | {retained[0]:.1%} ({retained[1]:.1%} to {retained[2]:.1%}) |" in card
+        more, low, high = record["text"]["random-words"]["relative_perplexity"]
+        assert f"| {more:.2f} ({low:.2f} to {high:.2f}) |\n" in card
     assert not list(to.rglob("*.lock"))
     assert "gguf-q8_0: " in capsys.readouterr().out
 
@@ -187,6 +187,8 @@ def test_as_many_as_keep_the_accuracy(small, tmp_path, monkeypatch, capsys):
     for keep, n in ((0.98, 2), (0.984, 1), (0.96, 4)):
         assert cli.main(command(tmp_path / f"out{n}", "--keep", str(keep))) == 0
         assert DropPlan.load(tmp_path / f"out{n}/plan.json").n_drop == n
+    card = (tmp_path / "out2/transformers/README.md").read_text(encoding="utf-8")
+    assert "| random-words | 98.5% (98.0% to 100.0%) | 1.00 (1.00 to 1.00) |" in card
     assert cli.main(command(tmp_path / "none", "--keep", "0.99")) == 1
     assert "Not even one attention layer can be dropped if 99.0% of the accuracy are to be kept" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
