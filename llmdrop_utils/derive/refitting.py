@@ -1,11 +1,12 @@
 """Layers refitted one after the other, with dense and dropped stream side by side. repair.py says what is fitted and why."""
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -47,6 +48,9 @@ def read_apart(
     return [*fitted, *held_out], calls | more, [False] * len(fitted) + [True] * len(held_out)
 
 
+Batches = MutableSequence[torch.Tensor]  # one of each batch
+
+
 class Repairing:
     """One repair, layer by layer, of batches whose streams the caller holds."""
 
@@ -59,47 +63,49 @@ class Repairing:
         held_out: Sequence[bool],  # of each batch: is it not fitted on?
         calls: dict[int, list[Call]],
         calls_of_reference: dict[int, list[Call]] | None = None,  # None: the same
+        batches: Callable[[Iterable[torch.Tensor]], Batches] = list,  # makes what holds what is read of all tokens
     ):
         self.model, self.plan, self.ridges, self.reference = model, plan, ridges, reference
         self.held_out, self.calls, self.calls_of_reference = held_out, calls, calls_of_reference or calls
-        # What modules return in each batch, where it is known: those of the layer at hand that are refitted, and attentions of
-        # the dense model that a layer before had to compute.
-        self.given: dict[nn.Module, dict[int, object]] = {}
+        self.batches = batches
+        # What modules return, where it is known: those of the layer at hand that are refitted, and attentions of the dense
+        # model that a layer before had to compute.
+        self.given: dict[nn.Module, _Given] = {}
         anatomy = find_anatomy(model)
         self.family = family_of(anatomy.decoder.config)
         self.blocks = [layer.block for layer in anatomy.layers]
         self.scales = [layer.scale for layer in anatomy.layers]
 
-    def go_on(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> None:
+    def go_on(self, index: int, dense: Batches, dropped: Batches) -> None:
         """Both lists of streams go from what a layer reads to what it gives."""
-        same = self.reference[index] is self.blocks[index]
         with skipping(self.model, self.plan):
             for batch, stream in enumerate(dense):
-                dense[batch] = advance(self.reference[index], stream, self._call_of_reference(index, stream))
-                if same and dropped[batch] is stream:  # nothing is dropped yet
-                    dropped[batch] = dense[batch]
-                else:
-                    dropped[batch] = self._advance(index, dropped[batch])
+                dense[batch] = given = advance(self.reference[index], stream, self._call_of_reference(index, stream))
+                # A layer of both models comes before all that is dropped or refitted.
+                is_same = self.reference[index] is self.blocks[index]
+                dropped[batch] = given if is_same else self._advance(index, dropped[batch])
 
     def go_on_dropped(self, index: int, streams: list[torch.Tensor]) -> None:
         """Streams of the dropped model alone go from what a layer reads to what it gives."""
         with skipping(self.model, self.plan):
             streams[:] = [self._advance(index, stream) for stream in streams]
 
-    def refit(self, index: int, dense: list[torch.Tensor], dropped: list[torch.Tensor]) -> list[Refitted]:
+    def refit(self, index: int, dense: Batches, dropped: Batches) -> list[Refitted]:
         """Refit one layer; both lists of streams go on, as in `go_on`."""
         found: list[Refitted] = []
         _return_freed_memory()
         with skipping(self.model, self.plan):
             sites = {kind: sites_of(self.blocks[index], self.family, kind) for kind in ("attention", "mlp")}
             sites = read_together(self.reference[index], sites, dense[0], self._call_of_reference(index, dense[0]))
-            wanted = [self._wanted(index, sites, dense, batch) for batch in range(len(dense))]
+            wanted: dict[tuple[str, str], Batches] = collections.defaultdict(lambda: self.batches(()))
+            for batch in range(len(dense)):
+                for what, tensor in self._wanted(index, sites, dense, batch).items():
+                    wanted[what].append(tensor)
             for kind, at in sites.items():
-                if at is not None:
-                    found += self._refit_readers(index, kind, at, dropped, [each.pop((kind, "input"), None) for each in wanted])
-                    if at.output is not None:
-                        targets = [each.pop((kind, "output")) for each in wanted]
-                        found += self._refit_output(index, kind, at, dropped, targets)
+                if at is not None and at.readers:
+                    found += self._refit_readers(index, kind, at, dropped, wanted.pop((kind, "input")))
+                if at is not None and at.output is not None:
+                    found += self._refit_output(index, kind, at, dropped, wanted.pop((kind, "output")))
             for batch, stream in enumerate(dropped):
                 with self._at(batch):
                     dropped[batch] = self._advance(index, stream)
@@ -111,12 +117,12 @@ class Repairing:
     def _at(self, batch: int) -> Iterator[None]:
         """Inside, modules whose outputs are known for this batch return them."""
         with contextlib.ExitStack() as stack:
-            for module, outputs in self.given.items():
-                if batch in outputs:
-                    stack.enter_context(replaced(module, functools.partial(_return, outputs[batch])))
+            for module, given in self.given.items():
+                if batch < len(given):
+                    stack.enter_context(replaced(module, functools.partial(given.of, batch)))
             yield
 
-    def _wanted(self, index: int, sites: dict[str, Sites | None], dense: list[torch.Tensor], batch: int) -> dict:
+    def _wanted(self, index: int, sites: dict[str, Sites | None], dense: Batches, batch: int) -> dict:
         """What the dense model has in a layer, of one batch, whose stream goes on: what each sub-layer reads, and where each
         kept one is to bring the stream."""
         block, family, stream = self.reference[index], self.family, dense[batch]
@@ -148,22 +154,21 @@ class Repairing:
                     "stream": (block.get_submodule(self.family.mlp_input), "input"),
                 }
                 seen = tap(block, stream, call, taps)
-                self.given.setdefault(attention, {})[batch] = _light(seen["attention"])  # that layer has it computed, too
+                self._given_by(attention).put(batch, _light(seen["attention"]))  # that layer has it computed, too
                 return seen["stream"]
             stream = advance(block, stream, call)
         return stream
+
+    def _given_by(self, module: nn.Module) -> "_Given":
+        return self.given.setdefault(module, _Given(self.batches(())))
 
     def _is_dropped(self, index: int, kind: str) -> bool:
         return index in getattr(self.plan, kind) and self.plan.map_of(kind, index) is None
 
     # ---- fits
 
-    def _refit_readers(
-        self, index: int, kind: str, at: Sites, dropped: list[torch.Tensor], wanted: list[torch.Tensor]
-    ) -> list[Refitted]:
+    def _refit_readers(self, index: int, kind: str, at: Sites, dropped: Batches, wanted: Batches) -> list[Refitted]:
         """x + x S is what they read in the dense model: W' = W (I + S')."""
-        if not at.readers:
-            return []
         _return_freed_memory()
         moments, maps = Moments(), [self.blocks[index].get_submodule(name) for name in at.readers]
         for batch, stream in enumerate(dropped):
@@ -178,9 +183,7 @@ class Repairing:
                 change(module, weight @ fit.matrix.T)
         return [Refitted(index, f"{kind} input", fit.ridge, fit.explained)]
 
-    def _refit_output(
-        self, index: int, kind: str, at: Sites, dropped: list[torch.Tensor], wanted: list[torch.Tensor]
-    ) -> list[Refitted]:
+    def _refit_output(self, index: int, kind: str, at: Sites, dropped: Batches, wanted: Batches) -> list[Refitted]:
         """What the stream lacks is explained by what the map reads: W' = W + S'.
 
         A norm that follows makes gain * y / rms(y) of the map's output y, so that x / rms(y) explains what lacks / gain, but
@@ -197,8 +200,7 @@ class Repairing:
             "unit": (unit, "returned"),
             "stream": (block.get_submodule(self.family.mlp_input), "input") if is_before_mlp else (block, "output"),
         }
-        read: list[torch.Tensor] = []  # by batch: what the map reads, and what its unit returns
-        returned: list = []
+        read, returned = self.batches(()), []  # what the map reads, and what its unit returns
         for batch, stream in enumerate(dropped):
             with self._at(batch):
                 seen = tap(block, stream, self._call(index, stream), taps)
@@ -217,8 +219,10 @@ class Repairing:
                 gain = norm(torch.ones_like(module.weight[:1, :1]).expand(1, len(update))).flatten().to(update.dtype)
                 update = torch.where(gain.abs() > 1e-3 * gain.abs().max(), 1 / gain, 0.0)[:, None] * update
             change(module, update)
-        if None not in returned:  # what follows in this layer reads it
-            self.given[unit] = {batch: each.anew(module(read.pop(0))) for batch, each in enumerate(returned)}
+        if all(returned):  # what follows in this layer reads it
+            given = self._given_by(unit)
+            for batch, each in enumerate(returned):
+                given.put(batch, cast(_Returned, each).anew(module(read.pop(0))))
         return [Refitted(index, f"{kind} output", fit.ridge, fit.explained)]
 
     def _call(self, index: int, stream: torch.Tensor) -> Call:
@@ -251,15 +255,35 @@ class _Returned(NamedTuple):
         return output if self.others is None else (output, *self.others)
 
 
+class _Given:
+    """What a module returns in each batch: a tensor, or a tuple that begins with one."""
+
+    def __init__(self, tensors: Batches):
+        self.tensors, self.others = tensors, list[tuple | None]()  # None: a tensor alone
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def put(self, batch: int, returned) -> None:
+        """Of the next batch, or of one that is known."""
+        tensor, others = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+        if batch == len(self):
+            self.tensors.append(tensor)
+            self.others.append(others)
+        else:
+            self.tensors[batch], self.others[batch] = tensor, others
+
+    def of(self, batch: int, *args, **kwargs):
+        """It in place of the module itself, whatever that reads."""
+        tensor, others = self.tensors[batch], self.others[batch]
+        return tensor if others is None else (tensor, *others)
+
+
 def _light(returned):
     """What attention returns without its weights (B, heads, T, T), which no layer reads: they would fill the memory."""
     if not isinstance(returned, tuple):
         return returned
     return tuple(None if isinstance(each, torch.Tensor) and each.ndim == 4 else each for each in returned)
-
-
-def _return(output, *args, **kwargs):
-    return output
 
 
 def _return_freed_memory() -> None:

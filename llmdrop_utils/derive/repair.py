@@ -34,6 +34,7 @@ from .moments import NotFiniteError
 from .offloading import copied, hooks_of, put_back, resident
 from .refitting import Refitted, Repairing, read_apart
 from .sites import check_changeable
+from .spooled import Spooled
 from .streams import read_streams
 
 VERSION = 1  # raise when a change alters the weights that come out, but for rounding: it is a part of the recipe
@@ -96,15 +97,16 @@ def repair(
     layers: indices of the only ones to refit; None: all from the one on that comes before the first dropped sub-layer.
     on_layer: called after each layer of each sweep with its index.
 
-    Memory: a copy of the layers from the first dropped one on; five times the stream of all tokens, and once what the widest
-    map reads of them, in the model's dtype (1.2 GB for 256 samples of 512 tokens, 576 and 1,536 wide, in bfloat16). Of an
-    offloaded model one layer at a time is where it computes, with its copy and copies of those that follow up to the next
-    sub-layer that is kept; meanwhile CPU memory holds all layers from the first dropped one on twice, afterwards once. No file
-    is written to. Time: about three forward passes over the tokens, and n (n + 2 m) operations a token for the sums of each
-    map of n inputs and m outputs.
+    Memory: a copy of the layers from the first dropped one on, what the first layer reads of all tokens, and the sums of one
+    map. What else is read of all tokens waits in a temporary file (spooled.py), for models on a CPU, and on a GPU beside them:
+    six times the stream and once what the widest map reads, in the model's dtype (1.3 GB for 256 samples of 512 tokens, 576 and
+    1,536 wide, in bfloat16). Of an offloaded model one layer at a time is where it computes, with its copy and copies of those
+    that follow up to the next sub-layer that is kept; meanwhile CPU memory holds all layers from the first dropped one on
+    twice, afterwards once. None of the model's files is written to. Time: about three forward passes over the tokens, and
+    n (n + 2 m) operations a token for the sums of each map of n inputs and m outputs.
 
-    Returns what was fitted, in order. Raises LLMDropError for wrong input, too few tokens, and statistics that are singular or
-    not finite. After any error or interruption the model is bit for bit as it was.
+    Returns what was fitted, in order. Raises LLMDropError for wrong input, too few tokens, statistics that are singular or not
+    finite, and a full disk. After any error or interruption the model is bit for bit as it was.
     """
     if not isinstance(settings, Repair):
         raise LLMDropError(f"Expected settings, found {settings!r}. Make them: Repair(ridges=(0.01, 0.1)).")
@@ -136,9 +138,10 @@ def repair(
             of_reference, theirs, _ = (streams, calls, apart) if reference is None else read(reference, tokens)
             if [*map(len, streams)] != [*map(len, of_reference)]:
                 raise torch.OutOfMemoryError("batches of one of the two models alone were halved")
-            work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls, theirs), list[Refitted]()
+            batches = Spooled if all(stream.is_cpu for stream in streams) else list
+            work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls, theirs, batches), list[Refitted]()
             for sweep in range(settings.sweeps):
-                dense, dropped = list(of_reference), list(streams)
+                dense, dropped = batches(of_reference), batches(streams)
                 if sweep + 1 == settings.sweeps:  # what is read no more takes no memory
                     of_reference.clear()
                     streams.clear()

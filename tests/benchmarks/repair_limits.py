@@ -2,6 +2,9 @@
 
     .venv/bin/python tests/benchmarks/repair_limits.py 12 8 [--layers cosine] [--fit 131072] [--heal 327680] [--rate 0.001]
 
+Beside it each arm is asked what notebook 10 asks: tasks with choices, how far confidence in these is from being right, and how
+much of a passage without sense is copied; the first row is the dense model's.
+
 With --served each arm is also written as an F16 file for llama.cpp, through its parity gate, and the files take turns there:
 how much faster than the first arm it reads 512 tokens, and generates after them.
 
@@ -29,9 +32,14 @@ from llmdrop_utils.derive.own_text import write_samples
 from llmdrop_utils.derive.repair import Repair, repair
 from llmdrop_utils.export.gguf import export_gguf
 from llmdrop_utils.export.llamacpp import LlamaCpp
+from llmdrop_utils.measure.confidence import score_choices
+from llmdrop_utils.measure.scoring import score
 from llmdrop_utils.measure.text import score_text
 from llmdrop_utils.models.load import default_dtype
-from llmdrop_utils.studies.keep_more.rows import more_than_dense
+from llmdrop_utils.sources.probes import Request, copy_probes
+from llmdrop_utils.sources.task_data import load_task
+from llmdrop_utils.sources.texts import text_beginning
+from llmdrop_utils.studies.keep_more.rows import choices_drawn, more_than_dense, shares_drawn
 from llmdrop_utils.studies.take_away.work import in_turns
 
 CORPORA = ("web", "encyclopedia", "code", "mathematics")
@@ -39,6 +47,7 @@ LENGTH, BEGIN = 512, 16  # tokens of a sample; those that one begins with which 
 CHOSEN_ON, TEST, HEALING = 64, 24, 144  # samples of each corpus; layers were chosen on the first
 SHORTEST = {"web": 305}  # samples of the corpora that could be read to their end
 STEPS, TURNS = 32, 9  # in llama.cpp
+TASKS, DOCUMENTS = ("openbookqa", "winogrande", "arc_easy", "piqa", "hellaswag", "boolq"), 100  # of each task
 ARMS = ("plain", "repair", "healing", "repair, healing")
 
 
@@ -73,7 +82,10 @@ def main() -> None:
         print(f"{n_own} samples of {len(for_healing)} written in {time.perf_counter() - started:.0f} s", flush=True)
     held_out = [test[i :: len(CORPORA)] for i in range(len(CORPORA))]
     dense = [score_text(model, tokens).nll[0] for tokens in held_out]
+    asked = {name: load_task(name, 0) for name in TASKS}
+    copied = copy_probes(test, len(text_beginning(tokenizer)))
     print(f"{model.dtype}, {torch.get_num_threads()} threads; layers by {given.layers}: {order}", flush=True)
+    print(f"  0 {'dense':16} {beside(model, tokenizer, asked, copied, DropPlan())}", flush=True)
     for n in given.n:
         if n > len(order):
             raise SystemExit(f"Of {n} layers to drop only {len(order)} were chosen by {given.layers}.")
@@ -101,12 +113,23 @@ def main() -> None:
                     mean, low, high = np.exp([row["mean"][end] for end in ("value", "low", "high")])
                     each = "  ".join(f"{corpus} {np.exp(row[corpus]['value']):.3f}" for corpus in CORPORA)
                     print(f"{n:3} {arm:16} mean {mean:.3f} ({low:.3f} to {high:.3f})  {each}  {seconds:.0f} s", flush=True)
+                    print(f"{n:3} {arm:16} {beside(model, tokenizer, asked, copied, plan)}", flush=True)
                     if given.served:
                         files_of[arm] = Path(folder) / f"{arm}.gguf"
                         parity = export_gguf(copy.deepcopy(model).float(), tokenizer, plan, files_of[arm])
                         print(f"{n:3} {arm:16} diverges in llama.cpp by {parity.divergence:.1g} nats", flush=True)
             if given.served:
                 in_llama_cpp(files_of, test[0].tolist() + test[1].tolist())
+
+
+def beside(model, tokenizer, tasks: dict[str, list], copied: list[Request], plan: DropPlan) -> str:
+    """Choices that are right, the calibration error of all of them, and what is copied, each with its 95 % interval."""
+    found = [score_choices(model, tokenizer, members, [plan], DOCUMENTS) for members in tasks.values()]
+    measures = choices_drawn(*(np.hstack([getattr(each, of) for each in found]).T for of in ("confidence", "right")))
+    scores = score(model, copied, [plan])
+    measures["copied"] = shares_drawn((scores.hits / scores.length).T, seed=20)
+    rows = {name: drawn.row(0) for name, drawn in measures.items()}
+    return "  ".join(f"{name} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for name, row in rows.items())
 
 
 def text_for_healing(corpus: str, tokenizer, n: int) -> torch.Tensor:

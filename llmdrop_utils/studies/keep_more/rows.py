@@ -84,18 +84,24 @@ def quality_rows(works: Mapping[Version, MadeWork], values: Mapping[Version, Seq
             right.append([values[version][place]["right"] for version in versions])
         elif isinstance(item, ProbeWork):
             shares = np.array([values[version][place]["found"] for version in versions]).T
-            draws = stats.text_means(shares, np.ones(len(shares)), seed=20 + place)
-            measures[item.probe] = Drawn(shares.mean(0), draws, stats.independent(len(shares)), len(shares))
+            measures[item.probe] = shares_drawn(shares, seed=20 + place)
     if sure:
-        measures |= _choices(np.hstack(sure).T, np.hstack(right).T)
+        measures |= choices_drawn(np.hstack(sure).T, np.hstack(right).T)
     return [
         version._asdict() | {"measure": measure} | drawn.row(i)
         for i, version in enumerate(versions) for measure, drawn in measures.items()
     ]  # fmt: skip
 
 
-def _choices(sure: np.ndarray, right: np.ndarray) -> dict[str, Drawn]:
-    """Documents of all tasks together. sure, right: (n_documents, n_versions)."""
+def shares_drawn(shares: np.ndarray, seed: int) -> Drawn:
+    """What is found of each answer, (n_answers, n_versions), of which those of one text may go together."""
+    return Drawn(
+        shares.mean(0), stats.text_means(shares, np.ones(len(shares)), seed), stats.independent(len(shares)), len(shares)
+    )
+
+
+def choices_drawn(sure: np.ndarray, right: np.ndarray) -> dict[str, Drawn]:
+    """Right choices and calibration error of all tasks' documents together. sure, right: (n_documents, n_versions)."""
     n, versions = right.shape
     hits = stats.bootstrap_means(right, np.ones(n), seed=50)
     gaps = np.stack([binned_gaps(sure[:, i], right[:, i]) for i in range(versions)], 1)
