@@ -550,6 +550,12 @@ KEPT = [
            ("files stay open", "weakref.finalize(self, self._file.close)", "weakref.finalize(torch, self._file.close)")),
     *edits("derive/sites.py", "tests/derive/test_repair.py",
            ("what reads something else is refitted, too", "name in seen and seen[name] is seen[at.unit]", "name in seen")),
+    *edits("derive/tuning.py", "tests/derive/test_tuning.py",
+           ("text and a teacher are one training", '"teacher": taught_by}', '"teacher": None}'),
+           ("a teacher tells what is read, not what follows", "predicted(teacher, input_ids)[:, :-1]",
+            "predicted(teacher, input_ids)[:, 1:]")),
+    *edits("derive/distillation.py", "tests/derive/test_tuning.py",
+           ("a model is its own teacher under the plan, too", "if teacher is model:", "if False:")),
     *edits("derive/muon.py", "tests/derive/test_healing.py",
            ("Muon does not look ahead", "weight.grad.lerp(mean, MOMENTUM)", "mean"),
            ("a vector moves as far as its gradient is long", "x = x / x.norm()", "x = x / x[:1].numel()")),
@@ -599,9 +605,7 @@ KEPT = [
     *edits("studies/keep_more/work.py", "tests/studies/test_rankings.py",
            ("what is stored is measured again", "tuple(self.items[i] for i in missing)", "self.items")),
     *edits("studies/keep_more/study.py", "tests/studies/test_keep_more.py",
-           ("healing reads what is measured", "seq_len)[skip:]", "seq_len)[:-skip]"),
-           ("one rate for both starts", "if way == REPAIR_HEALING", "if way"),
-           ("every way heals from a plain start", "settings.healing(way)", 'settings.healing("healing")')),
+           ("healing reads what is measured", "seq_len)[skip:]", "seq_len)[:-skip]")),
 ]  # fmt: skip
 
 EDITS = [*REVIEW, *TABLES, *DISTANCE, *KEY_EDITS, *RULES, *LADDER, *EXPORTS, *ABLATIONS, *BREAKS, *ENCODERS, *KEPT]

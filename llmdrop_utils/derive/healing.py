@@ -1,16 +1,11 @@
 """Healing of a dropped model: what the plan keeps learns to predict what the dense model predicts.
 
-The loss of a step is the divergence of the dropped model's next-token distributions q from those p of the dense model, its
-teacher (Hinton et al. 2015, arXiv:1503.02531):
-
-    mean over positions of KL(p || q) = sum over the vocabulary of p (log p - log q)
-
-LoRA (tuning.py) learns from text, through a few adapters. Healing learns from whole distributions, and changes every weight
-of the kept linear maps and norms, by steps of Muon (muon.py). training_loop.py has the loop, and how a killed run resumes.
+The loss is the divergence from the dense model's next-token distributions (distillation.py). Healing changes every weight of
+the kept linear maps and norms, by steps of Muon (muon.py), where LoRA (tuning.py) trains a few adapters. training_loop.py has
+the loop, and how a killed run resumes.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -29,12 +24,11 @@ from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
 from ..base.files import locked
 from ..dropping.plan import DropPlan
-from ..dropping.units import dropped, skipping
-from ..measure.guard import frozen, tokens_for
-from ..measure.passes import SOFTMAX_ROWS
-from ..models.families import Anatomy, find_anatomy, input_device
+from ..measure.guard import frozen
+from ..models.families import Anatomy, find_anatomy
 from .adapters import DTYPES, ROUTERS
-from .model import check_whole, recipe_of
+from .distillation import Divergence, predicted, teacher_of
+from .model import recipe_of
 from .muon import Muon
 from .processes import agree, is_first, n_processes, once, share_of
 from .training_loop import (
@@ -139,16 +133,7 @@ def heal(
     share = share_of(settings.batch_size)
     folder, recipe, tokens = Path(folder), describe_healing(model, tokens, plan, settings), samples_for(model, tokens)
     check_place(model, "healed")
-    apply = dropped
-    if teacher is None or teacher is model:
-        check_whole(find_anatomy(model))
-        # It shares the model's weights, those of what is dropped too: these stay on their device.
-        teacher, apply = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}), skipping
-    ours, theirs = (find_anatomy(each).decoder.config.vocab_size for each in (model, teacher))
-    if ours != theirs:
-        what = f"The teacher knows {theirs} tokens, but this model {ours}"
-        raise LLMDropError(f"{what}: no distributions to compare. Give the dense model that this one was made from.")
-    tokens_for(teacher, tokens)  # it may know fewer positions
+    teacher, apply = teacher_of(model, model if teacher is None else teacher, tokens)
     lock = locked(folder) if is_first() else contextlib.nullcontext()
     with lock, apply(model, plan), frozen(model), frozen(teacher), random_numbers_of_its_own(settings.seed):
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
@@ -272,33 +257,7 @@ class _Distillation(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         model, teacher, dtypes, others = self.unregistered
-        with torch.no_grad():
-            target = teacher(input_ids.to(input_device(teacher)), use_cache=False).logits
+        target = predicted(teacher, input_ids)
         now = {name: weight.to(dtype) for (name, dtype), weight in zip(dtypes.items(), self.weights, strict=True)}
         logits = torch.func.functional_call(model, now | others, (input_ids,), {"use_cache": False}).logits
         return {"loss": Divergence.apply(logits, target.to(logits.device))}
-
-
-class Divergence(torch.autograd.Function):
-    """Mean KL(target || logits), a float32 scalar, of (..., vocabulary) logits: float64 if they are.
-
-    Values and gradients, (q - p) / n, are formed together for some positions at a time. Autograd would hold all logits of a
-    batch several times over in float32, and take five times as long on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        wide, rows = torch.promote_types(logits.dtype, torch.float32), SOFTMAX_ROWS[logits.device.type]
-        gradient, n = torch.empty_like(logits, memory_format=torch.contiguous_format), logits[..., 0].numel()
-        total = torch.zeros((), dtype=wide, device=logits.device)
-        for ours, theirs, out in zip(*(t.flatten(0, -2).split(rows) for t in (logits, target, gradient)), strict=True):
-            log_q, log_p = (part - part.logsumexp(-1, keepdim=True) for part in (ours.to(wide), theirs.to(wide)))
-            p = log_p.exp()
-            total += torch.where(p == 0, 0, p * (log_p - log_q)).sum()  # what both rule out adds nothing
-            out.copy_((log_q.exp() - p) / n)
-        ctx.save_for_backward(gradient)
-        return total / n
-
-    @staticmethod
-    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.saved_tensors[0] * above[0], None

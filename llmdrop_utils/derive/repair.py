@@ -98,9 +98,9 @@ def repair(
     on_layer: called after each layer of each sweep with its index.
 
     Memory: a copy of the layers from the first dropped one on, what the first layer reads of all tokens, and the sums of one
-    map. What else is read of all tokens waits in a temporary file (spooled.py), for models on a CPU, and on a GPU beside them:
-    six times the stream and once what the widest map reads, in the model's dtype (1.3 GB for 256 samples of 512 tokens, 576 and
-    1,536 wide, in bfloat16). Of an offloaded model one layer at a time is where it computes, with its copy and copies of those
+    map. What else is read of all tokens waits in a temporary file (spooled.py), or on a GPU beside the model: up to six times
+    the stream and once what the widest map reads, in the model's dtype (1.3 GB for 256 samples of 512 tokens, 576 and 1,536
+    wide, in bfloat16). Of an offloaded model one layer at a time is where it computes, with its copy and copies of those
     that follow up to the next sub-layer that is kept; meanwhile CPU memory holds all layers from the first dropped one on
     twice, afterwards once. None of the model's files is written to. Time: about three forward passes over the tokens, and
     n (n + 2 m) operations a token for the sums of each map of n inputs and m outputs.

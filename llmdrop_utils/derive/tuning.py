@@ -4,10 +4,13 @@ A short training of what is left regains a part of what dropping lost. The figur
 means over tasks without and with it: 58.7 and 59.4 for the dense model, 52.8 and 57.0 after Attn Drop, 44.3 and 47.0 after MLP
 Drop.
 
+What they learn is text; or, with a teacher, what that predicts: healing (healing.py) with less memory and less to gain.
+
 The loop is transformers' Trainer. A killed run resumes from its last checkpoint, with the same losses as one that was never
 killed. adapters.py says what an adapter is, and which weights get one.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ from ..dropping.units import dropped
 from ..measure.guard import frozen
 from ..models.families import find_anatomy
 from .adapters import adapted, library, merge
+from .distillation import Applied, Divergence, predicted, teacher_of
 from .model import recipe_of
 from .processes import n_processes
 from .training_loop import (
@@ -70,9 +74,9 @@ class Tuning:
 
 
 def describe_tuning(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Tuning) -> dict:
-    """All that determines what `tune` makes of a base, as plain JSON: the recipe for `save_derived`.
+    """All that determines what `tune` makes of a base from text, as plain JSON: the recipe for `save_derived`.
 
-    Arguments and errors as in `tune`.
+    A teacher is not in it; add it: describe_tuning(...) | {"teacher": "sha256:..."}. Arguments and errors as in `tune`.
     """
     return recipe_of("LoRA", VERSION, model, samples_for(model, tokens), plan, **dataclasses.asdict(settings))
 
@@ -84,6 +88,7 @@ def tune(
     folder: Path | str,
     settings: Tuning = Tuning(),
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    teacher: nn.Module | None = None,
 ) -> list[float]:
     """Train adapters with the plan's sub-layers dropped, and merge them into the model in place.
 
@@ -100,6 +105,8 @@ def tune(
     folder: for checkpoints, of its own. If it holds a checkpoint of the same tuning of the same weights, that is resumed, to
         the same result as without an interruption; otherwise checkpoints in it are deleted. Delete it once the model is stored.
     on_step: called after each step with the number of steps done and the step's loss.
+    teacher: a model of the same vocabulary; the loss is then the divergence from its distributions (distillation.py), as in
+        `heal`. The model itself stands for what it is now outside of the plan. It is left as it is.
 
     Returns the losses of all steps, those before a resumption included; the first is that of the base. Raises LLMDropError for
     wrong input and for a loss that is not finite, NotAvailable without peft. After any error or interruption the model is bit
@@ -111,15 +118,21 @@ def tune(
         raise LLMDropError(f"Tuning runs in one process, but `accelerate launch` started {n_processes()}. Start one.")
     peft, folder = library(), Path(folder)
     recipe, tokens = describe_tuning(model, tokens, plan, settings), samples_for(model, tokens)
-    with locked(folder), dropped(model, plan), frozen(model), random_numbers_of_its_own(settings.seed):
+    apply: Applied = dropped
+    if teacher is not None:
+        teacher, apply = teacher_of(model, teacher, tokens)
+    taught = contextlib.nullcontext() if teacher is None else frozen(teacher)
+    with locked(folder), apply(model, plan), frozen(model), taught, random_numbers_of_its_own(settings.seed):
         check_place(model, "tuned")
         # 1. Whatever else determines the result decides whether a checkpoint may be resumed.
-        checkpoint, _ = prepare(folder, "tuning", {"recipe": recipe, "base": hash_of_weights(model)})
+        taught_by = None if teacher is None else hash_of_weights(teacher)
+        about = {"recipe": recipe, "base": hash_of_weights(model), "teacher": taught_by}
+        checkpoint, _ = prepare(folder, "tuning", about)
         with adapted(peft, find_anatomy(model), settings.rank, settings.alpha) as layers:
             # 2. The loop.
             with memory_error(settings.batch_size, tokens.shape[1]):
                 losses = train(
-                    _NextTokenLoss(model, layers),
+                    _Loss(model, teacher, layers),
                     tokens.cpu(),
                     lambda rows: {"input_ids": torch.stack(rows)},
                     settings.epochs,
@@ -135,16 +148,18 @@ def tune(
     return losses
 
 
-class _NextTokenLoss(nn.Module):
-    """The loss, as a module whose only parameters are the adapters: these the Trainer optimizes, clips and stores."""
+class _Loss(nn.Module):
+    """Of a batch, as a module whose only parameters are the adapters: these the Trainer optimizes, clips and stores."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, Any]):
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, layers: dict[str, Any]):
         super().__init__()
         self.adapters = nn.ModuleList(part for layer in layers.values() for part in (layer.lora_A, layer.lora_B))
-        self.unregistered = (model,)  # in a tuple, where torch does not look for parameters
+        self.unregistered = model, teacher  # in a tuple, where torch does not look for parameters
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        (model,) = self.unregistered
+        model, teacher = self.unregistered
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        if teacher is not None:
+            return {"loss": Divergence.apply(logits, predicted(teacher, input_ids)[:, :-1].to(logits.device))}
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())}

@@ -78,11 +78,25 @@ def test_what_is_kept_becomes_w_plus_ba(tmp_path):
         torch.testing.assert_close(model(PERIODIC[:4, :12]).logits, watch.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_training_by_hand(tmp_path):
+def another():
+    """A model of the same shape that predicts something else."""
+    model = fresh().double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.2)
+    return model
+
+
+@pytest.mark.parametrize("taught_by", ["text", "itself", "another"])
+def test_the_training_by_hand(taught_by, tmp_path):
     """Every step in float64, from the same A: loss, clipped gradient, AdamW, warm-up of one step in twenty and cosine."""
     base, model, steps = fresh().double(), fresh().double(), 20
+    teacher = {"text": None, "itself": model, "another": another()}[taught_by]
+    with torch.no_grad():
+        target = {"text": fresh().double(), "itself": fresh().double()}.get(taught_by, teacher)(PERIODIC).logits.log_softmax(-1)
     watch = Watch(model, last=1)  # A does not change in the first step, as the rate is zero
-    found = tune(model, PERIODIC, PLAN, tmp_path / "work", Tuning(4, 8, 0.01, epochs=steps, batch_size=16), watch)
+    settings = Tuning(4, 8, 0.01, epochs=steps, batch_size=16)
+    found = tune(model, PERIODIC, PLAN, tmp_path / "work", settings, watch, teacher=teacher)
     pairs = {name: (a.requires_grad_(), torch.zeros_like(b, requires_grad=True)) for name, (a, b) in watch.adapters.items()}
     flat = [part for pair in pairs.values() for part in pair]
     first, second = ([torch.zeros_like(part) for part in flat] for _ in range(2))
@@ -90,7 +104,10 @@ def test_the_training_by_hand(tmp_path):
         weights = {f"{name}.weight": base.get_submodule(name).weight + 2 * b @ a for name, (a, b) in pairs.items()}
         with dropped(base, PLAN):
             logp = torch.func.functional_call(base, weights, (PERIODIC,)).logits.log_softmax(-1)
-        loss = -logp[:, :-1].gather(-1, PERIODIC[:, 1:, None]).mean()
+        if taught_by == "text":
+            loss = -logp[:, :-1].gather(-1, PERIODIC[:, 1:, None]).mean()
+        else:
+            loss = (target.exp() * (target - logp))[:, :-1].sum(-1).mean()
         assert found[step] == pytest.approx(float(loss), rel=1e-5)
         gradients = torch.autograd.grad(loss, flat)
         clip = min(1.0, 1 / float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
@@ -154,10 +171,11 @@ def test_a_stopped_tuning_goes_on(tmp_path):
     assert equal(again, whole)
 
 
-@pytest.mark.parametrize("other", ["tokens", "plan", "settings", "weights"])
+@pytest.mark.parametrize("other", ["tokens", "plan", "settings", "weights", "teacher", "no teacher"])
 def test_another_tuning_starts_over(other, tmp_path):
+    teachers = {"teacher": (None, pristine("llama")), "no teacher": (pristine("llama"), None)}.get(other, (None, None))
     with pytest.raises(Stop):
-        tune(fresh(), PERIODIC, PLAN, tmp_path / "work", SHORT, stop_at(3))
+        tune(fresh(), PERIODIC, PLAN, tmp_path / "work", SHORT, stop_at(3), teachers[0])
     tokens = PERIODIC + 1 if other == "tokens" else PERIODIC
     plan = DropPlan((1,), (2,)) if other == "plan" else PLAN
     settings = Tuning(4, 4, 0.01, 1, 4, 1) if other == "settings" else SHORT
@@ -166,9 +184,9 @@ def test_another_tuning_starts_over(other, tmp_path):
         for model in models:
             model.model.norm.weight.data[0] += 1
     watch = Watch(models[0], last=4)
-    losses = tune(models[0], tokens, plan, tmp_path / "work", settings, watch)
+    losses = tune(models[0], tokens, plan, tmp_path / "work", settings, watch, teachers[1])
     assert watch.steps == [1, 2, 3, 4]
-    assert losses == tune(models[1], tokens, plan, tmp_path / "fresh", settings)
+    assert losses == tune(models[1], tokens, plan, tmp_path / "fresh", settings, teacher=teachers[1])
     assert equal(*models)
 
 
@@ -247,6 +265,11 @@ def at_the_limit(model):
         ({"plan": "attention"}, "Expected a drop plan"),
         ({"plan": DropPlan((0, 1, 2), (0, 1, 2))}, "Nothing is left to tune"),
         ({"settings": {"rank": 8}}, "Expected settings, found"),
+        ({"teacher": "a name"}, "Expected a model, found str"),
+        (
+            {"teacher": families.tiny("llama", vocab_size=99)},
+            "The teacher knows 99 tokens, but this model 97: no distributions",
+        ),
         ({"change": quantised}, "The weight of 0.mlp.up_proj is quantised"),
         ({"change": adapted}, "The model has adapters of peft already"),
         ({"change": lambda model: model.lm_head.to("meta")}, "are on cpu, meta"),
@@ -283,6 +306,13 @@ def test_bad_input(given, message, tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(LLMDropError, match=message):
         Tuning(**settings)
+
+
+def test_a_teacher_is_left_as_it_is(tmp_path):
+    model, teacher = fresh(), fresh().train()
+    before = state(teacher)
+    tune(model, PERIODIC, PLAN, tmp_path / "work", SHORT, teacher=teacher)
+    assert_as_it_was(teacher, before)
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
