@@ -78,12 +78,11 @@ class Repairing:
 
     def go_on(self, index: int, dense: Batches, dropped: Batches) -> None:
         """Both lists of streams go from what a layer reads to what it gives."""
+        comes_first = self.reference[index] is self.blocks[index]  # before all that is dropped or refitted
         with skipping(self.model, self.plan):
             for batch, stream in enumerate(dense):
                 dense[batch] = given = advance(self.reference[index], stream, self._call_of_reference(index, stream))
-                # A layer of both models comes before all that is dropped or refitted.
-                is_same = self.reference[index] is self.blocks[index]
-                dropped[batch] = given if is_same else self._advance(index, dropped[batch])
+                dropped[batch] = given if comes_first else self._advance(index, dropped[batch])
 
     def go_on_dropped(self, index: int, streams: list[torch.Tensor]) -> None:
         """Streams of the dropped model alone go from what a layer reads to what it gives."""
@@ -160,7 +159,9 @@ class Repairing:
         return stream
 
     def _given_by(self, module: nn.Module) -> "_Given":
-        return self.given.setdefault(module, _Given(self.batches(())))
+        if module not in self.given:
+            self.given[module] = _Given(self.batches(()))
+        return self.given[module]
 
     def _is_dropped(self, index: int, kind: str) -> bool:
         return index in getattr(self.plan, kind) and self.plan.map_of(kind, index) is None
