@@ -20,7 +20,7 @@ from torch import nn
 
 from llmdrop_utils import DropPlan, LinearMap, LLMDropError, dropped, find_anatomy, load_model, locate_model, score_text, tune
 from llmdrop_utils.base.errors import DiskFull
-from llmdrop_utils.derive import healing, training_loop
+from llmdrop_utils.derive import distillation, healing, training_loop
 from llmdrop_utils.derive.healing import Healing, describe_healing, heal, trained_parameters
 from llmdrop_utils.derive.model import save_derived
 from llmdrop_utils.derive.muon import Muon
@@ -386,7 +386,7 @@ def test_the_own_teacher_takes_no_memory(tmp_path, monkeypatch):
         make(self, model, teacher, weights)
 
     monkeypatch.setattr(healing._Distillation, "__init__", init)
-    monkeypatch.setattr(healing, "dropped", lambda *_: pytest.fail("it would move weights away from the GPU"))
+    monkeypatch.setattr(distillation, "dropped", lambda *_: pytest.fail("it would move weights away from the GPU"))
     model = fresh()
     own = dict(model.named_parameters())
     heal(model, TOKENS, PLAN, tmp_path / "work", SHORT)
