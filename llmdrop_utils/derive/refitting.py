@@ -153,15 +153,13 @@ class Repairing:
                     "stream": (block.get_submodule(self.family.mlp_input), "input"),
                 }
                 seen = tap(block, stream, call, taps)
-                self._given_by(attention).put(batch, _light(seen["attention"]))  # that layer has it computed, too
+                if attention not in self.given:
+                    self.given[attention] = _Given(self.batches(()))
+                if batch == len(self.given[attention]):  # that layer has it computed, too, in each sweep the same
+                    self.given[attention].append(_light(seen["attention"]))
                 return seen["stream"]
             stream = advance(block, stream, call)
         return stream
-
-    def _given_by(self, module: nn.Module) -> "_Given":
-        if module not in self.given:
-            self.given[module] = _Given(self.batches(()))
-        return self.given[module]
 
     def _is_dropped(self, index: int, kind: str) -> bool:
         return index in getattr(self.plan, kind) and self.plan.map_of(kind, index) is None
@@ -221,9 +219,9 @@ class Repairing:
                 update = torch.where(gain.abs() > 1e-3 * gain.abs().max(), 1 / gain, 0.0)[:, None] * update
             change(module, update)
         if all(returned):  # what follows in this layer reads it
-            given = self._given_by(unit)
-            for batch, each in enumerate(returned):
-                given.put(batch, cast(_Returned, each).anew(module(read.pop(0))))
+            self.given[unit] = given = _Given(self.batches(()))
+            for each in returned:
+                given.append(cast(_Returned, each).anew(module(read.pop(0))))
         return [Refitted(index, f"{kind} output", fit.ridge, fit.explained)]
 
     def _call(self, index: int, stream: torch.Tensor) -> Call:
@@ -265,14 +263,10 @@ class _Given:
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def put(self, batch: int, returned) -> None:
-        """Of the next batch, or of one that is known."""
+    def append(self, returned) -> None:
         tensor, others = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
-        if batch == len(self):
-            self.tensors.append(tensor)
-            self.others.append(others)
-        else:
-            self.tensors[batch], self.others[batch] = tensor, others
+        self.tensors.append(tensor)
+        self.others.append(others)
 
     def of(self, batch: int, *args, **kwargs):
         """It in place of the module itself, whatever that reads."""

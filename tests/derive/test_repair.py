@@ -1,5 +1,6 @@
 """Kept weights are refitted in closed form: the solution, what changes and what never does, and the search that sees it."""
 
+import collections
 import contextlib
 import copy
 import re
@@ -188,6 +189,30 @@ def test_what_is_kept_in_mind_is_what_would_be_computed(name, plan, monkeypatch)
     repair(models[1], TOKENS, plan, Repair(sweeps=2), batch_size=3)
     for parameter, weight in models[0].named_parameters():
         torch.testing.assert_close(weight, models[1].get_parameter(parameter), rtol=1e-9, atol=1e-10)
+
+
+def test_an_output_is_computed_once(monkeypatch):
+    """Of each batch, by the dense model; by the dropped one before and after its fit. One more tells what is read together."""
+    calls, found = collections.Counter(), {}
+    forward, refit = nn.Linear.forward, Repairing.refit
+
+    def counted(self, index, *streams):
+        calls.clear()
+        refit(self, index, *streams)
+        for model, blocks in (("dense", self.reference), ("dropped", self.blocks)):
+            for layer in (index, index + 1) if index + 1 in self.plan.attention else (index,):
+                parts = blocks[layer].self_attn.o_proj, blocks[layer].mlp.down_proj
+                found[index, model, layer] = [calls[part] for part in parts]
+        return []
+
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.update([self]) or forward(self, x))
+    monkeypatch.setattr(Repairing, "refit", counted)
+    repair(fresh(), TOKENS, PLAN, batch_size=5)  # 8 batches
+    assert found == {
+        (0, "dense", 0): [9, 8], (0, "dense", 1): [8, 0], (0, "dropped", 0): [16, 16], (0, "dropped", 1): [0, 0],
+        (1, "dense", 1): [1, 8], (1, "dropped", 1): [0, 16],
+        (2, "dense", 2): [9, 8], (2, "dropped", 2): [16, 16],
+    }  # fmt: skip
 
 
 def test_a_layer_that_keeps_nothing_is_not_read(monkeypatch):

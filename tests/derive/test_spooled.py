@@ -63,9 +63,8 @@ def test_what_is_read_is_a_copy():
     assert not waiting[0].any()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux lists what is open")
 def test_its_file_ends_with_it():
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("only Linux lists what is open")
     n = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one that is not closed warns
@@ -98,6 +97,13 @@ def test_a_full_disk_leaves_the_model_as_it_was(n_bytes):
     with files_of_at_most(n_bytes), pytest.raises(LLMDropError, match=r"is full.*Set TMPDIR to a folder of a larger disk"):
         repair(model, TOKENS, PLAN)
     assert_as_it_was(model, before)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+def test_no_room_at_all(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b", buffering=0))  # noqa: SIM115
+    with pytest.raises(LLMDropError, match=r"is full.*Set TMPDIR to a folder of a larger disk"):
+        repair(fresh(), TOKENS, PLAN)
 
 
 def test_no_place_for_temporary_files(monkeypatch, tmp_path):

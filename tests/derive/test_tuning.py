@@ -93,7 +93,7 @@ def test_the_training_by_hand(taught_by, tmp_path):
     base, model, steps = fresh().double(), fresh().double(), 20
     teacher = {"text": None, "itself": model, "another": another()}[taught_by]
     with torch.no_grad():
-        target = {"text": fresh().double(), "itself": fresh().double()}.get(taught_by, teacher)(PERIODIC).logits.log_softmax(-1)
+        target = (another() if taught_by == "another" else fresh().double())(PERIODIC).logits.log_softmax(-1)
     watch = Watch(model, last=1)  # A does not change in the first step, as the rate is zero
     settings = Tuning(4, 8, 0.01, epochs=steps, batch_size=16)
     found = tune(model, PERIODIC, PLAN, tmp_path / "work", settings, watch, teacher=teacher)
@@ -130,6 +130,9 @@ def test_how_a_model_comes_does_not_matter(tmp_path):
         losses = tune(fresh("gpt2").train(), PERIODIC, PLAN, tmp_path / "train", SHORT)
         with torch.no_grad():
             assert losses == tune(fresh("gpt2"), PERIODIC, PLAN, tmp_path / "eval", SHORT)
+        taught = [fresh("gpt2").train(), fresh("gpt2")]  # nor does that of its teacher
+        found = [tune(fresh("gpt2"), PERIODIC, PLAN, tmp_path / f"{i}", SHORT, teacher=each) for i, each in enumerate(taught)]
+        assert found[0] == found[1]
 
 
 def test_same_seed_same_weights(tmp_path, network, capfd):
