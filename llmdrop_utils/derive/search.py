@@ -4,13 +4,14 @@ Damage of single layers is no sum, and what a repair can mend is another thing t
 dropped and the layers around it are refitted on a few samples (repair.py); what counts is the divergence from the dense model
 that is left on other samples. The weights refitted for the best candidate stay, and the next one is looked for. With a beam,
 that is done for the best few choices so far, so that a layer which costs least now does not rule out what costs less later.
+With swaps, each layer is put back at last, and another one is dropped instead if that leaves less.
 """
 
 import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ def select_with_repair(
     candidates: int = CANDIDATES,
     batch_size: int = 4,
     beam: int = 1,
+    swaps: int = 0,
     on_step: Callable[[tuple[int, ...], tuple[float, ...]], None] = lambda layers, left: None,
 ) -> DropPlan:
     """Drop, one after the other, the layers of a kind ("attention", "mlp", "block") that a repair makes up for best.
@@ -58,17 +60,20 @@ def select_with_repair(
         on; on the others the divergence from the dense model is measured.
     candidates: how many layers are looked at in each step after the first, which looks at all.
     beam: how many choices each step goes on from, the best ones. Each step after the first takes up to so many times as long.
-    on_step: called after each step with the layers of the best choice, in the order in which they were dropped, and the KL
-        that was left after each of them, in nats per token.
+    swaps: how often all layers of the best choice are gone through at last, from the one that was dropped first. Each is put
+        back, those dropped after it are dropped anew, and then the best of the candidates takes its place, if that leaves
+        less than the layer itself in this place, and less than before. No more are gone through after none was swapped.
+    on_step: called after each step, and after each layer that was put back, with the layers of the best choice in the order in
+        which they were dropped, and the KL that was left after each of them, in nats per token.
 
-    Returns a plan. With a beam of one, its first layers are the plan for fewer; with a wider one another choice may have been
-    the best of fewer. Takes a copy of the model, and for each choice one of the weights that were refitted for it. Raises
+    Returns a plan. With a beam of one and no swaps, its first layers are the plan for fewer; otherwise another choice may have
+    been the best of fewer. Takes a copy of the model, and for each choice one of the weights that were refitted for it. Raises
     LLMDropError as `repair` does.
     """
     check_kind(kind, KINDS)
     left = available(find_anatomy(model), kind)
     n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
-    beam = whole(beam, "The beam")
+    beam, swaps = whole(beam, "The beam"), whole(swaps, "The number of swaps", at_least=0)
     batch_size = whole(batch_size, "The batch size")
     tokens = tokens_for(model, tokens)
     if len(tokens) < 4:
@@ -76,18 +81,25 @@ def select_with_repair(
     for index, layer in enumerate(find_anatomy(model).layers):
         check_changeable(layer.block, index)
     search = _Search(model, tokens, kind, batch_size)
-    paths = [_Path((), (), {}, dict.fromkeys(left, 0.0))]
+    paths = [_Path((), (), {}, dict.fromkeys(left, 0.0), None)]
     with evaluating(search.model), evaluating(model):
         for step in range(n_drop):
             best: list[_Path] = []
             for path in paths:
-                nearest = sorted(sorted(path.costs), key=path.costs.__getitem__)
-                for found in search.extend(path, nearest[: candidates if step else None]):
+                for found in search.extend(path, path.nearest(candidates if step else None)):
                     best = _best_of([*best, found], beam)
             paths = [path.without_last() for path in best]
             on_step(paths[0].layers, paths[0].left)
+        path = paths[0]
+        for _ in range(swaps):
+            before = path
+            for chosen in before.layers:
+                path = search.swapped(path, chosen, candidates)
+                on_step(path.layers, path.left)
+            if path is before:
+                break
     return dataclasses.replace(
-        as_plan(kind, paths[0].layers), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
+        as_plan(kind, path.layers), n_layers=len(find_anatomy(model)), model=getattr(model, "llmdrop_identity", None)
     )
 
 
@@ -98,6 +110,10 @@ class _Path(NamedTuple):
     left: tuple[float, ...]  # of the divergence after each, in nats per token
     weights: dict[int, dict[str, torch.Tensor]]  # of each layer those that were refitted
     costs: dict[int, float]  # what was left after each layer that may go next, when it was looked at last
+    before: "_Path | None"  # without the last layer
+
+    def nearest(self, n: int | None) -> list[int]:
+        return sorted(sorted(self.costs), key=self.costs.__getitem__)[:n]
 
     def without_last(self) -> Self:
         return self._replace(costs={layer: cost for layer, cost in self.costs.items() if layer != self.layers[-1]})
@@ -140,6 +156,17 @@ class _Search:
             now.go_on(index, streams.dense, streams.dropped)
             now.go_on_dropped(index, streams.judged)
 
+    def swapped(self, path: _Path, layer: int, candidates: int) -> _Path:
+        """The path with the best layer in the place of this one, or the path itself if none leaves less."""
+        behind, without = path.layers[path.layers.index(layer) + 1 :], path
+        while layer in without.layers:
+            without = cast(_Path, without.before)
+        for again in behind:
+            (without,) = self.extend(without, [again])
+        without = without._replace(costs=dict(path.costs))
+        (best,) = _best_of([*self.extend(without, [*path.nearest(candidates), layer])], 1)
+        return best.without_last() if best.layers[-1] != layer and best.left[-1] < path.left[-1] else path
+
     def _extended(self, path: _Path, layer: int, streams: "_Streams") -> _Path:
         layers = (*path.layers, layer)
         window = range(max(0, layer - BEFORE), min(len(self.blocks), layer + AFTER + 1))
@@ -157,7 +184,7 @@ class _Search:
                 raise LLMDropError(f"Without layer {layer} the model gives numbers that are not finite. Load it in bfloat16.")
             path.costs[layer] = left
             refitted = {index: self._refitted(index) for index in window}
-            return _Path(layers, (*path.left, left), path.weights | refitted, path.costs)
+            return _Path(layers, (*path.left, left), path.weights | refitted, path.costs, path)
         finally:
             self._load(path, window)
 

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", default="search with repair", choices=("search with repair", "cosine"))
     parser.add_argument("--fit", type=int, default=131_072, help="tokens that a repair is fitted on")
     parser.add_argument("--heal", type=int, default=327_680, help="tokens of healing")
+    parser.add_argument("--minutes", type=float, help="of healing, instead of tokens")
     parser.add_argument("--rate", type=float, default=Healing.learning_rate)
     parser.add_argument("--batch", type=int, default=Healing.batch_size, help="samples in a step of healing")
     parser.add_argument("--samples", type=int, default=HEALING, help="of each corpus, for healing; read again if they are few")
@@ -66,7 +67,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     given = parser.parse_args()
     orders = pd.read_csv(files.REFERENCE / "cpu" / "10_keep_more" / "orders.csv")
-    healing = Healing(given.rate, given.batch, tokens=given.heal)
+    budget = {"minutes": given.minutes} if given.minutes else {"tokens": given.heal}
+    healing = Healing(given.rate, given.batch, **budget)
     order = orders[orders["layers"] == given.layers].sort_values("position")["layer"].tolist()
     model, tokenizer = load_model("smollm2-135m", dtype=default_dtype())
     fit = given.fit // LENGTH // len(CORPORA)
@@ -75,7 +77,8 @@ def main() -> None:
     text = torch.stack([load_tokens(corpus, tokenizer, sum(parts), LENGTH) for corpus in CORPORA], 1)
     test, _, for_fit = (part.flatten(0, 1) for part in text.split(parts)[1:])
     for_healing = torch.stack([text_for_healing(corpus, tokenizer, given.samples) for corpus in CORPORA], 1).flatten(0, 1)
-    for_healing = for_healing[: -(-given.heal // LENGTH)]
+    if not given.minutes:
+        for_healing = for_healing[: -(-given.heal // LENGTH)]
     if n_own := round(given.own * len(for_healing)):
         started = time.perf_counter()
         for_healing = torch.cat([write_samples(model, for_healing[:n_own, :BEGIN], LENGTH), for_healing[n_own:]])
@@ -104,7 +107,8 @@ def main() -> None:
                         took = time.perf_counter() - started
                         repaired = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                     if "healing" in arm:
-                        heal(model, for_healing, plan, f"{folder}/{arm}", healing, teacher)
+                        steps = len(heal(model, for_healing, plan, f"{folder}/{arm}", healing, teacher))
+                        print(f"{n:3} {arm:16} {steps * given.batch * LENGTH} tokens of healing", flush=True)
                     seconds = time.perf_counter() - started
                     nll = [score_text(model, tokens, [plan]).nll[0] for tokens in held_out]
                     pairs = zip(CORPORA, dense, nll, strict=True)

@@ -650,7 +650,7 @@ def left_after_all(model, layers):
     return divergence(model, repaired, DropPlan(layers), TOKENS[judged])
 
 
-def searched(model, n_drop, candidates, beam):
+def searched(model, n_drop, candidates, beam, swaps):
     """The search by other means: what is left after each choice that it looks at, and the best last one."""
     left, paths = {}, {(): dict.fromkeys(range(len(model.model.layers)), 0.0)}  # costs of the layers that may go next
     for step in range(n_drop):
@@ -664,7 +664,19 @@ def searched(model, n_drop, candidates, beam):
             if {*layers} not in sets and len(sets) < beam:
                 sets.append({*layers})
                 paths[layers] = {layer: cost for layer, cost in found[layers].items() if layer not in layers}
-    return left, next(iter(paths))
+    best, costs = next(iter(paths.items()))
+    for _ in range(swaps):
+        for layer in best:
+            others = tuple(each for each in best if each != layer)
+            for n in range(best.index(layer) + 1, len(best)):  # dropped anew
+                left[others[:n]] = left_after_all(model, others[:n])
+            tried = {}
+            for other in [*sorted(costs, key=costs.get)[:candidates], layer]:
+                left[(*others, other)] = tried[other] = left_after_all(model, (*others, other))
+            least = min(tried, key=tried.get)
+            if least != layer and tried[least] < left[best]:
+                best, costs = (*others, least), {each: cost for each, cost in (costs | tried).items() if each != least}
+    return left, best
 
 
 def drawn_model(seed, n_layers):
@@ -676,10 +688,13 @@ def drawn_model(seed, n_layers):
     return model
 
 
-@pytest.mark.parametrize(("n_drop", "candidates", "beam"), [(2, 5, 5), (3, 3, 2), (3, 2, 1)])
-def test_what_the_search_looks_at(n_drop, candidates, beam, monkeypatch):
-    model, steps, seen = drawn_model(11, 5), [], {}
-    left, best = searched(model, n_drop, candidates, beam)
+@pytest.mark.parametrize(
+    ("n_drop", "candidates", "beam", "swaps"),
+    [(2, 5, 5, 0), (3, 3, 2, 0), (3, 2, 1, 0), (3, 4, 1, 2), (3, 2, 2, 1), (7, 1, 1, 1)],
+)
+def test_what_the_search_looks_at(n_drop, candidates, beam, swaps, monkeypatch):
+    model, steps, seen = drawn_model(9, 7), [], {}
+    left, best = searched(model, n_drop, candidates, beam, swaps)
     extend = search._Search.extend
 
     def watch(*given):
@@ -689,11 +704,12 @@ def test_what_the_search_looks_at(n_drop, candidates, beam, monkeypatch):
 
     monkeypatch.setattr(search._Search, "extend", watch)
     plan = select_with_repair(
-        model, TOKENS, "attention", n_drop, candidates, beam=beam, on_step=lambda *step: steps.append(step)
+        model, TOKENS, "attention", n_drop, candidates, beam=beam, swaps=swaps, on_step=lambda *step: steps.append(step)
     )
     assert seen == pytest.approx(left, rel=1e-4)
     assert plan.attention == best
-    assert [len(layers) for layers, _ in steps] == [*range(1, n_drop + 1)]
+    assert [len(layers) for layers, _ in steps[:n_drop]] == [*range(1, n_drop + 1)]
+    assert all(len(layers) == n_drop for layers, _ in steps[n_drop:])
     assert steps[-1] == (best, tuple(seen[best[:n]] for n in range(1, n_drop + 1)))
 
 
@@ -701,6 +717,20 @@ def test_a_beam_finds_what_a_greedy_search_misses():
     model = drawn_model(11, 4)
     greedy, wide = (select_with_repair(model, TOKENS, "attention", 2, beam=beam).attention for beam in (1, 4))
     assert left_after_all(model, greedy) > 1.01 * left_after_all(model, wide)
+
+
+def test_after_swaps_no_other_layer_in_the_place_of_one_leaves_less():
+    model, steps = drawn_model(9, 7), []
+    plan = select_with_repair(model, TOKENS, "attention", 3, candidates=7, swaps=9, on_step=lambda *step: steps.append(step))
+    ends = [steps[n][0] for n in range(2, len(steps), 3)]  # of the steps, and of each round
+    assert len({*ends}) == len(ends) - 1 > 1
+    assert ends[-1] == ends[-2] == plan.attention
+    least = left_after_all(model, plan.attention)
+    assert least < 0.99 * left_after_all(model, steps[2][0])
+    for layer in plan.attention:
+        kept = tuple(each for each in plan.attention if each != layer)
+        of_each = {each: left_after_all(model, (*kept, each)) for each in range(7) if each not in kept}
+        assert min(of_each.values()) > 0.9999 * min(least, of_each[layer])
 
 
 def test_tokens_that_a_model_rules_out():
