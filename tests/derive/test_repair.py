@@ -689,11 +689,18 @@ def drawn_model(seed, n_layers):
 
 
 @pytest.mark.parametrize(
-    ("n_drop", "candidates", "beam", "swaps"),
-    [(2, 5, 5, 0), (3, 3, 2, 0), (3, 2, 1, 0), (3, 4, 1, 2), (3, 2, 2, 1), (7, 1, 1, 1)],
+    ("seed", "n_layers", "n_drop", "candidates", "beam", "swaps"),
+    [
+        (11, 5, 2, 5, 5, 0),
+        (11, 5, 3, 3, 2, 0),
+        (11, 5, 3, 2, 1, 0),
+        (9, 7, 3, 4, 1, 2),
+        (9, 7, 3, 2, 2, 1),
+        (11, 4, 4, 1, 1, 1),
+    ],
 )
-def test_what_the_search_looks_at(n_drop, candidates, beam, swaps, monkeypatch):
-    model, steps, seen = drawn_model(9, 7), [], {}
+def test_what_the_search_looks_at(seed, n_layers, n_drop, candidates, beam, swaps, monkeypatch):
+    model, steps, seen = drawn_model(seed, n_layers), [], {}
     left, best = searched(model, n_drop, candidates, beam, swaps)
     extend = search._Search.extend
 
