@@ -756,10 +756,21 @@ def test_plans_of_the_search_are_nested():
     assert [plan.attention for plan in plans] == [plans[2].attention[:n] for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "x"])
-def test_the_search_in_batches_of_no_such_size(batch_size):
-    with pytest.raises(LLMDropError, match="The batch size must be"):
-        select_with_repair(fresh(), TOKENS, "attention", 1, batch_size=batch_size)
+@pytest.mark.parametrize("wrong", [-1, 2.5, "x", True])
+@pytest.mark.parametrize(("setting", "name"), [("batch_size", "batch size"), ("beam", "beam"), ("swaps", "number of swaps")])
+def test_settings_of_the_search_that_are_no_whole_numbers(setting, name, wrong):
+    with pytest.raises(LLMDropError, match=f"The {name} must be"):
+        select_with_repair(fresh(), TOKENS, "attention", 1, **{setting: wrong})
+
+
+@pytest.mark.parametrize("setting", ["batch_size", "beam", "candidates"])
+def test_a_search_over_nothing(setting):
+    with pytest.raises(LLMDropError, match="must be"):
+        select_with_repair(fresh(), TOKENS, "attention", 1, **{setting: 0})
+
+
+def test_swaps_in_a_search_that_drops_nothing():
+    assert select_with_repair(fresh(), TOKENS, "attention", 0, swaps=2).attention == ()
 
 
 def test_the_search_of_too_few_samples():
