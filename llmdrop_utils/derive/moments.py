@@ -115,7 +115,7 @@ class _Sums:
 
 @contextlib.contextmanager
 def _bfloat16_factors() -> Iterator[None]:
-    """Inside, a CPU with instructions for it rounds the factors of float32 products to bfloat16, and sums in float32.
+    """Inside, a CPU with AMX rounds the factors of float32 products to bfloat16, and sums in float32; others compute as ever.
 
     Three times as fast. Of what is in bfloat16 already nothing is lost: X'X is what it is in float32.
     """
