@@ -1,6 +1,8 @@
 """What a caller gave, as what is needed; or one clear error."""
 
+import math
 import operator
+import sys
 
 from .errors import LLMDropError
 
@@ -22,7 +24,19 @@ def whole(value: object, what: str, at_least: int = 1) -> int:
         raise LLMDropError(f"{what} must be a whole number, but is {value!r}.")
     if number < at_least:
         raise LLMDropError(f"{what} must be {at_least} or more, but is {number}.")
+    if number > sys.maxsize:  # what nothing can be counted to, and which has thousands of digits maybe
+        raise LLMDropError(f"{what} must be {sys.maxsize} or less, but is far more.")
     return number
+
+
+def as_number(value: object) -> float:
+    """A float from a real number, of NumPy or torch, too; nan from anything else: text, truth values, what is too large."""
+    if isinstance(value, bool | str | bytes | bytearray) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises the last one for many numbers
+        return math.nan
 
 
 def seed_of(value: object) -> int:

@@ -126,16 +126,21 @@ def building(folder: Path) -> Iterator[Path]:
 def need_writable() -> None:
     """Raise LLMDropError unless files can be written to the cache and to the folder of results."""
     for folder in (CACHE, RESULTS):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            known = disk_error(error, folder)
-            raise _no_access(error, folder) if known is error else known from error
+        need_writable_folder(folder)
 
 
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)  # also: a file where a folder should be
+def need_writable_folder(folder: Path) -> None:
+    """Make the folder unless it exists. Raises LLMDropError unless files can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        known = disk_error(error, folder)
+        raise _no_access(error, folder) if known is error else known from error
+
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # also: a file for a folder
 
 
 def _no_access(error: OSError, path: Path) -> LLMDropError:

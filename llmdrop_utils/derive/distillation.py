@@ -29,7 +29,8 @@ def teacher_of(model: nn.Module, teacher: nn.Module, tokens: torch.LongTensor) -
 
     teacher: one of its own; or the model, as it is now and outside of any plan. Then the two share all weights, those of what
     is dropped, too, which stay where they are. Raises LLMDropError for a teacher of another vocabulary, for one that cannot
-    read samples as long as these tokens, and for a model that lacks what a plan dropped.
+    read samples as long as these tokens, for one whose weights are offloaded or no plain tensors, and for a model that lacks
+    what a plan dropped.
     """
     applied: Applied = dropped
     if teacher is model:
@@ -40,6 +41,12 @@ def teacher_of(model: nn.Module, teacher: nn.Module, tokens: torch.LongTensor) -
         what = f"The teacher knows {theirs} tokens, but this model {ours}"
         raise LLMDropError(f"{what}: no distributions to compare. Give the dense model that this one was made from.")
     tokens_for(teacher, tokens)  # it may know fewer positions
+    for name, weight in teacher.named_parameters():
+        if weight.is_meta or type(weight.data) is not torch.Tensor:
+            raise LLMDropError(
+                f"The teacher's weight {name} is offloaded or quantised, so it cannot be told which teacher it is. Load the "
+                "dense model as it was stored, on one device or on several that hold it."
+            )
     return teacher, applied
 
 

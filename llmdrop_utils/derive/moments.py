@@ -125,7 +125,9 @@ def _bfloat16_factors() -> Iterator[None]:
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        setting.fp32_precision = "none"  # as what is set for all of torch may have it
+        if setting.fp32_precision != before:
+            setting.fp32_precision = before
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,8 @@ def put_back(block: nn.Module, original: nn.Module) -> None:
                     _leave(module, hook)
         for name, weight in block.named_parameters():
             if not weight.is_meta:
-                weight.copy_(original.get_parameter(name))
+                with torch.inference_mode() if weight.is_inference() else contextlib.nullcontext():
+                    weight.copy_(original.get_parameter(name))
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..base.checks import seed_of, whole
 from ..base.errors import LLMDropError
-from ..measure.guard import evaluating, finite_generation, tokens_for
-from ..models.families import input_device
+from ..measure.guard import check_length, evaluating, finite_generation, tokens_for
+from ..models.families import find_anatomy, input_device
 from .moments import wide
 
 
@@ -34,7 +34,7 @@ def write_samples(
     seq_len = whole(seq_len, "The length of a sample")
     if seq_len <= beginnings.shape[1]:
         raise LLMDropError(f"Samples of {seq_len} tokens cannot go on from beginnings of {beginnings.shape[1]}.")
-    tokens_for(model, torch.zeros(1, seq_len, dtype=torch.long))  # it may know fewer positions
+    check_length(seq_len, find_anatomy(model).decoder.config)
     with evaluating(model), finite_generation(model), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         written = [_written(model, batch.to(input_device(model)), seq_len) for batch in beginnings.split(batch_size)]

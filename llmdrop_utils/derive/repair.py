@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from ..base.checks import seed_of, whole
+from ..base.checks import as_number, seed_of, whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..measure.guard import evaluating, tokens_for
@@ -57,17 +57,22 @@ class Repair:
 
     def __post_init__(self):
         ridges = self.ridges if isinstance(self.ridges, tuple | list) else (self.ridges,)
-        if not ridges or not all(isinstance(r, float | int) and not isinstance(r, bool) and 0 <= r < math.inf for r in ridges):
+        if not ridges or not all(0 <= as_number(ridge) < math.inf for ridge in ridges):
             raise LLMDropError(f"The ridges must be numbers from 0 up, such as (0.01, 0.1), but are {self.ridges!r}.")
-        object.__setattr__(self, "ridges", tuple(float(ridge) for ridge in ridges))
+        object.__setattr__(self, "ridges", tuple(map(as_number, ridges)))
         object.__setattr__(self, "held_out", whole(self.held_out, "One held-out sample of so many", at_least=2))
         object.__setattr__(self, "sweeps", whole(self.sweeps, "The number of sweeps"))
         object.__setattr__(self, "seed", seed_of(self.seed))
 
 
 def describe_repair(model: nn.Module, tokens: torch.LongTensor, plan: DropPlan, settings: Repair) -> dict:
-    """All that determines what `repair` makes of a base, as plain JSON: the recipe for `save_derived`."""
-    return recipe_of("ridge", VERSION, model, tokens_for(model, tokens), plan, **dataclasses.asdict(settings))
+    """All that determines what `repair` makes of all layers of a base that is its own reference, as plain JSON: the recipe for
+    `save_derived`.
+
+    Other layers, or a reference, are not in it; add them: describe_repair(...) | {"layers": [3, 4], "reference": "sha256:..."}.
+    """
+    how = dataclasses.asdict(settings) | {"ridges": [*settings.ridges]}
+    return recipe_of("ridge", VERSION, model, tokens_for(model, tokens), plan, **how)
 
 
 def repair(
@@ -138,7 +143,7 @@ def repair(
             of_reference, theirs, _ = (streams, calls, apart) if reference is None else read(reference, tokens)
             if [*map(len, streams)] != [*map(len, of_reference)]:
                 raise torch.OutOfMemoryError("batches of one of the two models alone were halved")
-            batches = Spooled if all(stream.is_cpu for stream in streams) else list
+            batches = Spooled if all(stream.is_cpu for stream in (*streams, *of_reference)) else list
             work, found = Repairing(model, plan, settings.ridges, wanted, apart, calls, theirs, batches), list[Refitted]()
             for sweep in range(settings.sweeps):
                 dense, dropped = batches(of_reference), batches(streams)

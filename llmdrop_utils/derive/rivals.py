@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..base.checks import whole
+from ..base.checks import as_number, whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import NAMES, DropPlan, check_plan
 from ..measure.guard import tokens_for
@@ -43,7 +43,7 @@ def checked(
     if anatomy.other_mixers:
         raise LLMDropError(f"Published repairs do not fit this {anatomy.family} model: {anatomy.other_mixers}.")
     check_whole(anatomy)
-    if ridge is not None and (isinstance(ridge, bool) or not isinstance(ridge, float | int) or not 0 <= ridge < math.inf):
+    if ridge is not None and not 0 <= as_number(ridge) < math.inf:
         raise LLMDropError(f"The ridge must be a number from 0 up, such as {RIDGE:g}, but is {ridge!r}.")
     if ridge is not None and tokens.numel() <= width:
         raise LLMDropError(f"Statistics of {width} inputs take more tokens than that: {tokens.numel()} are too few.")

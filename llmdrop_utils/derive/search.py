@@ -27,6 +27,7 @@ from ..measure.scoring import divergence_of
 from ..models.families import find_anatomy, input_device, tensor_of
 from ..selection.methods import as_plan
 from ..selection.ranking import check_count, check_kind
+from .model import check_whole
 from .moments import wide
 from .refitting import Repairing, held_out_of, read_apart
 from .sites import check_changeable
@@ -71,6 +72,7 @@ def select_with_repair(
     LLMDropError as `repair` does.
     """
     check_kind(kind, KINDS)
+    check_whole(find_anatomy(model))
     left = available(find_anatomy(model), kind)
     n_drop, candidates = check_count(n_drop, len(left), kind), whole(candidates, "The number of candidates")
     beam, swaps = whole(beam, "The beam"), whole(swaps, "The number of swaps", at_least=0)

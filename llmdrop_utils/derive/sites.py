@@ -11,6 +11,7 @@ from ..base.errors import LLMDropError
 from ..dropping.units import StandIn
 from ..models.layouts import Family
 from .adapters import DTYPES, ROUTERS
+from .moments import NotFiniteError
 from .offloading import hooks_of
 from .streams import Call, tap
 
@@ -112,6 +113,12 @@ def rows_of(module: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def change(module: nn.Module, update: torch.Tensor) -> None:
-    """Add (n_out, n_in) to the weight of a linear map, in place; the sum is rounded to its dtype once."""
+    """Add (n_out, n_in) to the weight of a linear map, in place; the sum is rounded to its dtype once.
+
+    Raises NotFiniteError for a sum that is too large for it, and leaves the weight as it is.
+    """
     rows = rows_of(module)
-    rows.copy_(rows.to(update.dtype) + update.to(rows.device))
+    changed = (rows.to(update.dtype) + update.to(rows.device)).to(rows.dtype)
+    if not bool(changed.isfinite().all()):
+        raise NotFiniteError(f"A refitted weight is too large for {rows.dtype}. Load the model in bfloat16 or float32.")
+    rows.copy_(changed)

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..base.checks import as_number
 from ..base.errors import LLMDropError
-from ..base.files import write_text
+from ..base.files import disk_error, write_text
 from ..measure.guard import tokens_for
-from ..models.training import full_disk_is_one_error, last_checkpoint
+from ..models.training import checkpoints_in, full_disk_is_one_error, last_checkpoint
 from .processes import own_device, share_of
 
 # Checkpoints of small models follow each other within a second, which the Trainer takes for a clock that cannot be trusted.
@@ -45,11 +46,8 @@ class Settings(Protocol):
 
 def positive(value: object, what: str) -> float:
     """A finite float above 0, or LLMDropError: "The alpha must be a number above 0, but is 0."."""
-    try:
-        number = float(value)  # type: ignore[arg-type]  # that is the question
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool | str) or not 0 < number < math.inf:
+    number = as_number(value)
+    if not 0 < number < math.inf:
         raise LLMDropError(f"{what} must be a number above 0, but is {value!r}.")
     return number
 
@@ -64,7 +62,9 @@ def samples_for(model: nn.Module, tokens: object) -> torch.LongTensor:
 
 def check_place(model: nn.Module, done: str) -> None:
     """Raise LLMDropError unless all weights are on one device, the CPU or the first GPU, or that of this process if
-    `accelerate launch` started several. done: "tuned", for the message."""
+    `accelerate launch` started several, and can have gradients beside them. done: "tuned", for the message."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise LLMDropError(f"Weights that were made in torch.inference_mode() cannot be {done}. Load the model outside of it.")
     devices = {parameter.device for parameter in model.parameters()}
     names = ", ".join(sorted(map(str, devices)))
     if own := own_device():
@@ -93,7 +93,8 @@ def prepare(folder: Path, kind: str, about: dict) -> tuple[str | None, dict]:
     """Make the folder that of the training which `about` tells of: plain JSON, kept in its note, <kind>.json.
 
     Returns its newest whole checkpoint, or None, and what its note says, which may be more than `about` (see `write_note`).
-    Checkpoints of another training of this kind are deleted. Raises LLMDropError for a folder of other files.
+    Checkpoints of another training of this kind are deleted. Raises LLMDropError for a folder of other files, and for one
+    that cannot be read or written.
     """
     note = folder / f"{kind}.json"
     if folder.exists() and not folder.is_dir():
@@ -101,12 +102,15 @@ def prepare(folder: Path, kind: str, about: dict) -> tuple[str | None, dict]:
     if folder.is_dir() and not note.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise LLMDropError(f"{folder} holds files that are not of a {kind}. Give the checkpoints a folder of their own.")
     known: object = None
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        known = json.loads(note.read_text(encoding="utf-8"))
-    if isinstance(known, dict) and known | about == known:
-        return last_checkpoint(folder), known
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+    try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            known = json.loads(note.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known | about == known:
+            return last_checkpoint(folder), known
+        for path in checkpoints_in(folder):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise disk_error(error, folder) from error
     write_note(folder, kind, about)
     return None, about
 
@@ -157,34 +161,34 @@ def train(
 
     device = next(loss.parameters()).device
     n_steps = math.ceil(len(rows) / settings.batch_size) * epochs
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=n_steps,
-        per_device_train_batch_size=share_of(settings.batch_size),
-        train_sampling_strategy="sequential" if in_order else "random",
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=n_steps // 20,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        use_cpu=device.type == "cpu",
-        seed=settings.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show such a loss as the mean of those before
-        save_steps=max(1, n_steps // resume_points),
-        save_total_limit=1,
-        dataloader_pin_memory=device.type == "cuda",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    arguments.mixed_precision = "no"  # that of `accelerate launch` would train what is not measured later
-    arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
-    made = optimizer, {"lr": settings.learning_rate} | options
-    trainer = Trainer(
-        loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()], optimizer_cls_and_kwargs=made
-    )
-    trainer.remove_callback(PrinterCallback)
-    with full_disk_is_one_error(folder):
+    with full_disk_is_one_error(folder), _accelerate_as_it_was():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=n_steps,
+            per_device_train_batch_size=share_of(settings.batch_size),
+            train_sampling_strategy="sequential" if in_order else "random",
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=n_steps // 20,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            use_cpu=device.type == "cpu",
+            seed=settings.seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would show such a loss as the mean of those before
+            save_steps=max(1, n_steps // resume_points),
+            save_total_limit=1,
+            dataloader_pin_memory=device.type == "cuda",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        arguments.mixed_precision = "no"  # that of `accelerate launch` would train what is not measured later
+        arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs one: each further one would make the batch larger
+        made = optimizer, {"lr": settings.learning_rate} | options
+        trainer = Trainer(
+            loss, arguments, data_collator=collate, train_dataset=rows, callbacks=[Steps()], optimizer_cls_and_kwargs=made
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -213,3 +217,18 @@ def random_numbers_of_its_own(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _accelerate_as_it_was() -> Iterator[None]:
+    """Inside, the Trainer may begin anew with accelerate's state, which all of a program shares."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [each._shared_state for each in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state.clear()
+            state.update(kept)

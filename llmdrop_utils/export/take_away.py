@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..base import files
 from ..base.errors import LLMDropError
-from ..base.files import building
+from ..base.files import building, need_writable_folder
 from ..derive.healing import Healing, heal
 from ..derive.repair import repair
 from ..dropping.plan import DropPlan
@@ -77,6 +78,8 @@ def take_away(
         raise LLMDropError(f"There is no format {unknown[0]!r}. There are: {', '.join(FORMATS)}.")
     if to.exists():
         raise LLMDropError(f"{to} exists already. Give the exports a folder of their own.")
+    for folder in (to.absolute().parent, files.CACHE):  # before minutes are spent
+        need_writable_folder(folder)
     located = locate_model(name)
     if located.is_random:
         raise LLMDropError(f"{name} has random weights, so there is nothing to take away. Give a model with weights.")
@@ -159,7 +162,7 @@ def _mixed(tokenizer, first: int, n_samples: int) -> torch.LongTensor:
 
 def healing_of(budget: str) -> Healing:
     """What "10min" or a number of tokens asks for. Raises LLMDropError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min)?", budget.strip())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(min)?", budget.strip())
     if not found or (not found[2] and "." in found[1]):
         raise LLMDropError(
             f"Healing takes a number of minutes or of tokens, such as 10min or 200000, but was given {budget!r}."
@@ -169,7 +172,7 @@ def healing_of(budget: str) -> Healing:
 
 def budget_of(healing: Healing) -> str:
     """The inverse of `healing_of`."""
-    return f"{healing.minutes:g}min" if healing.minutes else f"{healing.tokens}"
+    return f"{Decimal(repr(healing.minutes)):f}min" if healing.minutes else f"{healing.tokens}"
 
 
 def most_that_keep(model: nn.Module, tokenizer, scores: Importance, kind: str, keep: float) -> DropPlan:

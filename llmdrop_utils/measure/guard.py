@@ -29,15 +29,20 @@ def _tokens_for(model: nn.Module, given: object) -> torch.LongTensor:
 
 def check_tokens(tokens: torch.LongTensor, config) -> None:
     """Raise LLMDropError for token ids that a model of this configuration does not know, and for samples that are too long."""
-    longest = position_limit(config)
-    if longest is not None and tokens.shape[1] > longest:
-        raise LLMDropError(f"Samples of {tokens.shape[1]} tokens are too long for this model, which knows {longest} positions.")
+    check_length(tokens.shape[1], config)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         raise LLMDropError(
             f"Token ids run from {low} to {high}, but this model knows 0 to {config.vocab_size - 1}: were they made with "
             "another model's tokenizer?"
         )
+
+
+def check_length(seq_len: int, config) -> None:
+    """Raise LLMDropError for samples that are too long for a model of this configuration."""
+    longest = position_limit(config)
+    if longest is not None and seq_len > longest:
+        raise LLMDropError(f"Samples of {seq_len} tokens are too long for this model, which knows {longest} positions.")
 
 
 def as_mask(given: object, tokens: torch.Tensor) -> torch.Tensor:
@@ -131,7 +136,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode (no dropout), and gradients are recorded of none of the weights that it has now."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Weights that were made in inference mode never have gradients, and cannot be told to.
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
     model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)

@@ -186,10 +186,16 @@ def _arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
     return arguments
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders that the Trainer made, the newest first: checkpoint-<steps>."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end (the Trainer writes its state last); half-written ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
+    for path in checkpoints_in(folder):
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return str(path)
@@ -199,12 +205,15 @@ def last_checkpoint(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def full_disk_is_one_error(folder: Path) -> Iterator[None]:
-    """The Trainer's writers raise errors of many kinds when the disk is full; the last whole checkpoint is kept."""
+    """The Trainer's writers raise errors of many kinds when the disk is full; the last whole checkpoint is kept. A folder that
+    may not be written is one error, too."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if shutil.disk_usage(folder).free < 1 << 20:
             raise disk_error(OSError(errno.ENOSPC, str(error)), folder) from error
+        if isinstance(error, OSError):
+            raise disk_error(error, folder) from error
         raise
 
 

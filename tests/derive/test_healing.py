@@ -11,10 +11,12 @@ import types
 import warnings
 from pathlib import Path
 
+import accelerate
 import families
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from derive.changing import Stop, assert_as_it_was, changed, drawn, equal, fresh, pristine, seed_all, state, stop_at
 from torch import nn
 
@@ -529,6 +531,10 @@ def at_the_limit(model):
             "The teacher knows 99 tokens, but this model 97: no distributions",
         ),
         ({"teacher": families.tiny("llama", max_position_embeddings=8)}, "which knows 8 positions"),
+        (
+            {"teacher": accelerate.cpu_offload(fresh(), torch.device("cpu"))},
+            "The teacher's weight model.embed_tokens.weight is offloaded or quantised",
+        ),
         ({"change": lambda model: model.lm_head.weight.data.fill_(torch.inf)}, "The loss of step 1 is not finite"),
         ({"settings": Healing(1e30)}, "The loss of step 2 is not finite"),
         (
@@ -559,6 +565,13 @@ def test_bad_input(given, message, tmp_path):
         ({"minutes": "2"}, "The number of minutes must be a number above 0, but is '2'"),
         ({"batch_size": 0}, "The batch size must be 1 or more"),
         ({"learning_rate": float("nan")}, "The learning rate must be a number above 0, but is nan"),
+        ({"learning_rate": 10**400}, "The learning rate must be a number above 0"),
+        ({"minutes": np.True_}, "The number of minutes must be a number above 0"),
+        ({"minutes": torch.tensor(True)}, "The number of minutes must be a number above 0"),
+        ({"minutes": torch.ones(2)}, "The number of minutes must be a number above 0"),
+        ({"minutes": b"2"}, "The number of minutes must be a number above 0"),
+        ({"tokens": 10**24}, "The number of tokens must be 9223372036854775807 or less"),
+        ({"batch_size": 10**20}, "The batch size must be 9223372036854775807 or less"),
         ({"seed": 1 << 32}, "The seed must be below 2..32"),
         ({"seed": 0.5}, "The seed must be a whole number"),
     ],
@@ -635,6 +648,62 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
 def test_a_damaged_note(text, tmp_path):
     (tmp_path / "healing.json").write_bytes(text.encode("latin-1"))
     assert len(heal(fresh(), TOKENS, PLAN, tmp_path, SHORT)) == 4
+
+
+@pytest.mark.parametrize("other", ["checkpoint-old", "checkpoint-3.zip", "checkpoint-9"])
+def test_what_is_no_checkpoint_stays(other, tmp_path):
+    heal(fresh(), TOKENS, PLAN, tmp_path / "work", SHORT)
+    strange = tmp_path / "work" / other
+    if other == "checkpoint-old":
+        strange.mkdir()
+    else:
+        strange.write_text("mine")
+    for settings in (SHORT, dataclasses.replace(SHORT, seed=7)):  # gone on with, and deleted
+        assert len(heal(fresh(), TOKENS, PLAN, tmp_path / "work", settings)) == 4
+        assert strange.exists()
+
+
+def test_a_note_that_is_a_folder(tmp_path):
+    (tmp_path / "healing.json").mkdir()
+    model, before = fresh(), state(fresh())[1]
+    with pytest.raises(LLMDropError, match="cannot be written: Is a directory"):
+        heal(model, TOKENS, PLAN, tmp_path, SHORT)
+    assert all(torch.equal(p, before[name][0]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("work", [heal, tune])
+def test_weights_that_were_made_in_inference_mode(work, tmp_path):
+    with torch.inference_mode():
+        model = families.tiny("llama")
+    with pytest.raises(LLMDropError, match="made in torch.inference_mode.. cannot be"):
+        work(model, TOKENS, PLAN, tmp_path / "work")
+
+
+def test_a_teacher_that_was_made_in_inference_mode(tmp_path):
+    one, other = fresh(), fresh()
+    with torch.inference_mode():
+        teacher = copy.deepcopy(other)
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.clone()
+    assert heal(one, TOKENS, PLAN, tmp_path / "work", SHORT, teacher) == heal(other, TOKENS, PLAN, tmp_path / "other", SHORT)
+    assert equal(one, other)
+
+
+@pytest.mark.parametrize("work", [heal, tune])
+def test_the_accelerator_of_the_caller_is_as_before(work, tmp_path):
+    states = AcceleratorState, GradientState, PartialState
+    for each in states:
+        each._reset_state()
+    try:
+        work(fresh(), TOKENS, PLAN, tmp_path / "one")
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        before = [dict(each._shared_state) for each in states]
+        work(fresh(), TOKENS, PLAN, tmp_path / "other")
+        assert accelerator.mixed_precision == "bf16"
+        assert [dict(each._shared_state) for each in states] == before
+    finally:
+        for each in states:
+            each._reset_state()
 
 
 @pytest.mark.parametrize("when", ["copies", "timing", "step"])

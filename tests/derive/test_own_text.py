@@ -75,6 +75,8 @@ def test_numbers_that_are_not_finite():
     [
         (BEGINNINGS, 4, "Samples of 4 tokens cannot go on from beginnings of 4"),
         (BEGINNINGS, 10**6, "positions"),
+        (BEGINNINGS, 10**15, "positions"),
+        (BEGINNINGS, 10**30, "The length of a sample must be 9223372036854775807 or less"),
         (BEGINNINGS.float(), 9, "token ids"),
     ],
 )

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import json
 import re
 
 import accelerate
@@ -367,6 +368,65 @@ def test_an_interruption_leaves_the_model_as_it_was(error):
     assert repair(model, TOKENS, PLAN)
 
 
+def test_an_interruption_of_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        model = families.tiny("llama")
+        before = copy.deepcopy(model)
+    assert model.lm_head.weight.is_inference()
+
+    def stop(index):
+        if index == 1:
+            assert changed(model, before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, TOKENS, PLAN, on_layer=stop)
+    assert not changed(model, before)
+
+
+def test_weights_that_are_too_large_for_their_dtype():
+    """In the last layer, which no further one reads: a tiny input would have to make what a usual one does."""
+    reference = fresh()
+    with torch.no_grad():
+        reference.model.layers[2].mlp.up_proj.weight *= 0.002
+        reference.model.layers[2].mlp.down_proj.weight *= 30_000
+    model = copy.deepcopy(reference.half())
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight *= 0.002
+    before = copy.deepcopy(model)
+    with pytest.raises(LLMDropError, match=r"A refitted weight is too large for torch\.float16\. Load the model in bfloat16"):
+        repair(model, TOKENS, DENSE, reference=reference)
+    assert not changed(model, before)
+
+
+def test_precision_that_is_set_for_all_of_torch_goes_on_to_be():
+    setting = torch.backends.mkldnn.matmul
+    try:
+        torch.backends.fp32_precision = "bf16"
+        repair(fresh(dtype=torch.bfloat16), TOKENS, PLAN)
+        assert setting.fp32_precision == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert setting.fp32_precision == "ieee"
+        setting.fp32_precision = "tf32" if setting.fp32_precision == "bf16" else "bf16"
+        own = setting.fp32_precision
+        repair(fresh(dtype=torch.bfloat16), TOKENS, PLAN)
+        assert setting.fp32_precision == own
+    finally:
+        torch.backends.fp32_precision = setting.fp32_precision = "none"
+
+
+def test_the_recipe_is_plain_json():
+    recipe = describe_repair(fresh(), TOKENS, PLAN, Repair(ridges=(np.float32(0.5), 1)))
+    assert json.loads(json.dumps(recipe)) == recipe
+    assert recipe["ridges"] == [0.5, 1.0]
+
+
+def test_a_search_in_a_model_that_is_dropped_already():
+    model = fresh()
+    with dropped(model, PLAN), pytest.raises(LLMDropError, match="attention of layer 1 is dropped already"):
+        select_with_repair(model, TOKENS, "attention", 1)
+
+
 def on_disk(model, folder):
     return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
 
@@ -603,7 +663,11 @@ def test_a_reference_of_another_size():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"ridges": ()}, {"ridges": (-1,)}, {"held_out": 1}, {"sweeps": 0}, {"seed": -1}, {"seed": 2**70}]
+    "settings",
+    [
+        *({"ridges": ridges} for ridges in ((), (-1,), (10**400,), (True,), (np.True_,), "1", (b"1",), None)),
+        *({"held_out": 1}, {"sweeps": 0}, {"sweeps": 10**5000}, {"seed": -1}, {"seed": 2**70}),
+    ],
 )
 def test_settings_that_are_none(settings):
     with pytest.raises(LLMDropError):

@@ -156,14 +156,27 @@ def test_quality_is_measured_on_text_that_was_not_read_before(special, monkeypat
     assert held_out(None, "web").flatten()[special] == 0
 
 
-@pytest.mark.parametrize("budget", ["ten", "-5", "0.5", "10min later", "1e6", ""])
+@pytest.mark.parametrize("budget", ["ten", "-5", "0.5", "10min later", "1e6", "", "9" * 5000])
 def test_budgets_that_are_none(small, tmp_path, capsys, budget):
     assert cli.main(command(tmp_path / "out", "-n", "1", f"--heal={budget}")) == 1
     assert "Healing takes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("budget", [{"minutes": 2.5}, {"tokens": 300}])
+@pytest.mark.parametrize("where", ["to", "cache"])
+def test_what_cannot_be_written_is_told_before_anything_is_measured(small, tmp_path, monkeypatch, capsys, where):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(take_away, "measure_importance", lambda *given: pytest.fail("that takes minutes"))
+    if where == "cache":
+        monkeypatch.setattr(files, "CACHE", tmp_path / "file" / "cache")
+    to = tmp_path / "out" if where == "cache" else tmp_path / "file" / "out"
+    assert cli.main(command(to, "-n", "1", "--repair")) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "budget", [{"minutes": 2.5}, {"tokens": 300}, {"minutes": 1234567.5}, {"minutes": 10.12345}, {"minutes": 1e-5}]
+)
 def test_a_budget_is_told_as_it_is_asked_for(budget):
     assert take_away.healing_of(take_away.budget_of(Healing(**budget))) == Healing(1e-3, 8, **budget)
 
