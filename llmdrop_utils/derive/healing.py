@@ -122,7 +122,7 @@ def heal(
         otherwise checkpoints in it are deleted. Delete it once the model is stored.
     teacher: a model of the same vocabulary, whose distributions are learned. None: the model itself outside of the plan, as it
         is now; that takes no memory, as weights change only at the end. Give one for a model that was repaired: its kept
-        weights are no longer those of the dense model. It is left as it is.
+        weights are no longer those of the dense model. It is left as it is, and is neither offloaded nor quantised.
     on_step: called in each process after each step with the number of steps done and the step's loss.
 
     Returns the losses of all steps in nats, each before its step, those before a resumption included. Raises LLMDropError for

@@ -106,7 +106,8 @@ def tune(
         the same result as without an interruption; otherwise checkpoints in it are deleted. Delete it once the model is stored.
     on_step: called after each step with the number of steps done and the step's loss.
     teacher: a model of the same vocabulary; the loss is then the divergence from its distributions (distillation.py), as in
-        `heal`. The model itself stands for what it is now outside of the plan. It is left as it is.
+        `heal`. The model itself stands for what it is now outside of the plan. It is left as it is, and is neither
+        offloaded nor quantised.
 
     Returns the losses of all steps, those before a resumption included; the first is that of the base. Raises LLMDropError for
     wrong input and for a loss that is not finite, NotAvailable without peft. After any error or interruption the model is bit
