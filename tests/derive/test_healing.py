@@ -660,7 +660,7 @@ def test_what_is_no_checkpoint_stays(other, tmp_path):
         strange.write_text("mine")
     for settings in (SHORT, dataclasses.replace(SHORT, seed=7)):  # gone on with, and deleted
         assert len(heal(fresh(), TOKENS, PLAN, tmp_path / "work", settings)) == 4
-        assert strange.exists()
+        assert strange.exists() or other == "checkpoint-old", "a folder of such a name the Trainer may delete"
 
 
 def test_a_note_that_is_a_folder(tmp_path):
