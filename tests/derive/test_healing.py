@@ -531,10 +531,6 @@ def at_the_limit(model):
             "The teacher knows 99 tokens, but this model 97: no distributions",
         ),
         ({"teacher": families.tiny("llama", max_position_embeddings=8)}, "which knows 8 positions"),
-        (
-            {"teacher": accelerate.cpu_offload(fresh(), torch.device("cpu"))},
-            "The teacher's weight model.embed_tokens.weight is offloaded or quantised",
-        ),
         ({"change": lambda model: model.lm_head.weight.data.fill_(torch.inf)}, "The loss of step 1 is not finite"),
         ({"settings": Healing(1e30)}, "The loss of step 2 is not finite"),
         (
@@ -677,6 +673,13 @@ def test_weights_that_were_made_in_inference_mode(work, tmp_path):
         model = families.tiny("llama")
     with pytest.raises(LLMDropError, match="made in torch.inference_mode.. cannot be"):
         work(model, TOKENS, PLAN, tmp_path / "work")
+
+
+@pytest.mark.parametrize("work", [heal, tune])
+def test_a_teacher_that_is_offloaded(work, tmp_path):
+    teacher = accelerate.cpu_offload(fresh(), torch.device("cpu"))
+    with pytest.raises(LLMDropError, match="The teacher's weight model.embed_tokens.weight is offloaded or quantised"):
+        work(fresh(), TOKENS, PLAN, tmp_path / "work", teacher=teacher)
 
 
 def test_a_teacher_that_was_made_in_inference_mode(tmp_path):
