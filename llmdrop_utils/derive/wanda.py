@@ -8,14 +8,13 @@ scores become zero. The paper compares this with dropped attention at an equal n
 
 import contextlib
 import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base.checks import whole
+from ..base.checks import as_number, whole
 from ..base.errors import LLMDropError
 from ..dropping.plan import DropPlan, check_plan
 from ..dropping.units import StandIn
@@ -130,7 +129,7 @@ def sparsity_for(model: nn.Module, plan: DropPlan) -> float:
 
 
 def _check_sparsity(sparsity: object) -> None:
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= float(sparsity) < 1:
+    if not 0 <= as_number(sparsity) < 1:
         raise LLMDropError(f"The sparsity must be a share of the weights, from 0 to below 1, but is {sparsity!r}.")
 
 
