@@ -723,3 +723,15 @@ def test_out_of_memory(when, tmp_path, monkeypatch):
     with pytest.raises(LLMDropError, match="Out of GPU memory with a batch of 4 samples of 13 tokens. Use a smaller batch"):
         heal(model, TOKENS, PLAN, tmp_path / "work", settings)
     assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_folder_that_can_no_longer_be_written(is_writable, tmp_path, monkeypatch):
+    """What the caller's own function may not do is no error of the folder."""
+
+    def refused(step, loss):
+        monkeypatch.setattr(training.os, "access", lambda *given: is_writable)
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(PermissionError if is_writable else LLMDropError, match="Permission denied"):
+        heal(fresh(), TOKENS, PLAN, tmp_path / "work", SHORT, on_step=refused)
